@@ -1,0 +1,27 @@
+"""Fused ops for soft prompts: cast, expand and concatenate, or overwrite, each in one launch and differentiable."""
+
+from .backends import backend_for, use_backend
+from .functional import (
+    Placement,
+    cast_qkv,
+    embed_and_prepend,
+    overwrite,
+    overwrite_,
+    prepend,
+    prepend_kv,
+    strip,
+)
+
+__version__ = "0.1.0"
+__all__ = [
+    "Placement",
+    "backend_for",
+    "cast_qkv",
+    "embed_and_prepend",
+    "overwrite",
+    "overwrite_",
+    "prepend",
+    "prepend_kv",
+    "strip",
+    "use_backend",
+]

@@ -1,0 +1,76 @@
+"""Which implementation of the ops serves which device."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+
+import torch
+
+from . import native, reference, schema  # noqa: F401  (reference registers itself)
+
+
+class Ops:
+    """The ops of one backend, each bound once: looking one up in ``torch.ops`` on every call costs more than a small op."""
+
+    def __init__(self, backend: str):
+        self.backend = backend
+        namespace = getattr(torch.ops, f"ptune_{backend}")
+        self.embed_and_prepend = namespace.embed_and_prepend.default
+        self.prepend = namespace.prepend.default
+        self.strip = namespace.strip.default
+        self.overwrite = namespace.overwrite.default
+        self.overwrite_ = namespace.overwrite_.default
+        self.prepend_kv = namespace.prepend_kv.default
+        self.sum_prompts = namespace.sum_prompts.default
+        self.cast_qkv = namespace.cast_qkv.default
+
+
+_ops = {backend: Ops(backend) for backend in schema.BACKENDS}
+_serving: dict[str, Ops] = {}  # by device type, filled as devices are met
+_forced: Ops | None = None
+
+
+def ops_for(device: torch.device) -> Ops:
+    """The ops that serve ``device``."""
+    if _forced is not None:
+        return _forced
+    ops = _serving.get(device.type)
+    if ops is None:
+        ops = _serving[device.type] = _ops[_ready(_default_backend(device.type))]
+    return ops
+
+
+def backend_for(device: torch.device | str) -> str:
+    """The name of the backend that serves ``device``: CPU → native, else reference; GPU → Triton, else native, else reference."""
+    return ops_for(torch.device(device)).backend
+
+
+@contextmanager
+def use_backend(backend: str | None) -> Iterator[None]:
+    """Within the block, for the whole process, every op runs on ``backend``; ``None`` is the default choice again."""
+    global _forced
+    if backend is not None and backend not in schema.BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(schema.BACKENDS)} or None, got {backend!r}")
+    before = _forced
+    _forced = None if backend is None else _ops[_ready(backend)]
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def _default_backend(device_type: str) -> str:
+    if device_type == "cuda" and find_spec("triton"):
+        return "triton"
+    return "native" if native.loaded(device_type) else "reference"
+
+
+def _ready(backend: str) -> str:
+    """``backend``, once its ops are registered."""
+    if backend == "triton":
+        if not find_spec("triton"):
+            raise RuntimeError("the triton backend needs the triton package: pip install triton")
+        from . import triton_kernels  # noqa: F401  (registers itself; importing triton takes a second)
+    if backend == "native" and not native.libraries:
+        raise RuntimeError("the native backend needs the compiled libraries: this installation has none")
+    return backend

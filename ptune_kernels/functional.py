@@ -1,0 +1,309 @@
+"""The public ops: differentiable, on whichever backend serves the device.
+
+Shapes: ``b`` batch, ``n`` text length, ``M`` rows in the pool of prompts, ``m = max_length`` prompt columns, ``d`` width,
+``h`` heads. ``placement=None`` puts the whole pool at column 0 of every row (``m = M``).
+
+Dtypes: prompts are float32 over float32, float16 or bfloat16 text (float64 over float64). Arithmetic is in float32 and is
+rounded once, to nearest even; prompt gradients are summed over the batch in float32, in a fixed order, compensated (Kahan).
+Inputs may have any strides and are never copied first; outputs are contiguous and never alias inputs.
+
+Errors: `ValueError`, `TypeError` or `IndexError` name the argument, what was expected and what came, before anything is
+written. The values of a placement and of ``input_ids`` are checked on the CPU only: on a GPU that would synchronise, so
+there a row out of range is never read and comes out as NaN (`Placement.of` checks on the host, before the copy).
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from .backends import Ops, ops_for
+
+_WHOLE_POOL = (None, None, None)
+
+
+class Placement(NamedTuple):
+    """Which rows of the prompt pool each row of a batch uses, and where they stand.
+
+    Row ``i`` uses ``prompts[start[i] : start[i] + length[i]]``, set before the text column ``column[i]``; an op that prepends
+    makes room for ``max_length`` rows and fills what ``length[i]`` leaves with zeros, on the left.
+
+    start, length, column: int32 [b], on the device of the batch.
+    """
+
+    start: Tensor
+    length: Tensor
+    column: Tensor
+    max_length: int
+
+    @classmethod
+    def of(
+        cls,
+        start: Sequence[int],
+        length: Sequence[int],
+        column: Sequence[int],
+        *,
+        pool_rows: int,
+        device: torch.device | str | None = None,
+    ) -> "Placement":
+        """A placement from host numbers, checked against a pool of ``pool_rows`` rows before it goes to ``device``."""
+        for i, (s, m, c) in enumerate(zip(start, length, column, strict=True)):
+            if s < 0 or m < 0 or c < 0 or s + m > pool_rows:
+                raise IndexError(
+                    f"row {i}: expected start, length and column of at least 0 and start + length of at most {pool_rows}, "
+                    f"got start {s}, length {m}, column {c}"
+                )
+        tensors = torch.tensor([list(start), list(length), list(column)], dtype=torch.int32).to(device)
+        return cls(*tensors.unbind(), max_length=max(length, default=0))
+
+
+def embed_and_prepend(
+    prompts: Tensor, input_ids: Tensor, embedding: Tensor, placement: Placement | None = None, scale: float = 1.0
+) -> Tensor:
+    """``[prompts ; scale * embedding[input_ids]]`` in one launch.
+
+    prompts [M, d], input_ids [b, n] int64 or int32, embedding [V, d] → [b, m + n, d] in the embedding's dtype. ``scale`` is
+    rounded to that dtype first, as Gemma's embedding does. The embedding is taken as frozen; where it requires a gradient the
+    look-up is torch's own.
+    """
+    if embedding.requires_grad and torch.is_grad_enabled():
+        text = torch.nn.functional.embedding(input_ids, embedding)
+        if scale != 1.0:
+            text = text * torch.tensor(scale, dtype=text.dtype, device=text.device)
+        return prepend(prompts, text, placement)
+    ops = ops_for(embedding.device)
+    arguments = (input_ids, embedding, *(placement or (*_WHOLE_POOL, prompts.shape[0])), scale)
+    if _needs_grad(prompts):
+        return _EmbedAndPrepend.apply(ops, prompts, *arguments)
+    return ops.embed_and_prepend(prompts, *arguments)
+
+
+def prepend(prompts: Tensor, hidden: Tensor, placement: Placement | None = None) -> Tensor:
+    """``[prompts ; hidden]`` for every row, in one launch.
+
+    prompts [M, d], hidden [b, n, d] → [b, m + n, d] in hidden's dtype. ``n`` may be 0: the prompts expanded over the batch.
+    """
+    ops = ops_for(hidden.device)
+    where = placement or (*_WHOLE_POOL, prompts.shape[0])
+    if _needs_grad(prompts, hidden):
+        return _Prepend.apply(ops, prompts, hidden, *where)
+    return ops.prepend(prompts, hidden, *where)
+
+
+def strip(hidden: Tensor, max_length: int, placement: Placement | None = None) -> Tensor:
+    """The text rows of what `prepend` made: its inverse, and its transpose.
+
+    hidden [b, m + n, d] → [b, n, d]. Without a placement the first ``max_length`` rows go.
+    """
+    if placement is not None and placement.max_length != max_length:
+        raise ValueError(f"max_length: expected {placement.max_length} (that of placement), got {max_length}")
+    ops = ops_for(hidden.device)
+    where = placement or (*_WHOLE_POOL, max_length)
+    if _needs_grad(hidden):
+        return _Strip.apply(ops, hidden, *where)
+    return ops.strip(hidden, *where, None)
+
+
+def overwrite(hidden: Tensor, prompts: Tensor, placement: Placement | None = None, mode: str = "overwrite") -> Tensor:
+    """A copy of ``hidden`` whose prompt rows became ``prompts`` (``"overwrite"``) or had them added (``"add"``).
+
+    hidden [b, S, d], prompts [M, d] → [b, S, d]. Writes rows ``column[i] : column[i] + length[i]`` of each row: for what
+    `prepend` made, that is its own column plus ``max_length - length``. Backward of ``"overwrite"`` zeroes the gradient of
+    the rows that were lost.
+    """
+    ops = ops_for(hidden.device)
+    arguments = (*(placement or (*_WHOLE_POOL, prompts.shape[0])), _is_add(mode))
+    if _needs_grad(prompts, hidden):
+        return _Overwrite.apply(ops, hidden, prompts, *arguments)
+    return ops.overwrite(hidden, prompts, *arguments)
+
+
+def overwrite_(hidden: Tensor, prompts: Tensor, placement: Placement | None = None, mode: str = "overwrite") -> Tensor:
+    """`overwrite` in place: touches the prompt rows alone, and returns ``hidden``.
+
+    Under autograd ``hidden`` must not be a leaf, and nothing may have saved it for its backward; a region that is recomputed
+    (gradient checkpointing) needs `overwrite`.
+    """
+    ops = ops_for(hidden.device)
+    arguments = (*(placement or (*_WHOLE_POOL, prompts.shape[0])), _is_add(mode))
+    if not _needs_grad(prompts, hidden):
+        ops.overwrite_(hidden, prompts, *arguments)
+        torch.autograd.graph.increment_version(hidden)
+        return hidden
+    return _OverwriteInPlace.apply(ops, hidden, prompts, *arguments)
+
+
+def prepend_kv(
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    key: Tensor,
+    value: Tensor,
+    placement: Placement | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``[prefix_k ; key]`` and ``[prefix_v ; value]`` for every row, K and V in one launch, cast to ``dtype``.
+
+    prefix_k [h, M, hd_k], prefix_v [h, M, hd_v], key [b, h, n, hd_k], value [b, h, n, hd_v] → [b, h, m + n, hd_k] and
+    [b, h, m + n, hd_v]. The prefix may be float32, float16 or bfloat16; ``dtype`` is key's unless given.
+    """
+    ops = ops_for(key.device)
+    arguments = (*(placement or (*_WHOLE_POOL, prefix_k.shape[1])), dtype)
+    if _needs_grad(prefix_k, prefix_v, key, value):
+        return _PrependKV.apply(ops, prefix_k, prefix_v, key, value, *arguments)
+    return ops.prepend_kv(prefix_k, prefix_v, key, value, *arguments)
+
+
+def cast_qkv(query: Tensor, key: Tensor, value: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value in ``dtype``, in one launch; their gradients come back in their own dtypes.
+
+    Each of 4 dimensions and any strides.
+    """
+    ops = ops_for(query.device)
+    if _needs_grad(query, key, value):
+        return _CastQKV.apply(ops, query, key, value, dtype)
+    return ops.cast_qkv(query, key, value, dtype)
+
+
+def _needs_grad(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def _is_add(mode: str) -> bool:
+    if mode not in ("overwrite", "add"):
+        raise ValueError(f'mode: expected "overwrite" or "add", got {mode!r}')
+    return mode == "add"
+
+
+# Every Function takes the backend's ops first, so that its backward, which may run in another thread, uses the same ones.
+
+
+class _EmbedAndPrepend(Function):
+    @staticmethod
+    def forward(ctx, ops: Ops, prompts, input_ids, embedding, start, length, column, max_length, scale):
+        ctx.save_for_backward(start, length, column)
+        ctx.ops, ctx.max_length, ctx.pool = ops, max_length, (prompts.shape[0], prompts.dtype)
+        return ops.embed_and_prepend(prompts, input_ids, embedding, start, length, column, max_length, scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        rows, dtype = ctx.pool
+        prompts = ctx.ops.sum_prompts(grad, rows, *ctx.saved_tensors, ctx.max_length, True, dtype)
+        return None, prompts, *[None] * 7
+
+
+class _Prepend(Function):
+    @staticmethod
+    def forward(ctx, ops: Ops, prompts, hidden, start, length, column, max_length):
+        ctx.save_for_backward(start, length, column)
+        ctx.ops, ctx.max_length, ctx.pool = ops, max_length, (prompts.shape[0], prompts.dtype)
+        return ops.prepend(prompts, hidden, start, length, column, max_length)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        where = (*ctx.saved_tensors, ctx.max_length)
+        prompts = ctx.ops.sum_prompts(grad, ctx.pool[0], *where, True, ctx.pool[1]) if ctx.needs_input_grad[1] else None
+        hidden = _text_gradient(ctx.ops, grad, where, None) if ctx.needs_input_grad[2] else None
+        return None, prompts, hidden, *[None] * 4
+
+
+class _Strip(Function):
+    @staticmethod
+    def forward(ctx, ops: Ops, hidden, start, length, column, max_length):
+        ctx.save_for_backward(start, length, column)
+        ctx.ops, ctx.max_length = ops, max_length
+        return ops.strip(hidden, start, length, column, max_length, None)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        start, length, column = ctx.saved_tensors
+        if start is not None:
+            start = start * 0  # rows of the zeros below, wherever the prompts themselves came from
+        prompt_dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
+        zeros = grad.new_zeros(1, grad.shape[-1], dtype=prompt_dtype).expand(ctx.max_length, -1)
+        return None, ctx.ops.prepend(zeros, grad, start, length, column, ctx.max_length), *[None] * 4
+
+
+def _overwrite_gradients(ctx, grad):
+    """Gradients of (hidden, prompts), for both forms of overwrite."""
+    rows, dtype = ctx.pool
+    where = (*ctx.saved_tensors, ctx.max_length)
+    hidden = prompts = None
+    if ctx.needs_input_grad[1]:
+        hidden = grad
+        if not ctx.add:
+            zeros = grad.new_zeros(1, grad.shape[-1], dtype=dtype).expand(rows, -1)
+            hidden = ctx.ops.overwrite(grad, zeros, *where, False)
+    if ctx.needs_input_grad[2]:
+        prompts = ctx.ops.sum_prompts(grad, rows, *where, False, dtype)
+    return None, hidden, prompts, *[None] * 5
+
+
+class _Overwrite(Function):
+    @staticmethod
+    def forward(ctx, ops: Ops, hidden, prompts, start, length, column, max_length, add):
+        ctx.save_for_backward(start, length, column)
+        ctx.ops, ctx.max_length, ctx.add, ctx.pool = ops, max_length, add, (prompts.shape[0], prompts.dtype)
+        return ops.overwrite(hidden, prompts, start, length, column, max_length, add)
+
+    backward = staticmethod(once_differentiable(_overwrite_gradients))
+
+
+class _OverwriteInPlace(Function):
+    @staticmethod
+    def forward(ctx, ops: Ops, hidden, prompts, start, length, column, max_length, add):
+        ctx.save_for_backward(start, length, column)
+        ctx.ops, ctx.max_length, ctx.add, ctx.pool = ops, max_length, add, (prompts.shape[0], prompts.dtype)
+        ctx.mark_dirty(hidden)
+        ops.overwrite_(hidden, prompts, start, length, column, max_length, add)
+        return hidden
+
+    backward = staticmethod(once_differentiable(_overwrite_gradients))
+
+
+class _PrependKV(Function):
+    @staticmethod
+    def forward(ctx, ops: Ops, prefix_k, prefix_v, key, value, start, length, column, max_length, dtype):
+        ctx.save_for_backward(start, length, column)
+        ctx.ops, ctx.max_length, ctx.pool_rows = ops, max_length, prefix_k.shape[1]
+        ctx.dtypes = prefix_k.dtype, prefix_v.dtype, key.dtype, value.dtype
+        return ops.prepend_kv(prefix_k, prefix_v, key, value, start, length, column, max_length, dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_k, grad_v):
+        where = (*ctx.saved_tensors, ctx.max_length)
+        grads = [None] * 4
+        for i, grad in ((0, grad_k), (1, grad_v)):
+            if ctx.needs_input_grad[1 + i]:
+                grads[i] = ctx.ops.sum_prompts(grad, ctx.pool_rows, *where, True, ctx.dtypes[i])
+            if ctx.needs_input_grad[3 + i]:
+                grads[2 + i] = _text_gradient(ctx.ops, grad, where, ctx.dtypes[2 + i])
+        return None, *grads, *[None] * 5
+
+
+class _CastQKV(Function):
+    @staticmethod
+    def forward(ctx, ops: Ops, query, key, value, dtype):
+        ctx.ops, ctx.dtypes = ops, (query.dtype, key.dtype, value.dtype)
+        return ops.cast_qkv(query, key, value, dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        first = ctx.dtypes[0]
+        if all(dtype == first for dtype in ctx.dtypes):
+            return None, *ctx.ops.cast_qkv(*grads, first), None
+        return None, *(grad.to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True)), None
+
+
+def _text_gradient(ops: Ops, grad: Tensor, where, dtype: torch.dtype | None) -> Tensor:
+    start, _, _, max_length = where
+    if start is None and dtype in (None, grad.dtype):
+        return grad[..., max_length:, :]
+    return ops.strip(grad, *where, dtype)

@@ -1,0 +1,55 @@
+"""The compiled libraries: found beside this file, loaded once, and asked what they hold.
+
+Each registers its ops with torch when it is loaded. A library that is here but does not load is an error: falling back in
+silence would hide a broken installation.
+"""
+
+import ctypes
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+
+class Library(NamedTuple):
+    path: Path
+    build: str  # what it was compiled for, in its own words
+
+
+libraries: dict[str, Library] = {}  # by device type
+
+
+def _path(device_type: str) -> Path:
+    return Path(__file__).with_name(f"libptune_{device_type}.so")
+
+
+def _load(device_type: str) -> None:
+    path = _path(device_type)
+    try:
+        torch.ops.load_library(path)
+        describe = ctypes.CDLL(str(path)).ptune_build
+    except (OSError, AttributeError) as error:
+        raise ImportError(
+            f"{path} is present but does not load on torch {torch.__version__} ({error}); reinstall ptune-kernels, or delete "
+            "that file to go on without it"
+        ) from error
+    describe.restype = ctypes.c_char_p
+    libraries[device_type] = Library(path, describe().decode())
+
+
+def loaded(device_type: str) -> bool:
+    return device_type in libraries
+
+
+def absence(device_type: str) -> str:
+    """Why there is no library for ``device_type``."""
+    if not _path(device_type).exists():
+        return "not built"
+    return "built, but this torch has no CUDA"
+
+
+if _path("cpu").exists():
+    _load("cpu")
+# The CUDA library needs symbols that only a CUDA build of torch has.
+if _path("cuda").exists() and torch.version.cuda is not None:
+    _load("cuda")
