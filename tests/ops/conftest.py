@@ -1,0 +1,46 @@
+"""What every op test shares: the backend under test, fresh seeds, and memory that is NaN until written."""
+
+import os
+import secrets
+import zlib
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Triton reads this when its functions are decorated, so it must be set before anything imports triton.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import ptune_kernels
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "cuda: needs a CUDA or ROCm GPU")
+
+
+@pytest.fixture(autouse=True)
+def fresh_seed(request):
+    """New random inputs on every run; a failure prints the seed that repeats it."""
+    seed = int(os.environ.get("PTUNE_TEST_SEED", secrets.randbits(31)))
+    print(f"repeat with PTUNE_TEST_SEED={seed}")
+    torch.manual_seed(seed ^ zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """torch.empty, from C++ too, comes filled with NaN (or the largest integer): what an op forgets to write shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(autouse=True)
+def chosen_backend(request):
+    """Runs a test that has a `target` parameter on that target's backend."""
+    target = getattr(request.node, "callspec", None) and request.node.callspec.params.get("target")
+    if target is None:
+        yield
+        return
+    with ptune_kernels.use_backend(target.backend):
+        yield
