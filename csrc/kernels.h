@@ -46,7 +46,7 @@ struct Assemble {
   View text;     // [batch, heads, text_rows, width], or the table [vocabulary, width]
   Ids ids;
   int64_t vocabulary;
-  float scale;  // already rounded to the table's dtype
+  double scale;  // already rounded to the table's dtype
   Placement placement;
   int64_t batch, heads, text_rows, pool_rows, width;
 };
@@ -96,3 +96,6 @@ int sum_prompts(const SumPrompts& params, void* stream);
 int cast(const Cast* params, int count, void* stream);
 
 }  // namespace ptune
+
+// What the library was compiled for, in words: the instruction set in use, or the GPU architectures.
+extern "C" __attribute__((visibility("default"))) const char* ptune_build();

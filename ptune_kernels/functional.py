@@ -7,7 +7,7 @@ Dtypes: prompts are float32 over float32, float16 or bfloat16 text (float64 over
 rounded once, to nearest even; prompt gradients are summed over the batch in float32, in a fixed order, compensated (Kahan).
 Inputs may have any strides and are never copied first; outputs are contiguous and never alias inputs.
 
-Errors: `ValueError`, `TypeError` or `IndexError` name the argument, what was expected and what came, before anything is
+Errors: `ValueError` (shapes, dtypes, devices, layouts) or `IndexError` (values) names the argument, what was expected and what came, before anything is
 written. The values of a placement and of ``input_ids`` are checked on the CPU only: on a GPU that would synchronise, so
 there a row out of range is never read and comes out as NaN (`Placement.of` checks on the host, before the copy).
 """

@@ -5,10 +5,14 @@ silence would hide a broken installation.
 """
 
 import ctypes
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
+
+from . import schema
 
 
 class Library(NamedTuple):
@@ -48,6 +52,14 @@ def absence(device_type: str) -> str:
     return "built, but this torch has no CUDA"
 
 
+def _refuse(name: str, *arguments) -> None:
+    """Serves every device and layout that no library does: says what is wrong with the arguments, or which kernel is missing."""
+    schema.CHECKS[name](*arguments)
+    device = next(a.device for a in arguments if isinstance(a, Tensor))
+    raise RuntimeError(f"{name}: the native backend has no kernel for device {device}")
+
+
+schema.register("native", {name: partial(_refuse, name) for name in schema.SCHEMAS})
 if _path("cpu").exists():
     _load("cpu")
 # The CUDA library needs symbols that only a CUDA build of torch has.

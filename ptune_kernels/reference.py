@@ -81,18 +81,19 @@ def sum_prompts(grad, num_prompts, start, length, column, max_length, prepended,
     out = schema.sum_prompts(grad, num_prompts, start, length, column, max_length, prepended, dtype)
     last = grad.shape[-2] - max_length if prepended else grad.shape[-2]
     schema.check_values(start, length, column, max_length, num_prompts, last, ends_within=not prepended)
-    # Kahan's summation: the error does not grow with the batch.
+    # The exact error of every addition (Knuth's TwoSum) is kept, so the result does not get worse with the batch.
     total = torch.zeros_like(out, dtype=torch.float64 if grad.dtype == torch.float64 else torch.float32)
     lost = torch.zeros_like(total)
     for i, s, m, c in _rows(start, length, column, max_length, len(grad), num_prompts):
         first = c + max_length - m if prepended and start is not None else c
-        addend = grad[i, ..., first : first + m, :].to(total.dtype) - lost[..., s : s + m, :]
+        addend = grad[i, ..., first : first + m, :].to(total.dtype)
         partial = total[..., s : s + m, :]
         raised = partial + addend
-        error = (raised - partial) - addend
-        lost[..., s : s + m, :] = torch.where(error.isnan(), 0, error)  # inf - inf: an infinite sum stays infinite
+        added = raised - partial
+        error = (partial - (raised - added)) + (addend - added)
+        lost[..., s : s + m, :] += torch.where(error.isnan(), 0, error)  # inf - inf: an infinite sum stays infinite
         total[..., s : s + m, :] = raised
-    return out.copy_(total)
+    return out.copy_(total + lost)
 
 
 def cast_qkv(query, key, value, dtype):

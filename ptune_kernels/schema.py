@@ -60,7 +60,7 @@ def _check_device(name: str, t: Tensor, other_name: str, other: Tensor) -> None:
 
 def _check_dtype(name: str, dtype: torch.dtype, expected: Sequence[torch.dtype]) -> None:
     if dtype not in expected:
-        raise TypeError(f"{name}: expected {' or '.join(map(str, expected))}, got {dtype}")
+        raise ValueError(f"{name}: expected {' or '.join(map(str, expected))}, got {dtype}")
 
 
 def _check_prompt_dtype(prompts: Tensor, text_name: str, text: Tensor) -> None:
@@ -164,11 +164,18 @@ def strip(hidden, start, length, column, max_length, dtype):
 
 
 def overwrite(hidden, prompts, start, length, column, max_length, add):
-    overwrite_(hidden, prompts, start, length, column, max_length, add)
-    return torch.empty_like(hidden, memory_format=torch.contiguous_format)
+    _check_overwrite(hidden, prompts, start, length, column, max_length)
+    return hidden.new_empty(hidden.shape)
 
 
 def overwrite_(hidden, prompts, start, length, column, max_length, add):
+    _check_overwrite(hidden, prompts, start, length, column, max_length)
+    for dim, stride in enumerate(hidden.stride()):
+        if stride == 0 and hidden.shape[dim] > 1:
+            raise ValueError(f"hidden: expected every element to have its own memory, got dimension {dim} expanded")
+
+
+def _check_overwrite(hidden, prompts, start, length, column, max_length):
     _check_rank("hidden", hidden, 3)
     _check_rank("prompts", prompts, 2)
     _check_size("prompts", prompts, 1, hidden.shape[2], "the width of hidden")
@@ -187,7 +194,7 @@ def prepend_kv(prefix_k, prefix_v, key, value, start, length, column, max_length
         _check_device(name, t, "key", key)
     _check_cast("dtype", key.dtype, dtype)
     if value.dtype != key.dtype:
-        raise TypeError(f"value: expected {key.dtype} (the dtype of key), got {value.dtype}")
+        raise ValueError(f"value: expected {key.dtype} (the dtype of key), got {value.dtype}")
     for dim, what in ((0, "batch"), (1, "heads"), (2, "rows")):
         _check_size("value", value, dim, key.shape[dim], f"the {what} of key")
     _check_size("prefix_k", prefix_k, 0, key.shape[1], "the heads of key")

@@ -1,0 +1,110 @@
+// Compiled three times, with PTUNE_ISA = plain, avx2 or avx512 and that instruction set's flags.
+#include "rows.h"
+
+#include <type_traits>
+
+#include "vector.h"
+
+#define PTUNE_JOIN_(a, b) a##b
+#define PTUNE_JOIN(a, b) PTUNE_JOIN_(a, b)
+#define PTUNE_STRING_(a) #a
+#define PTUNE_STRING(a) PTUNE_STRING_(a)
+
+namespace ptune::cpu {
+namespace {
+
+template <class T>
+using Sum = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// Calls `vectors(i)` for each whole vector of a row of unit strides, then `scalar(i)` for the rest. float64 has scalars alone:
+// it is there for gradcheck.
+template <class T, class Vectors, class Scalar>
+inline void for_row(bool unit_strides, int64_t n, Vectors vectors, Scalar scalar) {
+  int64_t i = 0;
+  if constexpr (!std::is_same_v<T, double>)
+    if (unit_strides)
+      for (; i + Floats::width <= n; i += Floats::width) vectors(i);
+  for (; i < n; ++i) scalar(i);
+}
+
+template <class From, class To>
+void convert(void* to_, int64_t to_stride, const void* from_, int64_t from_stride, int64_t n) {
+  auto* to = static_cast<To*>(to_);
+  auto* from = static_cast<const From*>(from_);
+  const bool unit = to_stride == 1 && from_stride == 1;
+  if constexpr (std::is_same_v<From, To>) {
+    if (unit) {
+      std::memcpy(to, from, n * sizeof(To));
+    } else {
+      for (int64_t i = 0; i < n; ++i) to[i * to_stride] = from[i * from_stride];
+    }
+  } else {
+    for_row<From>(
+        unit, n, [&](int64_t i) { store_vector(to + i, load_vector(from + i)); },
+        [&](int64_t i) { store(to + i * to_stride, load(from + i * from_stride)); });
+  }
+}
+
+template <class T>
+void scale(void* to_, const void* from_, int64_t from_stride, double factor, int64_t n) {
+  auto* to = static_cast<T*>(to_);
+  auto* from = static_cast<const T*>(from_);
+  const auto by = static_cast<Sum<T>>(factor);
+  for_row<T>(
+      from_stride == 1, n,
+      [&](int64_t i) {
+        if constexpr (!std::is_same_v<T, double>) store_vector(to + i, load_vector(from + i) * splat(by));
+      },
+      [&](int64_t i) { store(to + i, load(from + i * from_stride) * by); });
+}
+
+template <class T>
+void add(void* to_, int64_t to_stride, const void* from_, int64_t from_stride, const void* prompt_, int64_t prompt_stride,
+         int64_t n) {
+  auto* to = static_cast<T*>(to_);
+  auto* from = static_cast<const T*>(from_);
+  auto* prompt = static_cast<const Sum<T>*>(prompt_);
+  for_row<T>(
+      to_stride == 1 && from_stride == 1 && prompt_stride == 1, n,
+      [&](int64_t i) {
+        if constexpr (!std::is_same_v<T, double>) store_vector(to + i, load_vector(from + i) + load_vector(prompt + i));
+      },
+      [&](int64_t i) { store(to + i * to_stride, load(from + i * from_stride) + prompt[i * prompt_stride]); });
+}
+
+template <class T>
+void accumulate(void* total_, void* lost_, const void* row_, int64_t row_stride, int64_t n) {
+  auto* total = static_cast<Sum<T>*>(total_);
+  auto* lost = static_cast<Sum<T>*>(lost_);
+  auto* row = static_cast<const T*>(row_);
+  for_row<T>(
+      row_stride == 1, n,
+      [&](int64_t i) {
+        if constexpr (!std::is_same_v<T, double>) {
+          const Floats before = load_vector(total + i), addend = load_vector(row + i) - load_vector(lost + i);
+          const Floats after = before + addend;
+          store_vector(total + i, after);
+          store_vector(lost + i, zero_if_nan((after - before) - addend));  // inf - inf: an infinite sum stays infinite
+        }
+      },
+      [&](int64_t i) {
+        const Sum<T> before = total[i], addend = load(row + i * row_stride) - lost[i], after = before + addend;
+        total[i] = after;
+        lost[i] = zero_if_nan((after - before) - addend);
+      });
+}
+
+}  // namespace
+
+extern const RowFunctions PTUNE_JOIN(rows_, PTUNE_ISA) = {
+    PTUNE_STRING(PTUNE_ISA),
+    {{convert<float, float>, convert<float, Half>, convert<float, BFloat16>, nullptr},
+     {convert<Half, float>, convert<Half, Half>, convert<Half, BFloat16>, nullptr},
+     {convert<BFloat16, float>, convert<BFloat16, Half>, convert<BFloat16, BFloat16>, nullptr},
+     {nullptr, nullptr, nullptr, convert<double, double>}},
+    {scale<float>, scale<Half>, scale<BFloat16>, scale<double>},
+    {add<float>, add<Half>, add<BFloat16>, add<double>},
+    {accumulate<float>, accumulate<Half>, accumulate<BFloat16>, accumulate<double>},
+};
+
+}  // namespace ptune::cpu

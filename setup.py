@@ -1,0 +1,50 @@
+"""Builds the compiled libraries with CMake and puts them beside the Python files; everything else is in pyproject.toml."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from setuptools import setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).parent
+
+
+class BuildWithNative(build_py):
+    def run(self):
+        super().run()
+        build = ROOT / "build" / "cmake"
+        package = ROOT / "ptune_kernels" if self.editable_mode else Path(self.build_lib, "ptune_kernels")
+        torch_dir = Path(torch.__file__).parent
+        for command in (
+            ["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", f"-DTORCH_DIR={torch_dir}"],
+            ["cmake", "--build", build],
+            ["cmake", "--install", build, "--prefix", package.resolve(), "--strip"],
+        ):
+            subprocess.run(list(map(str, command)), check=True, stdout=sys.stderr)
+
+
+class AnyPythonWheel(bdist_wheel):
+    """The libraries link neither Python nor one torch, so one wheel serves every Python on this platform."""
+
+    def finalize_options(self):
+        super().finalize_options()
+        self.root_is_pure = False
+
+    def get_tag(self):
+        platform = super().get_tag()[2]
+        if platform.startswith("linux_"):
+            # The oldest glibc that has the symbols these libraries ask for.
+            needed = [
+                int(minor)
+                for library in Path(self.bdist_dir).rglob("libptune_*.so")
+                for minor in re.findall(rb"GLIBC_2\.(\d+)", library.read_bytes())
+            ]
+            platform = platform.replace("linux", f"manylinux_2_{max([28, *needed])}", 1)
+        return "py3", "none", platform
+
+
+setup(cmdclass={"build_py": BuildWithNative, "bdist_wheel": AnyPythonWheel})
