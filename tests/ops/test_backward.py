@@ -104,8 +104,9 @@ def test_trained_embedding_gets_its_gradient(target):
     tensors, keywords = (prompts, ids, table), dict(op.options)
     actual = gradients(op, tensors, (0, 2), keywords, [grad])
     exact = gradients(op.expected, doubles(tensors), (0, 2), keywords, doubles([grad]))
-    for got, want in zip(actual, exact, strict=True):
-        torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=1e-6)
+    magnitude = gradients(op.expected, doubles(tensors), (0, 2), keywords, doubles([grad.abs()]))
+    for got, want, size in zip(actual, exact, magnitude, strict=True):
+        assert_within(got, want, 5 * 2.0**-24 * size)  # torch's sum of up to 4 rounded products
 
 
 @on_targets

@@ -1,0 +1,261 @@
+"""Bad input: an error that names the argument, what was expected and what came, before anything is written."""
+
+import re
+
+import pytest
+import torch
+
+import ptune_kernels
+from ptune_kernels import Placement
+
+from .cases import on_targets
+
+B, M, N, D, H, V = 2, 3, 4, 5, 2, 7
+
+
+def good(name, device):
+    """Arguments that the op takes, by name."""
+
+    def floats(*shape):
+        return torch.randn(shape, device=device)
+
+    arguments = {
+        "embed_and_prepend": lambda: {
+            "prompts": floats(M, D),
+            "input_ids": torch.randint(0, V, (B, N), device=device),
+            "embedding": floats(V, D),
+        },
+        "prepend": lambda: {"prompts": floats(M, D), "hidden": floats(B, N, D)},
+        "strip": lambda: {"hidden": floats(B, M + N, D), "max_length": M},
+        "overwrite": lambda: {"hidden": floats(B, N, D), "prompts": floats(M, D)},
+        "prepend_kv": lambda: {
+            "prefix_k": floats(H, M, D),
+            "prefix_v": floats(H, M, D + 1),
+            "key": floats(B, H, N, D),
+            "value": floats(B, H, N, D + 1),
+        },
+        "cast_qkv": lambda: {
+            "query": floats(B, H, N, D),
+            "key": floats(B, H, N, D),
+            "value": floats(B, H, N, D),
+            "dtype": torch.float16,
+        },
+    }
+    return arguments[name.rstrip("_")]()
+
+
+def bad(op, argument, change, *words):
+    return pytest.param(op, argument, change, words, id=f"{op}-{argument}-{words[-1]}")
+
+
+def zeros(*shape, **keywords):
+    return lambda t: torch.zeros(shape, device=t.device, **keywords)
+
+
+def to(dtype):
+    return lambda t: t.to(dtype)
+
+
+BAD_TENSORS = [
+    bad("embed_and_prepend", "prompts", zeros(1, M, D), "2 dimensions", f"[1, {M}, {D}]"),
+    bad("embed_and_prepend", "input_ids", zeros(N, dtype=torch.int64), "2 dimensions", f"[{N}]"),
+    bad("embed_and_prepend", "embedding", zeros(V, D + 1), f"size {D}", f"[{V}, {D + 1}]"),
+    bad("embed_and_prepend", "embedding", zeros(1, V, D), "2 dimensions", f"[1, {V}, {D}]"),
+    bad("embed_and_prepend", "prompts", to(torch.bfloat16), "torch.float32", "torch.bfloat16"),
+    bad("embed_and_prepend", "prompts", to(torch.float64), "torch.float32", "torch.float64"),
+    bad("embed_and_prepend", "embedding", to(torch.int32), "torch.float32", "torch.int32"),
+    bad("embed_and_prepend", "input_ids", to(torch.float32), "torch.int64", "torch.float32"),
+    bad("prepend", "prompts", zeros(D), "2 dimensions", f"[{D}]"),
+    bad("prepend", "prompts", zeros(M, D + 1), f"size {D}", f"[{M}, {D + 1}]"),
+    bad("prepend", "hidden", zeros(N, D), "3 dimensions", f"[{N}, {D}]"),
+    bad("prepend", "prompts", to(torch.float16), "torch.float32", "torch.float16"),
+    bad("prepend", "hidden", to(torch.int64), "torch.bfloat16", "torch.int64"),
+    bad("prepend", "hidden", to(torch.float8_e4m3fn), "torch.bfloat16", "torch.float8_e4m3fn"),
+    bad("prepend", "hidden", lambda t: t.to_sparse(), "strided", "torch.sparse_coo"),
+    bad("strip", "hidden", zeros(M + N, D), "dimensions", f"[{M + N}, {D}]"),
+    bad("strip", "max_length", lambda m: -1, f"0 to {M + N}", "-1"),
+    bad("strip", "max_length", lambda m: M + N + 1, f"0 to {M + N}", str(M + N + 1)),
+    bad("strip", "hidden", to(torch.int32), "torch.float32", "torch.int32"),
+    *(
+        param
+        for op in ("overwrite", "overwrite_")
+        for param in (
+            bad(op, "hidden", zeros(B, N, D, 1), "3 dimensions", f"[{B}, {N}, {D}, 1]"),
+            bad(op, "prompts", zeros(1, M, D), "2 dimensions", f"[1, {M}, {D}]"),
+            bad(op, "prompts", zeros(M, D - 1), f"size {D}", f"[{M}, {D - 1}]"),
+            bad(op, "prompts", zeros(N + 1, D), f"at most {N}", str(N + 1)),
+            bad(op, "prompts", to(torch.bfloat16), "torch.float32", "torch.bfloat16"),
+            bad(op, "hidden", to(torch.complex64), "torch.float32", "torch.complex64"),
+        )
+    ),
+    bad("prepend_kv", "prefix_k", zeros(H + 1, M, D), f"size {H}", f"[{H + 1}, {M}, {D}]"),
+    bad("prepend_kv", "prefix_k", zeros(H, M, D + 2), f"size {D}", f"[{H}, {M}, {D + 2}]"),
+    bad("prepend_kv", "prefix_v", zeros(H, M + 1, D + 1), f"size {M}", f"[{H}, {M + 1}, {D + 1}]"),
+    bad("prepend_kv", "prefix_v", zeros(1, H, M, D), "3 dimensions", f"[1, {H}, {M}, {D}]"),
+    bad("prepend_kv", "key", zeros(H, N, D), "4 dimensions", f"[{H}, {N}, {D}]"),
+    bad("prepend_kv", "value", zeros(B + 1, H, N, D + 1), f"size {B}", f"[{B + 1}, {H}, {N}, {D + 1}]"),
+    bad("prepend_kv", "value", zeros(B, H, N + 1, D + 1), f"size {N}", f"[{B}, {H}, {N + 1}, {D + 1}]"),
+    bad("prepend_kv", "value", to(torch.float16), "torch.float32", "torch.float16"),
+    bad("prepend_kv", "prefix_k", to(torch.float64), "torch.float32", "torch.float64"),
+    bad("cast_qkv", "query", zeros(N, D), "4 dimensions", f"[{N}, {D}]"),
+    bad("cast_qkv", "key", to(torch.int8), "torch.float32", "torch.int8"),
+    bad("cast_qkv", "dtype", lambda dtype: torch.float64, "torch.float16", "torch.float64"),
+    bad("cast_qkv", "dtype", lambda dtype: torch.int32, "torch.float16", "torch.int32"),
+]
+
+
+def assert_refused(op, arguments, error, name, words):
+    before = {key: x.clone() for key, x in arguments.items() if isinstance(x, torch.Tensor)}
+    with pytest.raises(error) as caught:
+        getattr(ptune_kernels, op)(**arguments)
+    message = str(caught.value)
+    for word in (name, *words):
+        assert re.search(rf"(?<![\w.]){re.escape(word)}", message), f"{word!r} is not in {message!r}"
+    for key, x in before.items():
+        assert x.layout != torch.strided or torch.equal(arguments[key], x), f"{key} changed"
+
+
+@on_targets
+@pytest.mark.parametrize(("op", "argument", "change", "words"), BAD_TENSORS)
+def test_tensors(target, op, argument, change, words):
+    arguments = good(op, target.device)
+    arguments[argument] = change(arguments[argument])
+    assert_refused(op, arguments, ValueError, argument, words)
+
+
+@on_targets
+@pytest.mark.parametrize("grad", [False, True], ids=["", "grad"])
+def test_devices(target, grad):
+    """Two devices in one call. (The meta device stands for the other one.)"""
+    for op, argument in (
+        ("embed_and_prepend", "prompts"),
+        ("embed_and_prepend", "input_ids"),
+        ("prepend", "prompts"),
+        ("overwrite", "prompts"),
+        ("overwrite_", "prompts"),
+        ("prepend_kv", "prefix_k"),
+        ("prepend_kv", "value"),
+        ("cast_qkv", "key"),
+    ):
+        arguments = good(op, target.device)
+        arguments[argument] = torch.empty_like(arguments[argument], device="meta")
+        if grad and arguments[argument].is_floating_point():
+            arguments[argument].requires_grad_()
+        with pytest.raises(ValueError, match=f"{target.device}.*meta|meta.*{target.device}"):
+            getattr(ptune_kernels, op)(**arguments)
+
+
+PLACED = ["embed_and_prepend", "prepend", "overwrite", "overwrite_", "prepend_kv"]
+
+
+def placement(device, start=(0, 1), length=(3, 2), column=(0, 1), max_length=3, dtype=torch.int32):
+    tensors = (torch.tensor(x, dtype=dtype, device=device) for x in (start, length, column))
+    return Placement(*tensors, max_length)
+
+
+BAD_PLACEMENTS = [
+    ("start", {"start": (0, 1, 0)}, (f"size {B}", "[3]")),
+    ("length", {"length": ((3, 2),)}, ("1 dimension", "[1, 2]")),
+    ("start", {"dtype": torch.int64}, ("torch.int32", "torch.int64")),
+    ("max_length", {"max_length": -1}, ("at least 0", "-1")),
+]
+
+
+@on_targets
+@pytest.mark.parametrize("op", PLACED)
+@pytest.mark.parametrize(("field", "change", "words"), BAD_PLACEMENTS, ids=lambda x: x if isinstance(x, str) else "")
+def test_placements(target, op, field, change, words):
+    arguments = good(op, target.device) | {"placement": placement(target.device, **change)}
+    assert_refused(op, arguments, ValueError, f"placement.{field}", words)
+
+
+BAD_VALUES = [
+    ("start", {"start": (-1, 1)}, ("at least 0", "-1")),
+    ("length", {"length": (-1, 2)}, ("at least 0", "-1")),
+    ("column", {"column": (0, -1)}, ("at least 0", "-1")),
+    ("start + length", {"start": (0, 2)}, (f"at most {M}", "4")),
+    ("start + length", {"start": (2**31 - 1, 0)}, (f"at most {M}",)),
+    ("length", {"max_length": 2}, ("at most 2", "3")),
+    ("column", {"column": (0, N + 1)}, (f"at most {N}", str(N + 1))),
+    ("column", {"column": (2**31 - 1, 0)}, (f"at most {N}",)),
+]
+
+
+@on_targets
+@pytest.mark.parametrize("op", PLACED)
+@pytest.mark.parametrize(("field", "change", "words"), BAD_VALUES, ids=lambda x: x if isinstance(x, str) else "")
+def test_values_of_a_placement(target, op, field, change, words):
+    """Checked on the CPU; on a GPU, where reading them would synchronise, the row comes out as NaN (test_cuda.py)."""
+    if target.device != "cpu":
+        pytest.skip("values are not read on a GPU")
+    arguments = good(op, target.device) | {"placement": placement(target.device, **change)}
+    if field == "column" and op.startswith("overwrite"):
+        words = [f"at most {N}" if word.startswith("at most") else word for word in words[:1]]
+    assert_refused(op, arguments, IndexError, f"placement.{field}", words)
+
+
+@on_targets
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("wrong", [-1, V, 2**31 - 1])
+def test_ids(target, wrong, dtype):
+    if target.device != "cpu":
+        pytest.skip("values are not read on a GPU")
+    arguments = good("embed_and_prepend", target.device)
+    arguments["input_ids"] = arguments["input_ids"].to(dtype)
+    arguments["input_ids"][1, 2] = wrong
+    assert_refused("embed_and_prepend", arguments, IndexError, "input_ids", (f"0 to {V - 1}", str(wrong)))
+
+
+@on_targets
+def test_ids_beyond_int32(target):
+    """An id that would be a good one if only its low 32 bits were read."""
+    if target.device != "cpu":
+        pytest.skip("values are not read on a GPU")
+    arguments = good("embed_and_prepend", target.device)
+    arguments["input_ids"][0, 0] = 2**32 + 1
+    assert_refused("embed_and_prepend", arguments, IndexError, "input_ids", (str(2**32 + 1),))
+
+
+@on_targets
+@pytest.mark.parametrize("op", ["overwrite", "overwrite_"])
+def test_mode(target, op):
+    assert_refused(op, good(op, target.device) | {"mode": "ADD"}, ValueError, "mode", ("'ADD'",))
+
+
+@on_targets
+def test_strip_and_placement_agree(target):
+    arguments = good("strip", target.device) | {"placement": placement(target.device, max_length=4)}
+    assert_refused("strip", arguments, ValueError, "max_length", ("4", "3"))
+
+
+@on_targets
+def test_half_a_placement(target):
+    numbers = torch.zeros(B, dtype=torch.int32, device=target.device)
+    arguments = good("prepend", target.device) | {"placement": Placement(numbers, numbers, None, 3)}
+    assert_refused("prepend", arguments, ValueError, "placement", ("start, length and column",))
+
+
+@on_targets
+def test_overwrite_in_place_of_overlapping_memory(target):
+    """Rows of the batch that share their memory cannot each have their own prompt."""
+    arguments = good("overwrite_", target.device)
+    arguments["hidden"] = torch.zeros(1, N, D, device=target.device).expand(B, N, D)
+    with pytest.raises(ValueError, match="hidden: expected .* its own memory, got dimension 0 expanded"):
+        ptune_kernels.overwrite_(**arguments)
+    assert not arguments["hidden"].any()
+
+
+def test_placement_of_checks_on_the_host():
+    made = Placement.of([0, 4], [3, 0], [1, 2], pool_rows=4)
+    assert made.max_length == 3
+    assert [x.tolist() for x in made[:3]] == [[0, 4], [3, 0], [1, 2]]
+    assert all(x.dtype == torch.int32 for x in made[:3])
+    for start, length, column in ((-1, 1, 0), (0, -1, 0), (0, 1, -1), (2, 3, 0)):
+        with pytest.raises(IndexError, match=rf"row 1.*at most 4.*start {start}, length {length}, column {column}"):
+            Placement.of([0, start], [1, length], [0, column], pool_rows=4)
+
+
+def test_unknown_backend():
+    with pytest.raises(ValueError, match="backend: expected one of reference, native, triton or None, got 'cuda'"):
+        with ptune_kernels.use_backend("cuda"):
+            pass
