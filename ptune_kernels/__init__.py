@@ -11,10 +11,11 @@ from .functional import (
     prepend_kv,
     strip,
 )
+from .version import __version__
 
-__version__ = "0.1.0"
 __all__ = [
     "Placement",
+    "__version__",
     "backend_for",
     "cast_qkv",
     "embed_and_prepend",
