@@ -1,0 +1,255 @@
+"""Reads training data from files, and says by file and line what is wrong with them.
+
+Three kinds of example come out: `Labelled` texts (classification), `Tagged` sentences (tagging) and `Passage`s
+(generation). A file is read whole: the data of a soft prompt fits in memory many times over.
+"""
+
+import csv
+import io
+import json
+import random
+import re
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+Example = TypeVar("Example")
+Rows = list[tuple[int, dict[str, object]]]  # the number of a line, and its cells by column name
+
+TEXT_NAMES = ("text", "sentence", "sms", "message", "content", "body", "document", "review", "tweet", "utterance")
+LABEL_NAMES = ("label", "labels", "class", "category", "target", "sentiment", "intent", "topic")
+PROMPT_NAMES = ("prompt", "instruction", "question", "input", "source")
+COMPLETION_NAMES = ("completion", "response", "answer", "output", "target")
+TAG = re.compile(r"O|[BIES]-\S+")
+
+
+class DataError(ValueError):
+    """A file that cannot be used as training data. The message names the file, and the line where there is one."""
+
+    def __init__(self, path: Path, line: int | None, problem: str):
+        super().__init__(f"{path}:{line}: {problem}" if line else f"{path}: {problem}")
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A text and its class."""
+
+    text: str
+    label: str
+
+
+@dataclass(frozen=True)
+class Tagged:
+    """The words of a sentence, and one BIO (or BIOES) tag for each."""
+
+    words: tuple[str, ...]
+    tags: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A completion, and the prompt it follows ("" where the whole text is learnt)."""
+
+    prompt: str
+    completion: str
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns the user named; None is found by its usual names."""
+
+    text: str | None = None
+    label: str | None = None
+    prompt: str | None = None
+    completion: str | None = None
+
+
+def read_labelled(path: Path, columns: Columns = Columns()) -> list[Labelled]:
+    """Reads a text and a label column from a CSV, TSV or JSONL file.
+
+    Raises: DataError for a file, column or line that cannot be used.
+    """
+    header, rows = _read_table(path)
+    roles = {"text": (columns.text, TEXT_NAMES), "label": (columns.label, LABEL_NAMES)}
+    text, label = _find_columns(path, header, roles)
+    return [Labelled(_cell(path, line, row, text), _cell(path, line, row, label).strip()) for line, row in rows]
+
+
+def read_passages(path: Path, columns: Columns = Columns()) -> list[Passage]:
+    """Reads a prompt and a completion column, or a single text column, from a CSV, TSV or JSONL file.
+
+    Raises: DataError for a file, column or line that cannot be used.
+    """
+    header, rows = _read_table(path)
+    named = columns.prompt or columns.completion
+    usual = _by_name(header, PROMPT_NAMES) and _by_name(header, COMPLETION_NAMES)
+    if columns.text or not (named or usual):
+        (text,) = _find_columns(path, header, {"text": (columns.text, TEXT_NAMES)})
+        return [Passage("", _cell(path, line, row, text)) for line, row in rows]
+    roles = {"prompt": (columns.prompt, PROMPT_NAMES), "completion": (columns.completion, COMPLETION_NAMES)}
+    prompt, completion = _find_columns(path, header, roles)
+    return [Passage(_cell(path, line, row, prompt), _cell(path, line, row, completion)) for line, row in rows]
+
+
+def read_tagged(path: Path) -> list[Tagged]:
+    """Reads a CoNLL file: a word per line, its tag in the last column, a blank line between sentences.
+
+    Columns are split at tabs where a line has one, else at white space. `-DOCSTART-` lines are skipped.
+    Raises: DataError for a file or line that cannot be used.
+    """
+    sentences = []
+    words: list[str] = []
+    tags: list[str] = []
+    for number, line in [*_read_lines(path), (0, "")]:
+        if not line.strip():
+            if words:
+                sentences.append(Tagged(tuple(words), tuple(tags)))
+            words, tags = [], []
+            continue
+        cells = line.split("\t") if "\t" in line else line.split()
+        if cells[0] == "-DOCSTART-":
+            continue
+        if len(cells) < 2:
+            raise DataError(path, number, f"expected a word and its tag, got {line!r}")
+        word, tag = cells[0].strip(), cells[-1].strip()
+        if not word:
+            raise DataError(path, number, "the word is empty")
+        if not TAG.fullmatch(tag):
+            raise DataError(path, number, f"expected a tag like O, B-name or I-name, got {tag!r}")
+        words.append(word)
+        tags.append(tag)
+    if not sentences:
+        raise DataError(path, None, "no sentences in it")
+    return sentences
+
+
+def hold_out(
+    examples: Sequence[Example], share: float, stratum: Callable[[Example], Hashable], seed: int
+) -> tuple[list[Example], list[Example]]:
+    """Splits examples into (kept, held out), with `share` of every stratum held out and at least one of each kept.
+
+    Both parts keep the order of `examples`. Raises: ValueError if either part would be empty.
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"share: expected a number between 0 and 1, got {share}")
+    strata: dict[Hashable, list[int]] = defaultdict(list)
+    for index, example in enumerate(examples):
+        strata[stratum(example)].append(index)
+    chooser = random.Random(seed)
+    held: set[int] = set()
+    for indices in strata.values():
+        held.update(chooser.sample(indices, min(round(share * len(indices)), len(indices) - 1)))
+    if not held:
+        raise ValueError(f"{len(examples)} examples are too few to hold out {share:.0%} of them: give evaluation data")
+    kept = [example for index, example in enumerate(examples) if index not in held]
+    return kept, [examples[index] for index in sorted(held)]
+
+
+def _read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yields (number from 1, line without its end). Only \\n and \\r\\n end lines: texts may hold other separators."""
+    text = _read_text(path)
+    for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):
+        yield number, line.removesuffix("\r")
+
+
+def _read_text(path: Path) -> str:
+    if not path.is_file():
+        raise DataError(path, None, "no such file")
+    content = path.read_bytes()
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(path, content.count(b"\n", 0, error.start) + 1, "not UTF-8") from None
+    if not text.strip():
+        raise DataError(path, None, "the file is empty")
+    return text
+
+
+def _read_table(path: Path) -> tuple[list[str], Rows]:
+    readers = {".csv": _read_csv, ".tsv": _read_tsv, ".jsonl": _read_jsonl}
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise DataError(path, None, f"expected a {', '.join(readers)} file")
+    header, rows = reader(path)
+    if not rows:
+        raise DataError(path, None, "a header and no lines after it")
+    return header, rows
+
+
+def _read_csv(path: Path) -> tuple[list[str], Rows]:
+    # newline="" leaves line ends inside quoted cells to the csv reader; `line_num` then points at a record's last line.
+    reader = csv.reader(io.StringIO(_read_text(path), newline=""), strict=True)
+    try:
+        header = next(reader)
+        records = [(reader.line_num, cells) for cells in reader if cells]
+    except csv.Error as error:
+        raise DataError(path, reader.line_num, str(error)) from None
+    return header, _to_rows(path, header, records)
+
+
+def _read_tsv(path: Path) -> tuple[list[str], Rows]:
+    # Quotes are text in TSV: a message may open one and never close it.
+    (_, first), *lines = _read_lines(path)
+    header = first.split("\t")
+    return header, _to_rows(path, header, [(number, line.split("\t")) for number, line in lines if line.strip()])
+
+
+def _to_rows(path: Path, header: list[str], records: list[tuple[int, list[str]]]) -> Rows:
+    if len(set(header)) < len(header):
+        raise DataError(path, 1, f"a column name stands twice in the header {header}")
+    for number, cells in records:
+        if len(cells) != len(header):
+            raise DataError(path, number, f"expected {len(header)} columns ({', '.join(header)}), got {len(cells)}")
+    return [(number, dict(zip(header, cells, strict=True))) for number, cells in records]
+
+
+def _read_jsonl(path: Path) -> tuple[list[str], Rows]:
+    rows: Rows = []
+    for number, line in _read_lines(path):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(path, number, f"not JSON: {error.msg} at column {error.colno}") from None
+        if not isinstance(row, dict):
+            raise DataError(path, number, f"expected a JSON object, got {type(row).__name__}")
+        rows.append((number, row))
+    return list(rows[0][1]), rows
+
+
+def _by_name(header: list[str], names: Sequence[str]) -> str | None:
+    lowered = {column.strip().lower(): column for column in reversed(header)}
+    return next((lowered[name] for name in names if name in lowered), None)
+
+
+def _find_columns(path: Path, header: list[str], roles: Mapping[str, tuple[str | None, Sequence[str]]]) -> list[str]:
+    """The column of each role: the one the user named, else one with a usual name, else the only one that is left."""
+    found = {role: named for role, (named, _) in roles.items() if named is not None}
+    for role, named in found.items():
+        if named not in header:
+            raise DataError(path, None, f"no column {named!r} for the {role}; the first line names {', '.join(header)}")
+    for role, (_, usual) in roles.items():
+        column = _by_name([column for column in header if column not in found.values()], usual)
+        if role not in found and column is not None:
+            found[role] = column
+    missing = [role for role in roles if role not in found]
+    free = [column for column in header if column not in found.values()]
+    if len(missing) == 1 and len(free) == 1:
+        found[missing[0]] = free[0]
+    elif missing:
+        hint = f"name it with --{missing[0]}-column; the first line names {', '.join(header)}"
+        raise DataError(path, None, f"which column is the {missing[0]}? {hint}")
+    return [found[role] for role in roles]
+
+
+def _cell(path: Path, line: int, row: dict[str, object], column: str) -> str:
+    value = row.get(column)
+    if not isinstance(value, str | int | float):
+        raise DataError(path, line, f"column {column!r}: expected text, got {value!r}")
+    text = value if isinstance(value, str) else json.dumps(value)
+    if not text.strip():
+        raise DataError(path, line, f"column {column!r} is empty")
+    return text

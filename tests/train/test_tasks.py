@@ -1,0 +1,100 @@
+"""What a task feeds a model and what it makes of the answer, against values worked out by hand."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from ptune.data import Labelled, Passage, Tagged
+from ptune.tasks import IGNORED, Classification, Generation, Tagging, accuracy, macro_f1
+
+from .tiny import SPECIAL, WORDS, word_tokenizer
+
+PAD, UNK, CLS, SEP = range(4)
+WORD = {word: index for index, word in enumerate(SPECIAL + WORDS)}
+
+
+def test_accuracy_and_macro_f1_by_hand():
+    gold = ["a", "a", "a", "b", "b", "c"]
+    predicted = ["a", "a", "b", "b", "d", "d"]
+    assert accuracy(gold, predicted) == 3 / 6
+    # a: 2 hits of 3 gold, 2 predicted; b: 1 of 2, 2; c and d: none
+    assert macro_f1(gold, predicted) == pytest.approx((4 / 5 + 2 / 4 + 0 + 0) / 4)
+
+
+def test_macro_f1_equals_scikit_learn():
+    metrics = pytest.importorskip("sklearn.metrics")
+    gold, predicted = np.random.default_rng(0).integers(0, 5, (2, 200)).astype(str)
+    expected = metrics.f1_score(gold, predicted, average="macro")
+    assert macro_f1(list(gold), list(predicted)) == pytest.approx(expected)
+
+
+def test_classification_features_and_score():
+    task = Classification(word_tokenizer(), 4, ["x", "y"])
+    features = [task.encode(Labelled("good", "y")), task.encode(Labelled("bad bad bad", "x"))]
+    batch = task.collate(features)
+    assert batch["input_ids"].tolist() == [[CLS, WORD["good"], SEP, PAD], [CLS, WORD["bad"], WORD["bad"], SEP]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
+    assert batch["labels"].tolist() == [1, 0]
+    assert task.reduce(torch.tensor([[0.1, 0.3], [2.0, -1.0]]), batch["labels"]).tolist() == [1, 0]
+    examples = [Labelled("good", "y"), Labelled("bad", "x"), Labelled("one", "x")]
+    assert task.score(examples, [], np.array([1, 1, 0])) == {
+        "accuracy": pytest.approx(2 / 3),
+        "macro_f1": pytest.approx(2 / 3),
+    }
+
+
+def test_tags_stand_at_first_pieces_and_lost_words_count():
+    task = Tagging(word_tokenizer(), 5, ["O", "B-per", "I-per", "B-loc"])
+    example = Tagged(("Ann", "Bob", "in", "Rome"), ("B-per", "I-per", "O", "B-loc"))
+    features = task.encode(example)  # five tokens: [CLS], three words, [SEP]; Rome is cut
+    assert features["input_ids"] == [CLS, WORD["Ann"], WORD["Bob"], WORD["in"], SEP]
+    assert features["first_pieces"] == [1, 2, 3, IGNORED]
+    assert features["labels"] == [IGNORED, 1, 2, 0, IGNORED]
+    predicted = np.array([[3, 1, 2, 0, 3]])  # what stands at [CLS] and [SEP] is nobody's tag
+    # one entity of one predicted is right, and one of two gold is found
+    assert task.score([example], [features], predicted) == {
+        "entity_precision": 1.0,
+        "entity_recall": 0.5,
+        "entity_f1": pytest.approx(2 / 3),
+    }
+
+
+def test_entities_are_whole():
+    task = Tagging(word_tokenizer(), 20, ["O", "B-per", "I-per"])
+    example = Tagged(("Ann", "Bob", "in"), ("B-per", "I-per", "O"))
+    features = task.encode(example)
+    half = np.array([[0, 1, 0, 0, 0]])
+    assert task.score([example], [features], half)["entity_f1"] == 0
+
+
+def test_only_the_completion_and_its_end_are_learnt():
+    task = Generation(word_tokenizer("[CLS] $A"), 20)
+    assert task.encode(Passage("the red", "is good")) == {
+        "input_ids": [CLS, WORD["the"], WORD["red"], WORD["is"], WORD["good"], SEP],
+        "labels": [IGNORED, IGNORED, IGNORED, WORD["is"], WORD["good"], SEP],
+    }
+    closing = Generation(word_tokenizer("[CLS] $A [SEP]"), 20)
+    assert closing.encode(Passage("the red", "is good")) == task.encode(Passage("the red", "is good"))
+    assert Generation(task.tokenizer, 4).encode(Passage("the red", "is good"))["labels"][3:] == [WORD["is"]]
+    with pytest.raises(ValueError, match="max_length: 3 tokens leave no room after the prompt 'the red'"):
+        Generation(task.tokenizer, 3).encode(Passage("the red", "is good"))
+
+
+def test_perplexity_weighs_every_token_alike():
+    task = Generation(word_tokenizer("[CLS] $A"), 20)
+    passages = [Passage("", "good"), Passage("the", "one two three")]
+    batch = task.collate([task.encode(passage) for passage in passages])
+    assert batch["labels"].tolist() == [
+        [IGNORED, WORD["good"], SEP, IGNORED, IGNORED, IGNORED],
+        [IGNORED, IGNORED, WORD["one"], WORD["two"], WORD["three"], SEP],
+    ]
+    logits = torch.randn(2, 6, len(WORD), generator=torch.Generator().manual_seed(1))
+    first, second = [WORD["good"], SEP], [WORD["one"], WORD["two"], WORD["three"], SEP]
+    log_probabilities = logits.double().log_softmax(-1)
+    nll = [-log_probabilities[0, column, token] for column, token in enumerate(first)]
+    nll += [-log_probabilities[1, column, token] for column, token in enumerate(second, 1)]
+    reduced = task.reduce(logits, batch["labels"]).numpy()
+    assert reduced[:, 1].tolist() == [2, 4]
+    assert task.score(passages, [], reduced)["perplexity"] == pytest.approx(math.exp(sum(nll) / 6), rel=1e-6)
