@@ -1,0 +1,102 @@
+"""Which backend serves, choosing another, and what `python -m ptune_kernels` says of it."""
+
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+import ptune_kernels
+from ptune_kernels import backend_for, use_backend
+
+from .cases import OPS, TARGETS
+from .compare import assert_same
+
+
+def test_the_compiled_library_serves_the_cpu():
+    assert ptune_kernels.native.loaded("cpu"), "these tests need the compiled library: install the wheel"
+    assert backend_for("cpu") == backend_for(torch.device("cpu")) == "native"
+
+
+def test_an_unknown_device_gets_the_reference():
+    assert backend_for("meta") == "reference"
+
+
+def test_use_backend_nests_and_restores():
+    before = backend_for("cpu")
+    with use_backend("reference"):
+        assert backend_for("cpu") == "reference"
+        with use_backend(None):
+            assert backend_for("cpu") == before
+        with pytest.raises(KeyError), use_backend("triton"):
+            assert backend_for("cpu") == "triton"
+            raise KeyError
+        assert backend_for("cpu") == "reference"
+    assert backend_for("cpu") == before
+
+
+@pytest.mark.parametrize("target", [t for t in TARGETS if t.device == "cpu"], ids=lambda t: t.backend)
+def test_the_chosen_backend_is_the_one_that_runs(target):
+    """In forward, and in backward even when the choice has ended by then."""
+    called = []
+
+    class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            called.append(op.namespace)
+            return op(*args, **(kwargs or {}))
+
+    op = next(op for op in OPS if op.name == "prepend")
+    (prompts, hidden), _ = op.case((2, 3, 4, 5), torch.float32, "cpu", placed=False)
+    with Recorder():
+        with use_backend(target.backend):
+            out = ptune_kernels.prepend(prompts.requires_grad_(), hidden)
+        out.sum().backward()
+    assert [name for name in called if name.startswith("ptune_")] == [f"ptune_{target.backend}"] * 2
+
+
+def test_many_threads_at_once():
+    """Ops called from several Python threads do not disturb each other."""
+    wrong = []
+
+    def work(seed):
+        generator = torch.Generator().manual_seed(seed)
+        prompts, hidden = torch.randn(5, 64, generator=generator), torch.randn(4, 33, 64, generator=generator)
+        for _ in range(50):
+            out = ptune_kernels.prepend(prompts.requires_grad_(), hidden)
+            (grad,) = torch.autograd.grad(out.sum(), prompts)
+            if not (torch.equal(out, torch.cat([prompts.expand(4, 5, 64), hidden], 1)) and (grad == 4).all()):
+                wrong.append(seed)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_command_line(tmp_path):
+    run = subprocess.run([sys.executable, "-m", "ptune_kernels"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    lines = [" ".join(line.split()) for line in run.stdout.splitlines()]
+    assert f"ptune-kernels {ptune_kernels.__version__}" in lines
+    assert f"ops on cpu {backend_for('cpu')}" in lines
+    assert any(line.startswith(f"torch {torch.__version__}") for line in lines)
+    library = ptune_kernels.native.libraries["cpu"]
+    assert any(line.startswith("native cpu library") and library.build in line for line in lines)
+
+
+def test_a_library_that_does_not_load_is_an_error(tmp_path):
+    """Not a silent fallback: the package copied beside a library that is not one."""
+    import pathlib
+    import shutil
+
+    source = pathlib.Path(ptune_kernels.__file__).parent
+    shutil.copytree(source, tmp_path / "ptune_kernels", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    (tmp_path / "ptune_kernels" / "libptune_cpu.so").write_bytes(b"not a library")
+    run = subprocess.run(
+        [sys.executable, "-c", "import ptune_kernels"], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert run.returncode != 0
+    assert "libptune_cpu.so is present but does not load" in run.stderr
