@@ -1,4 +1,4 @@
-"""Builds the compiled libraries with CMake and puts them beside the Python files; everything else is in pyproject.toml."""
+"""Builds the compiled libraries with CMake, beside the Python files; everything else is in pyproject.toml."""
 
 import re
 import subprocess

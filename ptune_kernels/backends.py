@@ -10,7 +10,8 @@ from . import native, reference, schema  # noqa: F401  (reference registers itse
 
 
 class Ops:
-    """The ops of one backend, each bound once: looking one up in ``torch.ops`` on every call costs more than a small op."""
+    """The ops of one backend, each bound once: looking one up in ``torch.ops`` on every call costs more than a small
+    op."""
 
     def __init__(self, backend: str):
         self.backend = backend
@@ -41,7 +42,8 @@ def ops_for(device: torch.device) -> Ops:
 
 
 def backend_for(device: torch.device | str) -> str:
-    """The name of the backend that serves ``device``: CPU → native, else reference; GPU → Triton, else native, else reference."""
+    """The name of the backend that serves ``device``: CPU → native, else reference; GPU → Triton, else native, else
+    reference."""
     return ops_for(torch.device(device)).backend
 
 

@@ -1,15 +1,16 @@
 """The public ops: differentiable, on whichever backend serves the device.
 
-Shapes: ``b`` batch, ``n`` text length, ``M`` rows in the pool of prompts, ``m = max_length`` prompt columns, ``d`` width,
-``h`` heads. ``placement=None`` puts the whole pool at column 0 of every row (``m = M``).
+Shapes: ``b`` batch, ``n`` text length, ``M`` rows in the pool of prompts, ``m = max_length`` prompt columns, ``d``
+width, ``h`` heads. ``placement=None`` puts the whole pool at column 0 of every row (``m = M``).
 
-Dtypes: prompts are float32 over float32, float16 or bfloat16 text (float64 over float64). Arithmetic is in float32 and is
-rounded once, to nearest even; prompt gradients are summed over the batch in float32, in a fixed order, compensated (Kahan).
-Inputs may have any strides and are never copied first; outputs are contiguous and never alias inputs.
+Dtypes: prompts are float32 over float32, float16 or bfloat16 text (float64 over float64). Arithmetic is in float32 and
+is rounded once, to nearest even; prompt gradients are summed over the batch in float32, in a fixed order, compensated
+(Kahan). Inputs may have any strides and are never copied first; outputs are contiguous and never alias inputs.
 
-Errors: `ValueError` (shapes, dtypes, devices, layouts) or `IndexError` (values) names the argument, what was expected and what came, before anything is
-written. The values of a placement and of ``input_ids`` are checked on the CPU only: on a GPU that would synchronise, so
-there a row out of range is never read and comes out as NaN (`Placement.of` checks on the host, before the copy).
+Errors: `ValueError` (shapes, dtypes, devices, layouts) or `IndexError` (values) names the argument, what was expected
+and what came, before anything is written. The values of a placement and of ``input_ids`` are checked on the CPU only:
+on a GPU that would synchronise, so there a row out of range is never read and comes out as NaN (`Placement.of` checks
+on the host, before the copy).
 """
 
 from collections.abc import Sequence
@@ -28,8 +29,8 @@ _WHOLE_POOL = (None, None, None)
 class Placement(NamedTuple):
     """Which rows of the prompt pool each row of a batch uses, and where they stand.
 
-    Row ``i`` uses ``prompts[start[i] : start[i] + length[i]]``, set before the text column ``column[i]``; an op that prepends
-    makes room for ``max_length`` rows and fills what ``length[i]`` leaves with zeros, on the left.
+    Row ``i`` uses ``prompts[start[i] : start[i] + length[i]]``, set before the text column ``column[i]``; an op that
+    prepends makes room for ``max_length`` rows and fills what ``length[i]`` leaves with zeros, on the left.
 
     start, length, column: int32 [b], on the device of the batch.
     """
@@ -53,11 +54,11 @@ class Placement(NamedTuple):
         for i, (s, m, c) in enumerate(zip(start, length, column, strict=True)):
             if s < 0 or m < 0 or c < 0 or s + m > pool_rows:
                 raise IndexError(
-                    f"row {i}: expected start, length and column of at least 0 and start + length of at most {pool_rows}, "
-                    f"got start {s}, length {m}, column {c}"
+                    f"row {i}: expected start, length and column of at least 0 and start + length of at most "
+                    f"{pool_rows}, got start {s}, length {m}, column {c}"
                 )
-        tensors = torch.tensor([list(start), list(length), list(column)], dtype=torch.int32).to(device)
-        return cls(*tensors.unbind(), max_length=max(length, default=0))
+        rows = torch.tensor([list(start), list(length), list(column)], dtype=torch.int32).to(device)
+        return cls(rows[0], rows[1], rows[2], max(length, default=0))
 
 
 def embed_and_prepend(
@@ -65,9 +66,9 @@ def embed_and_prepend(
 ) -> Tensor:
     """``[prompts ; scale * embedding[input_ids]]`` in one launch.
 
-    prompts [M, d], input_ids [b, n] int64 or int32, embedding [V, d] → [b, m + n, d] in the embedding's dtype. ``scale`` is
-    rounded to that dtype first, as Gemma's embedding does. The embedding is taken as frozen; where it requires a gradient the
-    look-up is torch's own.
+    prompts [M, d], input_ids [b, n] int64 or int32, embedding [V, d] → [b, m + n, d] in the embedding's dtype.
+    ``scale`` is rounded to that dtype first, as Gemma's embedding does. The embedding is taken as frozen; where it
+    requires a gradient the look-up is torch's own.
     """
     if embedding.requires_grad and torch.is_grad_enabled():
         text = torch.nn.functional.embedding(input_ids, embedding)
@@ -84,7 +85,8 @@ def embed_and_prepend(
 def prepend(prompts: Tensor, hidden: Tensor, placement: Placement | None = None) -> Tensor:
     """``[prompts ; hidden]`` for every row, in one launch.
 
-    prompts [M, d], hidden [b, n, d] → [b, m + n, d] in hidden's dtype. ``n`` may be 0: the prompts expanded over the batch.
+    prompts [M, d], hidden [b, n, d] → [b, m + n, d] in hidden's dtype. ``n`` may be 0: the prompts expanded over the
+    batch.
     """
     ops = ops_for(hidden.device)
     where = placement or (*_WHOLE_POOL, prompts.shape[0])
@@ -110,9 +112,9 @@ def strip(hidden: Tensor, max_length: int, placement: Placement | None = None) -
 def overwrite(hidden: Tensor, prompts: Tensor, placement: Placement | None = None, mode: str = "overwrite") -> Tensor:
     """A copy of ``hidden`` whose prompt rows became ``prompts`` (``"overwrite"``) or had them added (``"add"``).
 
-    hidden [b, S, d], prompts [M, d] → [b, S, d]. Writes rows ``column[i] : column[i] + length[i]`` of each row: for what
-    `prepend` made, that is its own column plus ``max_length - length``. Backward of ``"overwrite"`` zeroes the gradient of
-    the rows that were lost.
+    hidden [b, S, d], prompts [M, d] → [b, S, d]. Writes rows ``column[i] : column[i] + length[i]`` of each row: for
+    what `prepend` made, that is its own column plus ``max_length - length``. Backward of ``"overwrite"`` zeroes the
+    gradient of the rows that were lost.
     """
     ops = ops_for(hidden.device)
     arguments = (*(placement or (*_WHOLE_POOL, prompts.shape[0])), _is_add(mode))
@@ -124,8 +126,8 @@ def overwrite(hidden: Tensor, prompts: Tensor, placement: Placement | None = Non
 def overwrite_(hidden: Tensor, prompts: Tensor, placement: Placement | None = None, mode: str = "overwrite") -> Tensor:
     """`overwrite` in place: touches the prompt rows alone, and returns ``hidden``.
 
-    Under autograd ``hidden`` must not be a leaf, and nothing may have saved it for its backward; a region that is recomputed
-    (gradient checkpointing) needs `overwrite`.
+    Under autograd ``hidden`` must not be a leaf, and nothing may have saved it for its backward; a region that is
+    recomputed (gradient checkpointing) needs `overwrite`.
     """
     ops = ops_for(hidden.device)
     arguments = (*(placement or (*_WHOLE_POOL, prompts.shape[0])), _is_add(mode))
@@ -177,114 +179,126 @@ def _is_add(mode: str) -> bool:
     return mode == "add"
 
 
-# Every Function takes the backend's ops first, so that its backward, which may run in another thread, uses the same ones.
+# Every Function takes the backend's ops first, so that its backward, which may run in another thread, uses the same
+# ones.
+
+
+def _remember(ctx, ops: Ops, start, length, column, max_length, prompts=None) -> None:
+    ctx.save_for_backward(start, length, column)
+    ctx.ops, ctx.max_length = ops, max_length
+    if prompts is not None:
+        ctx.pool_rows, ctx.prompt_dtype = prompts.shape[0], prompts.dtype
+
+
+def _where(ctx):
+    return (*ctx.saved_tensors, ctx.max_length)
+
+
+def _text_gradient(ops: Ops, grad: Tensor, where, dtype: torch.dtype | None = None) -> Tensor:
+    start, _, _, max_length = where
+    if start is None and dtype in (None, grad.dtype):
+        return grad[..., max_length:, :]
+    return ops.strip(grad, *where, dtype)
 
 
 class _EmbedAndPrepend(Function):
     @staticmethod
     def forward(ctx, ops: Ops, prompts, input_ids, embedding, start, length, column, max_length, scale):
-        ctx.save_for_backward(start, length, column)
-        ctx.ops, ctx.max_length, ctx.pool = ops, max_length, (prompts.shape[0], prompts.dtype)
+        _remember(ctx, ops, start, length, column, max_length, prompts)
         return ops.embed_and_prepend(prompts, input_ids, embedding, start, length, column, max_length, scale)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        rows, dtype = ctx.pool
-        prompts = ctx.ops.sum_prompts(grad, rows, *ctx.saved_tensors, ctx.max_length, True, dtype)
+        prompts = ctx.ops.sum_prompts(grad, ctx.pool_rows, *_where(ctx), True, ctx.prompt_dtype)
         return None, prompts, *[None] * 7
 
 
 class _Prepend(Function):
     @staticmethod
     def forward(ctx, ops: Ops, prompts, hidden, start, length, column, max_length):
-        ctx.save_for_backward(start, length, column)
-        ctx.ops, ctx.max_length, ctx.pool = ops, max_length, (prompts.shape[0], prompts.dtype)
+        _remember(ctx, ops, start, length, column, max_length, prompts)
         return ops.prepend(prompts, hidden, start, length, column, max_length)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        where = (*ctx.saved_tensors, ctx.max_length)
-        prompts = ctx.ops.sum_prompts(grad, ctx.pool[0], *where, True, ctx.pool[1]) if ctx.needs_input_grad[1] else None
-        hidden = _text_gradient(ctx.ops, grad, where, None) if ctx.needs_input_grad[2] else None
+        prompts = hidden = None
+        if ctx.needs_input_grad[1]:
+            prompts = ctx.ops.sum_prompts(grad, ctx.pool_rows, *_where(ctx), True, ctx.prompt_dtype)
+        if ctx.needs_input_grad[2]:
+            hidden = _text_gradient(ctx.ops, grad, _where(ctx))
         return None, prompts, hidden, *[None] * 4
 
 
 class _Strip(Function):
     @staticmethod
     def forward(ctx, ops: Ops, hidden, start, length, column, max_length):
-        ctx.save_for_backward(start, length, column)
-        ctx.ops, ctx.max_length = ops, max_length
+        _remember(ctx, ops, start, length, column, max_length)
         return ops.strip(hidden, start, length, column, max_length, None)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        start, length, column = ctx.saved_tensors
+        start, length, column, max_length = _where(ctx)
         if start is not None:
-            start = start * 0  # rows of the zeros below, wherever the prompts themselves came from
-        prompt_dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
-        zeros = grad.new_zeros(1, grad.shape[-1], dtype=prompt_dtype).expand(ctx.max_length, -1)
-        return None, ctx.ops.prepend(zeros, grad, start, length, column, ctx.max_length), *[None] * 4
+            start = torch.zeros_like(start)  # into the zeros below, wherever the prompts themselves came from
+        zeros = _zero_prompts(grad, max_length)
+        return None, ctx.ops.prepend(zeros, grad, start, length, column, max_length), *[None] * 4
 
 
-def _overwrite_gradients(ctx, grad):
-    """Gradients of (hidden, prompts), for both forms of overwrite."""
-    rows, dtype = ctx.pool
-    where = (*ctx.saved_tensors, ctx.max_length)
-    hidden = prompts = None
-    if ctx.needs_input_grad[1]:
-        hidden = grad
-        if not ctx.add:
-            zeros = grad.new_zeros(1, grad.shape[-1], dtype=dtype).expand(rows, -1)
-            hidden = ctx.ops.overwrite(grad, zeros, *where, False)
-    if ctx.needs_input_grad[2]:
-        prompts = ctx.ops.sum_prompts(grad, rows, *where, False, dtype)
-    return None, hidden, prompts, *[None] * 5
+def _zero_prompts(grad: Tensor, rows: int) -> Tensor:
+    dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
+    return grad.new_zeros(1, grad.shape[-1], dtype=dtype).expand(rows, -1)
 
 
 class _Overwrite(Function):
     @staticmethod
     def forward(ctx, ops: Ops, hidden, prompts, start, length, column, max_length, add):
-        ctx.save_for_backward(start, length, column)
-        ctx.ops, ctx.max_length, ctx.add, ctx.pool = ops, max_length, add, (prompts.shape[0], prompts.dtype)
+        _remember(ctx, ops, start, length, column, max_length, prompts)
+        ctx.add = add
         return ops.overwrite(hidden, prompts, start, length, column, max_length, add)
 
-    backward = staticmethod(once_differentiable(_overwrite_gradients))
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        hidden = prompts = None
+        if ctx.needs_input_grad[1]:
+            lost = _zero_prompts(grad, ctx.pool_rows)
+            hidden = grad if ctx.add else ctx.ops.overwrite(grad, lost, *_where(ctx), False)
+        if ctx.needs_input_grad[2]:
+            prompts = ctx.ops.sum_prompts(grad, ctx.pool_rows, *_where(ctx), False, ctx.prompt_dtype)
+        return None, hidden, prompts, *[None] * 5
 
 
-class _OverwriteInPlace(Function):
+class _OverwriteInPlace(_Overwrite):
     @staticmethod
     def forward(ctx, ops: Ops, hidden, prompts, start, length, column, max_length, add):
-        ctx.save_for_backward(start, length, column)
-        ctx.ops, ctx.max_length, ctx.add, ctx.pool = ops, max_length, add, (prompts.shape[0], prompts.dtype)
+        _remember(ctx, ops, start, length, column, max_length, prompts)
+        ctx.add = add
         ctx.mark_dirty(hidden)
         ops.overwrite_(hidden, prompts, start, length, column, max_length, add)
         return hidden
-
-    backward = staticmethod(once_differentiable(_overwrite_gradients))
 
 
 class _PrependKV(Function):
     @staticmethod
     def forward(ctx, ops: Ops, prefix_k, prefix_v, key, value, start, length, column, max_length, dtype):
-        ctx.save_for_backward(start, length, column)
-        ctx.ops, ctx.max_length, ctx.pool_rows = ops, max_length, prefix_k.shape[1]
-        ctx.dtypes = prefix_k.dtype, prefix_v.dtype, key.dtype, value.dtype
+        _remember(ctx, ops, start, length, column, max_length)
+        ctx.pool_rows, ctx.dtypes = prefix_k.shape[1], (prefix_k.dtype, prefix_v.dtype, key.dtype, value.dtype)
         return ops.prepend_kv(prefix_k, prefix_v, key, value, start, length, column, max_length, dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_k, grad_v):
-        where = (*ctx.saved_tensors, ctx.max_length)
-        grads = [None] * 4
-        for i, grad in ((0, grad_k), (1, grad_v)):
+    def backward(ctx, *grads):
+        prefixes: list[Tensor | None] = [None, None]
+        texts: list[Tensor | None] = [None, None]
+        for i, grad in enumerate(grads):
             if ctx.needs_input_grad[1 + i]:
-                grads[i] = ctx.ops.sum_prompts(grad, ctx.pool_rows, *where, True, ctx.dtypes[i])
+                prefixes[i] = ctx.ops.sum_prompts(grad, ctx.pool_rows, *_where(ctx), True, ctx.dtypes[i])
             if ctx.needs_input_grad[3 + i]:
-                grads[2 + i] = _text_gradient(ctx.ops, grad, where, ctx.dtypes[2 + i])
-        return None, *grads, *[None] * 5
+                texts[i] = _text_gradient(ctx.ops, grad, _where(ctx), ctx.dtypes[2 + i])
+        return None, *prefixes, *texts, *[None] * 5
 
 
 class _CastQKV(Function):
@@ -296,14 +310,6 @@ class _CastQKV(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
-        first = ctx.dtypes[0]
-        if all(dtype == first for dtype in ctx.dtypes):
-            return None, *ctx.ops.cast_qkv(*grads, first), None
+        if len(set(ctx.dtypes)) == 1:
+            return None, *ctx.ops.cast_qkv(*grads, ctx.dtypes[0]), None
         return None, *(grad.to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True)), None
-
-
-def _text_gradient(ops: Ops, grad: Tensor, where, dtype: torch.dtype | None) -> Tensor:
-    start, _, _, max_length = where
-    if start is None and dtype in (None, grad.dtype):
-        return grad[..., max_length:, :]
-    return ops.strip(grad, *where, dtype)

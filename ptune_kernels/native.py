@@ -1,7 +1,7 @@
 """The compiled libraries: found beside this file, loaded once, and asked what they hold.
 
-Each registers its ops with torch when it is loaded. A library that is here but does not load is an error: falling back in
-silence would hide a broken installation.
+Each registers its ops with torch when it is loaded. A library that is here but does not load is an error: falling back
+in silence would hide a broken installation.
 """
 
 import ctypes
@@ -34,8 +34,8 @@ def _load(device_type: str) -> None:
         describe = ctypes.CDLL(str(path)).ptune_build
     except (OSError, AttributeError) as error:
         raise ImportError(
-            f"{path} is present but does not load on torch {torch.__version__} ({error}); reinstall ptune-kernels, or delete "
-            "that file to go on without it"
+            f"{path} is present but does not load on torch {torch.__version__} ({error}); reinstall ptune-kernels, "
+            "or delete that file to go on without it"
         ) from error
     describe.restype = ctypes.c_char_p
     libraries[device_type] = Library(path, describe().decode())
@@ -53,7 +53,8 @@ def absence(device_type: str) -> str:
 
 
 def _refuse(name: str, *arguments) -> None:
-    """Serves every device and layout that no library does: says what is wrong with the arguments, or which kernel is missing."""
+    """Serves every device and layout that no library does: says what is wrong with the arguments, or which kernel is
+    missing."""
     schema.CHECKS[name](*arguments)
     device = next(a.device for a in arguments if isinstance(a, Tensor))
     raise RuntimeError(f"{name}: the native backend has no kernel for device {device}")

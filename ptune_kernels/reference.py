@@ -1,6 +1,8 @@
-"""The ops in plain PyTorch, row by row: the oracle that the other backends are tested against, and the fallback anywhere.
+"""The ops in plain PyTorch, row by row: the oracle that the other backends are tested against, and the fallback
+anywhere.
 
-Signatures and meaning are those of `schema`. With a placement these loops read it on the host, which synchronises a GPU.
+Signatures and meaning are those of `schema`. With a placement these loops read it on the host, which synchronises a
+GPU.
 """
 
 import torch
@@ -16,7 +18,8 @@ def _rows(start, length, column, max_length, batch, pool_rows):
 
 
 def _assemble(out, prompts, text, rows):
-    """Writes ``[zeros ; text[:column] ; prompts[start : start + length] ; text[column:]]`` along dimension -2 of each row."""
+    """Writes ``[zeros ; text[:column] ; prompts[start : start + length] ; text[column:]]`` along dimension -2 of each
+    row."""
     max_length = out.shape[-2] - text.shape[-2]
     for i, start, length, column in rows:
         first = max_length - length + column

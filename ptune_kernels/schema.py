@@ -4,8 +4,8 @@ The same schemas are defined in three namespaces of ``torch.ops``, one for each 
 ``ptune_native`` and ``ptune_triton``. Backends written in Python are registered here with ``register``; the compiled
 libraries register themselves for their device's key when they are loaded, and make the same checks in C++.
 
-``start``, ``length``, ``column`` and ``max_length`` are the fields of a `Placement`, or ``None, None, None`` for the whole
-pool at column 0 (then ``max_length`` counts only for ``strip``, which has no pool to take it from).
+``start``, ``length``, ``column`` and ``max_length`` are the fields of a `Placement`, or ``None, None, None`` for the
+whole pool at column 0 (then ``max_length`` counts only for ``strip``, which has no pool to take it from).
 """
 
 from collections.abc import Callable, Sequence
@@ -96,9 +96,8 @@ def check_values(
 
     ``column`` may be at most ``last``; with ``ends_within``, ``column + length`` may.
     """
-    if start is None or start.device.type != "cpu" or start.numel() == 0:
+    if start is None or length is None or column is None or start.device.type != "cpu" or start.numel() == 0:
         return
-    assert length is not None and column is not None
     end = column + length if ends_within else column
     for name, values, low, high in (
         ("length", length, 0, max_length),
@@ -122,7 +121,8 @@ def check_ids(input_ids: Tensor, vocabulary: int) -> None:
         raise IndexError(f"input_ids: expected ids from 0 to {vocabulary - 1}, got {least} to {most}")
 
 
-# --- one function for each op: checks shapes, dtypes and devices, and returns outputs of the right kind, uninitialised ---
+# --- one function for each op: checks shapes, dtypes and devices, and returns outputs of the right kind, uninitialised
+# ---
 
 
 def embed_and_prepend(prompts, input_ids, embedding, start, length, column, max_length, scale):
