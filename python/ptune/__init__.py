@@ -1,5 +1,19 @@
 """Prompt tuning of frozen transformers models: soft prompts, their training and their use."""
 
+from .auto import (
+    AutoPTuneModel,
+    AutoPTuneModelForCausalLM,
+    AutoPTuneModelForSequenceClassification,
+    AutoPTuneModelForTokenClassification,
+)
 from .config import PTuneConfig
+from .mixin import PTuneMixin
 
-__all__ = ["PTuneConfig"]
+__all__ = [
+    "AutoPTuneModel",
+    "AutoPTuneModelForCausalLM",
+    "AutoPTuneModelForSequenceClassification",
+    "AutoPTuneModelForTokenClassification",
+    "PTuneConfig",
+    "PTuneMixin",
+]

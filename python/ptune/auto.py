@@ -1,0 +1,68 @@
+"""Prompts on whatever model class a checkpoint is of."""
+
+import copy
+import os
+from typing import Any, ClassVar
+
+import transformers
+
+from .config import PTuneConfig, take_settings
+from .loading import load_model
+from .models import ptune_class
+
+
+class AutoPTuneModel:
+    """A frozen base without a task head, with prompts (transformers' ``AutoModel``)."""
+
+    _loader: ClassVar[Any] = transformers.AutoModel
+
+    def __init__(self) -> None:
+        raise TypeError(f"{type(self).__name__}: expected a call of from_pretrained(path) or from_config(config)")
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+        """Load a base and give it prompts, or load a folder of prompts and the base that it names.
+
+        Args:
+            path: a base (a folder, or a name on the hub), or a folder that `save_prompts`, `save_pretrained` or Trainer wrote.
+            tuning_mode, pre_seq_len, deep_prompt_mode, prompt_init, prompt_init_text, base_dropout: see `PTuneConfig`; they
+                may be attributes of the ``config=`` given instead, and are taken off it.
+            tokenizer: reads a ``prompt_init_text`` of strings; by default the base's own.
+            base_model: the base of a folder of prompts, where it is no longer in its place.
+
+        All other keywords are those of transformers' ``from_pretrained``. Only prompts and the task head (what the base's
+        checkpoint did not have) require gradients; both are float32, whatever the base's dtype.
+
+        Raises `NotImplementedError` for a base that prompts cannot be put on, and `ptune.checkpoint.MisfitError` for prompts
+        that do not fit the base.
+        """
+        return load_model(cls._loader, path, ptune_class, *args, **kwargs)
+
+    @classmethod
+    def from_config(cls, config: Any, **kwargs: Any) -> Any:
+        """A base of random weights, with the prompts that ``config`` or the keywords describe."""
+        config = copy.deepcopy(config)
+        settings = take_settings(config) | take_settings(kwargs)
+        model = cls._loader.from_config(config, **kwargs)
+        model.__class__ = ptune_class(type(model))
+        model.adopt(model.fresh_head())
+        model.init_prompts(PTuneConfig(**settings))
+        return model
+
+
+class AutoPTuneModelForCausalLM(AutoPTuneModel):
+    """Text generation with prompts (transformers' ``AutoModelForCausalLM``)."""
+
+    _loader = transformers.AutoModelForCausalLM
+
+
+class AutoPTuneModelForSequenceClassification(AutoPTuneModel):
+    """Sequence classification with prompts (transformers' ``AutoModelForSequenceClassification``)."""
+
+    _loader = transformers.AutoModelForSequenceClassification
+
+
+class AutoPTuneModelForTokenClassification(AutoPTuneModel):
+    """Token classification with prompts (transformers' ``AutoModelForTokenClassification``)."""
+
+    _loader = transformers.AutoModelForTokenClassification

@@ -1,0 +1,120 @@
+"""Folders of prompts: ``model.safetensors`` (prompts and head, float32) and ``ptune_config.json``, and no base.
+
+There is no ``config.json``: a plain ``AutoModel`` must not load such a folder and silently ignore the prompts.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+FORMAT_VERSION = 1
+CONFIG_NAME = "ptune_config.json"
+WEIGHTS_NAME = "model.safetensors"  # Trainer's resume and best-model reload look for this name
+BASE_FOLDER = "base"
+
+# What may differ between two copies of one base, or is the task's.
+_NOT_THE_BASE = {
+    "_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "return_dict",
+    "output_attentions", "output_hidden_states", "id2label", "label2id", "num_labels", "problem_type", "finetuning_task",
+    "auto_map", "tuning_mode", "pre_seq_len",
+}  # fmt: skip
+_KEYS = {
+    "format_version": int, "base": dict, "model_class": str, "tuning_mode": (str, type(None)), "pre_seq_len": int,
+    "deep_prompt_mode": str, "prompt_init": str, "base_dropout": bool, "embedding_size": int, "hidden_size": int,
+    "num_layers": int, "head": list, "id2label": (dict, type(None)),
+}  # fmt: skip
+
+
+class MisfitError(ValueError):
+    """Prompts that do not fit the base they were to be put on; the message says why."""
+
+
+def base_config(config: Any) -> dict[str, Any]:
+    """What of a transformers config makes the base that prompts were trained on."""
+    described = json.loads(json.dumps(config.to_dict(), default=str))
+    return {
+        name: value for name, value in sorted(described.items()) if name not in _NOT_THE_BASE and "drop" not in name
+    }
+
+
+def fingerprint(described: dict[str, Any]) -> str:
+    """sha256 of what `base_config` returns."""
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+
+
+def differences(saved: dict[str, Any], present: dict[str, Any]) -> list[str]:
+    """Where two bases differ, as sentences; a setting that only one version of transformers knows is no difference."""
+    return [
+        f"{name}: {saved[name]!r} in the base of the prompts, {present[name]!r} here"
+        for name in saved.keys() & present.keys()
+        if saved[name] != present[name]
+    ]
+
+
+def is_prompt_folder(path: Any) -> bool:
+    return isinstance(path, str | os.PathLike) and os.path.isfile(os.path.join(path, CONFIG_NAME))
+
+
+def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """The parsed ``ptune_config.json`` of a folder.
+
+    Raises `FileNotFoundError` without one, and `ValueError` for one that is malformed or of another format version.
+    """
+    path = Path(folder, CONFIG_NAME)
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    if not isinstance(config, dict) or config.get("format_version") != FORMAT_VERSION:
+        found = config.get("format_version") if isinstance(config, dict) else type(config).__name__
+        raise ValueError(f"{path}: expected format_version {FORMAT_VERSION}, got {found!r}")
+    for name, kind in _KEYS.items():
+        if not isinstance(config.get(name), kind):
+            raise ValueError(f"{path}: {name}: expected {kind}, got {config.get(name)!r}")
+    return config
+
+
+def read_tensors(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The prompts and head of a folder, on the CPU."""
+    path = Path(folder, WEIGHTS_NAME)
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a safetensors file: {error}") from None
+
+
+def write(folder: str | os.PathLike[str], config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Write both files, each whole or not at all; the config last, so that a folder which has one is complete."""
+    os.makedirs(folder, exist_ok=True)
+    tensors = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in tensors.items()}
+    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    _replace(Path(folder, WEIGHTS_NAME), lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    _replace(Path(folder, CONFIG_NAME), lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def _replace(path: Path, write_to: Callable[[Path], Any]) -> None:
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    try:
+        write_to(Path(name))
+        os.chmod(name, 0o666 & ~_umask())  # mkstemp makes private files
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

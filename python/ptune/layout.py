@@ -1,0 +1,85 @@
+"""Where the prompt rows of a batch stand: immediately before each row's first real token."""
+
+import torch
+from ptune_kernels import Placement
+from torch import Tensor
+
+
+class Layout:
+    """The place of m prompt rows in a batch of padded texts.
+
+    Right padding becomes ``[prompt ; text ; pad]`` and left padding ``[pad ; prompt ; text]``: real columns stay contiguous, so
+    that sliding windows and caches, which count columns, are exact.
+
+    Args:
+        num_prompts: m.
+        batch_size: b.
+        mask: [b, n], non-zero for real tokens; ``None`` where every token is real.
+        device: of the batch.
+    """
+
+    def __init__(self, num_prompts: int, batch_size: int, mask: Tensor | None, device: torch.device) -> None:
+        self.num_prompts = num_prompts
+        self.padded = mask is not None
+        # argmax is the first maximum, found without a host synchronisation; a row of padding alone gets column 0
+        self.column = (
+            torch.zeros(batch_size, dtype=torch.int32, device=device)
+            if mask is None
+            else mask.to(device, torch.int32).argmax(-1).to(torch.int32)
+        )
+
+    def placement(self) -> Placement | None:
+        """For the ops, over a pool that is this batch's prompt alone."""
+        if not self.padded:
+            return None
+        length = torch.full_like(self.column, self.num_prompts)
+        return Placement(torch.zeros_like(self.column), length, self.column, self.num_prompts)
+
+    def extend_mask(self, mask: Tensor) -> Tensor:
+        """[b, n] → [b, m + n], prompt columns attended to."""
+        source, offset = self._slots(mask.shape[1])
+        return mask.gather(1, source).masked_fill(self._is_prompt(offset), 1)
+
+    def extend_positions(self, positions: Tensor, first: int) -> Tensor:
+        """[b, n] → [b, m + n]: the prompt at ``first`` …, every text token m later."""
+        source, offset = self._slots(positions.shape[1])
+        shifted = positions.gather(1, source) + self.num_prompts
+        return torch.where(self._is_prompt(offset), offset + first, shifted)
+
+    def extend_types(self, types: Tensor) -> Tensor:
+        """[b, n] → [b, m + n]: prompt rows have the type of the token they stand before."""
+        return types.gather(1, self._slots(types.shape[1])[0])
+
+    def text_columns(self, length: int) -> Tensor:
+        """[b, n] int64: where the n text columns are among the m + n."""
+        slot = torch.arange(length, device=self.column.device)
+        return torch.where(slot < self.column[:, None], slot, slot + self.num_prompts)
+
+    def first_token(self, text: Tensor) -> Tensor:
+        """[b, n, d] → [b, d], each row's first real token."""
+        return text[torch.arange(text.shape[0], device=text.device), self.column.long()]
+
+    def _slots(self, length: int) -> tuple[Tensor, Tensor]:
+        """For each of the m + n columns: the text column it holds (a prompt's is the first real token's), and how far it is
+        into the prompt (outside 0 … m-1 for text)."""
+        slot = torch.arange(length + self.num_prompts, device=self.column.device)
+        column = self.column[:, None].long()
+        source = torch.where(slot < column, slot, torch.maximum(slot - self.num_prompts, column))
+        return source, slot - column
+
+    def _is_prompt(self, offset: Tensor) -> Tensor:
+        return (offset >= 0) & (offset < self.num_prompts)
+
+
+def positions_of(mask: Tensor) -> Tensor:
+    """[b, n] int64: how many real tokens precede each real token of the row; padding before them counts 0."""
+    return (mask.long().cumsum(-1) - 1).clamp_min(0)
+
+
+def roll_rows(tensor: Tensor, shift: Tensor, dim: int) -> Tensor:
+    """Each row of a batch rolled to the left along ``dim`` by its own shift [b]; negative shifts roll to the right."""
+    size = tensor.shape[dim]
+    index = (torch.arange(size, device=tensor.device) + shift[:, None].long()) % size
+    shape = [1] * tensor.dim()
+    shape[0], shape[dim] = index.shape
+    return tensor.take_along_dim(index.view(shape), dim)

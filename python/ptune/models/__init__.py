@@ -1,0 +1,38 @@
+"""Model classes with prompts: ``PTuneLlamaForCausalLM`` is ``LlamaForCausalLM`` with `PTuneMixin`, and so for every other.
+
+They are made when first asked for, once each, and can be imported and pickled by name.
+"""
+
+from typing import Any
+
+import transformers
+from transformers import GenerationMixin, PreTrainedModel
+
+from ..classification import pooled_forward
+from ..generation import PromptGeneration
+from ..mixin import PTuneMixin
+
+_PREFIX = "PTune"
+_classes: dict[type, type] = {}
+
+
+def ptune_class(base: type) -> type:
+    """The class of ``base`` with prompts."""
+    if base not in _classes:
+        bases = (PromptGeneration, PTuneMixin, base) if issubclass(base, GenerationMixin) else (PTuneMixin, base)
+        namespace = {"__module__": __name__, "__doc__": f"`{base.__name__}` with prompts.", "base_class": base}
+        if base.__name__.endswith("ForSequenceClassification"):
+            namespace["forward"] = pooled_forward(base)
+        # transformers reads the loss from the class's name
+        _classes[base] = type(_PREFIX + base.__name__, bases, namespace)
+    return _classes[base]
+
+
+def __getattr__(name: str) -> Any:
+    for made in _classes.values():
+        if made.__name__ == name:
+            return made
+    base = getattr(transformers, name.removeprefix(_PREFIX), None) if name.startswith(_PREFIX) else None
+    if isinstance(base, type) and issubclass(base, PreTrainedModel):
+        return ptune_class(base)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,101 @@
+"""What prompts cannot be put on, refused by name with the reason, before anything changes."""
+
+import inspect
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+_ROW_MIXERS = {
+    "xlnet": "its blocks take the sequence before the batch",
+    "reformer": "it hashes and chunks the sequence by column",
+    "funnel": "it shortens the sequence between blocks",
+}
+_POSITION_TABLES = ("position_embeddings", "embed_positions", "wpe", "positions_embed")
+_POOLS_BY_PAD_ID = ("CTRLForSequenceClassification", "ModernBertDecoderForSequenceClassification")
+
+
+def check_base(model: Any, body: nn.Module) -> None:
+    """Raises `NotImplementedError` for a base whose prompts could not follow the definition."""
+    config, name = model.config, type(model).__name__
+    if getattr(model, "hf_quantizer", None) is not None or getattr(model, "is_quantized", False):
+        _refuse(name, "a quantised base decides the dtypes of its own modules, and has not been checked")
+    if config.is_encoder_decoder:
+        _refuse(name, "an encoder-decoder has two sequences, and the definition places a prompt in one")
+    if model.main_input_name != "input_ids" or config.get_text_config() is not config:
+        _refuse(name, f"a multimodal model ({config.model_type}) builds its input from more than token ids")
+    if config.model_type in _ROW_MIXERS:
+        _refuse(name, _ROW_MIXERS[config.model_type])
+    if name.removeprefix("PTune") in _POOLS_BY_PAD_ID:
+        _refuse(name, "it pools by pad_token_id, inside its own forward")
+    parameters = inspect.signature(body.forward).parameters
+    for needed in ("inputs_embeds", "attention_mask"):
+        if needed not in parameters:
+            _refuse(name, f"{type(body).__name__}.forward takes no {needed}")
+    if "per_layer_inputs" in parameters:
+        _refuse(name, "its blocks look the token ids up again, and their inputs are not [b, n, d]")
+    if "cache_params" in parameters:
+        _refuse(name, "its state is no key-value cache")
+
+
+def find_blocks(body: nn.Module, config: Any) -> nn.ModuleList:
+    """The list of transformer blocks of ``body``, in order (ALBERT's groups, each called several times).
+
+    Raises `NotImplementedError` where there is no such list.
+    """
+    count = getattr(config, "num_hidden_groups", config.num_hidden_layers)
+    for module in body.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count and len({type(block) for block in module}) == 1:
+            return module
+    _refuse(type(body).__name__, f"found no list of its {count} blocks, which deep prompts need")
+
+
+def position_limit(body: nn.Module) -> tuple[int, int | None]:
+    """The first position number, and how many a learned table holds (``None`` without a table).
+
+    RoBERTa and its kin number positions from ``padding_idx + 1``.
+    """
+    for name, module in body.named_modules():
+        if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in _POSITION_TABLES:
+            first = 0 if module.padding_idx is None else module.padding_idx + 1
+            return first, module.num_embeddings - first - getattr(module, "offset", 0)
+    return 0, None
+
+
+def check_inputs(arguments: dict[str, Any]) -> None:
+    """Raises `ValueError` or `NotImplementedError` for a call of the body that prompts do not cover."""
+    ids, embeds = arguments.get("input_ids"), arguments.get("inputs_embeds")
+    if (ids is None) == (embeds is None):
+        raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+    text, dims, shape = (ids, 2, "[b, n]") if ids is not None else (embeds, 3, "[b, n, d]")
+    if text.dim() != dims or text.shape[1] == 0:
+        name = "input_ids" if ids is not None else "inputs_embeds"
+        raise ValueError(f"{name}: expected {shape} with at least one token, got shape {tuple(text.shape)}")
+    mask, positions = arguments.get("attention_mask"), arguments.get("position_ids")
+    if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
+        got = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+        raise NotImplementedError(
+            f"attention_mask: expected [b, n], got {got}; a mask made for text has no prompt columns"
+        )
+    if positions is not None and positions.dim() != 2:
+        raise NotImplementedError(f"position_ids: expected [b, n], got shape {tuple(positions.shape)}")
+    packed = [name for name in arguments if name.startswith("cu_seq_lens") and arguments[name] is not None]
+    if packed:
+        raise NotImplementedError(
+            f"{packed[0]}: packed batches are not supported, for each packed text needs its own prompt"
+        )
+    if positions is not None and mask is None and _restarts(positions):
+        raise NotImplementedError(
+            "position_ids: packed batches (positions that restart, without an attention_mask) are not supported, for each "
+            "packed text needs its own prompt"
+        )
+
+
+def _restarts(positions: Tensor) -> bool:
+    if positions.shape[1] == 1 or torch.compiler.is_compiling():
+        return False
+    return bool((positions[:, 1:] <= positions[:, :-1]).any())
+
+
+def _refuse(name: str, reason: str) -> NoReturn:
+    raise NotImplementedError(f"{name}: prompts are not supported, because {reason}")
