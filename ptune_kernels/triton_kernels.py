@@ -21,6 +21,7 @@ from triton.runtime import JITFunction
 from . import schema
 
 _TILE = 2048  # elements: with 4 warps, two to four accesses of 128 bits for each thread
+OPTIONS = {"enable_fp_fusion": False}  # a * b + c is rounded twice, as the other backends do
 _SUM_TILE = 512  # with 1 warp: a sum has few output rows, and small tiles spread them over more of the GPU
 
 
@@ -355,8 +356,7 @@ def _launch(kernel, grid: tuple[int, int, int], *args, **constants) -> None:
     if device.type == "cpu" and isinstance(kernel, JITFunction):
         raise RuntimeError("the triton backend runs on the CPU only in Triton's interpreter: set TRITON_INTERPRET=1")
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        # Without fusion of a * b + c: it would round some sums once where the other backends round twice.
-        kernel[grid](*args, **constants, enable_fp_fusion=False)
+        kernel[grid](*args, **OPTIONS, **constants)
 
 
 def embed_and_prepend(prompts, input_ids, embedding, start, length, column, max_length, scale):
