@@ -70,8 +70,8 @@ struct Overwrite {
   int64_t batch, rows, pool_rows, width;
 };
 
-// out[h, j] = the sum over i, ascending and Kahan-compensated in fp32 (fp64 for fp64), of the row of grad[i, h] that holds
-// pool row j; `prepended`: the prompt of row i begins at max_length - length[i] + column[i], else at column[i].
+// out[h, j] = the sum over i, ascending, in fp32 (fp64 for fp64), of the row of grad[i, h] that holds pool row j. The rounding
+// error of every addition is kept, and added at the end (Neumaier's summation, with Knuth's TwoSum); `prepended`: the prompt of row i begins at max_length - length[i] + column[i], else at column[i].
 struct SumPrompts {
   View out;   // [heads, pool_rows, width], contiguous
   View grad;  // [batch, heads, rows, width]

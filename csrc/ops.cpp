@@ -129,6 +129,7 @@ Tensor prepend(const Tensor& prompts, const Tensor& hidden, Optional start, Opti
 Tensor strip(const Tensor& hidden, Optional start, Optional length, Optional column, int64_t max_length,
              std::optional<ScalarType> dtype) {
   check_rank("hidden", hidden, 3, 4);
+  float_dtype("hidden", hidden.scalar_type());
   const ScalarType out_dtype = dtype.value_or(hidden.scalar_type());
   check_converts("dtype", out_dtype, hidden.scalar_type());
   const bool has_heads = hidden.dim() == 4;

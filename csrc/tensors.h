@@ -48,7 +48,15 @@ inline const char* name_of(ScalarType dtype) {
     case ScalarType::Double: return "torch.float64";
     case ScalarType::Int: return "torch.int32";
     case ScalarType::Long: return "torch.int64";
-    default: return "another dtype";
+    case ScalarType::Bool: return "torch.bool";
+    case ScalarType::Byte: return "torch.uint8";
+    case ScalarType::Char: return "torch.int8";
+    case ScalarType::Short: return "torch.int16";
+    case ScalarType::ComplexFloat: return "torch.complex64";
+    case ScalarType::ComplexDouble: return "torch.complex128";
+    case ScalarType::Float8_e4m3fn: return "torch.float8_e4m3fn";
+    case ScalarType::Float8_e5m2: return "torch.float8_e5m2";
+    default: return c10::toString(dtype);
   }
 }
 

@@ -5,7 +5,7 @@ width, ``h`` heads. ``placement=None`` puts the whole pool at column 0 of every 
 
 Dtypes: prompts are float32 over float32, float16 or bfloat16 text (float64 over float64). Arithmetic is in float32 and
 is rounded once, to nearest even; prompt gradients are summed over the batch in float32, in a fixed order, compensated
-(Kahan). Inputs may have any strides and are never copied first; outputs are contiguous and never alias inputs.
+(Neumaier 1974). Inputs may have any strides and are never copied first; outputs are contiguous and never alias inputs.
 
 Errors: `ValueError` (shapes, dtypes, devices, layouts) or `IndexError` (values) names the argument, what was expected
 and what came, before anything is written. The values of a placement and of ``input_ids`` are checked on the CPU only:

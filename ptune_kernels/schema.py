@@ -98,6 +98,7 @@ def check_values(
     """
     if start is None or length is None or column is None or start.device.type != "cpu" or start.numel() == 0:
         return
+    start, length, column = start.long(), length.long(), column.long()  # int32 sums could wrap around
     end = column + length if ends_within else column
     for name, values, low, high in (
         ("length", length, 0, max_length),

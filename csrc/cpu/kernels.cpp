@@ -171,6 +171,7 @@ int sum_prompts(const SumPrompts& p, void*) {
   const int64_t chunks = (p.width + kChunk - 1) / kChunk;
   const DType sum_dtype = p.grad.dtype == DType::f64 ? DType::f64 : DType::f32;
   const auto accumulate = rows().accumulate[static_cast<int>(p.grad.dtype)];
+  const auto add = rows().add[static_cast<int>(sum_dtype)];
   const auto convert = rows().convert[static_cast<int>(sum_dtype)][static_cast<int>(p.out.dtype)];
   const int64_t bytes = p.batch * std::min(kChunk, p.width) * size_of(p.grad.dtype);
   for_stretches(p.heads * p.pool_rows, chunks, bytes, [&](int64_t o, int64_t first_chunk, int64_t last_chunk) {
@@ -184,6 +185,7 @@ int sum_prompts(const SumPrompts& p, void*) {
         const int64_t row = s.column + (p.prepended ? p.placement.max_length - s.length : 0) + j - s.start;
         accumulate(total, lost, at(p.grad, i, h, row, c), p.grad.stride[3], n);
       }
+      add(total, 1, total, 1, lost, 1, n);
       convert(at(p.out, 0, h, j, c), 1, total, 1, n);
     }
   });

@@ -72,6 +72,15 @@ void add(void* to_, int64_t to_stride, const void* from_, int64_t from_stride, c
       [&](int64_t i) { store(to + i * to_stride, load(from + i * from_stride) + prompt[i * prompt_stride]); });
 }
 
+// Knuth's TwoSum: after = before + term, and the exact error of that addition, whichever of the two is larger. Where a sum is
+// infinite the error is inf - inf; it counts as 0, so that the sum stays infinite.
+template <class V>
+inline void add_exactly(V& total, V& lost, V term) {
+  const V after = total + term, added = after - total;
+  lost = lost + zero_if_nan((total - (after - added)) + (term - added));
+  total = after;
+}
+
 template <class T>
 void accumulate(void* total_, void* lost_, const void* row_, int64_t row_stride, int64_t n) {
   auto* total = static_cast<Sum<T>*>(total_);
@@ -81,17 +90,13 @@ void accumulate(void* total_, void* lost_, const void* row_, int64_t row_stride,
       row_stride == 1, n,
       [&](int64_t i) {
         if constexpr (!std::is_same_v<T, double>) {
-          const Floats before = load_vector(total + i), addend = load_vector(row + i) - load_vector(lost + i);
-          const Floats after = before + addend;
-          store_vector(total + i, after);
-          store_vector(lost + i, zero_if_nan((after - before) - addend));  // inf - inf: an infinite sum stays infinite
+          Floats sum = load_vector(total + i), error = load_vector(lost + i);
+          add_exactly(sum, error, load_vector(row + i));
+          store_vector(total + i, sum);
+          store_vector(lost + i, error);
         }
       },
-      [&](int64_t i) {
-        const Sum<T> before = total[i], addend = load(row + i * row_stride) - lost[i], after = before + addend;
-        total[i] = after;
-        lost[i] = zero_if_nan((after - before) - addend);
-      });
+      [&](int64_t i) { add_exactly(total[i], lost[i], load(row + i * row_stride)); });
 }
 
 }  // namespace

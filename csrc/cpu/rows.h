@@ -17,8 +17,8 @@ struct RowFunctions {
   // to[i] = from[i] + prompt[i]; prompt is float32 (float64 where the dtype is).
   void (*add[4])(void* to, int64_t to_stride, const void* from, int64_t from_stride, const void* prompt,
                  int64_t prompt_stride, int64_t n);
-  // Adds row[i] to the running sum total[i], whose rounding errors are kept in lost[i] (Kahan). Both are float32 (float64
-  // where the row is).
+  // Adds row[i] to the running sum total[i], and the rounding error of doing so to lost[i]. Both are float32 (float64 where
+  // the row is); the sum is total + lost.
   void (*accumulate[4])(void* total, void* lost, const void* row, int64_t row_stride, int64_t n);
 };
 
