@@ -191,6 +191,7 @@ def _remember(ctx, ops: Ops, start, length, column, max_length, prompts=None) ->
 
 
 def _where(ctx):
+    """What `_remember` kept; once in each backward, since checkpointing recomputes saved tensors for one reading."""
     return (*ctx.saved_tensors, ctx.max_length)
 
 
@@ -223,11 +224,12 @@ class _Prepend(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
+        where = _where(ctx)
         prompts = hidden = None
         if ctx.needs_input_grad[1]:
-            prompts = ctx.ops.sum_prompts(grad, ctx.pool_rows, *_where(ctx), True, ctx.prompt_dtype)
+            prompts = ctx.ops.sum_prompts(grad, ctx.pool_rows, *where, True, ctx.prompt_dtype)
         if ctx.needs_input_grad[2]:
-            hidden = _text_gradient(ctx.ops, grad, _where(ctx))
+            hidden = _text_gradient(ctx.ops, grad, where)
         return None, prompts, hidden, *[None] * 4
 
 
@@ -262,12 +264,13 @@ class _Overwrite(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
+        where = _where(ctx)
         hidden = prompts = None
         if ctx.needs_input_grad[1]:
             lost = _zero_prompts(grad, ctx.pool_rows)
-            hidden = grad if ctx.add else ctx.ops.overwrite(grad, lost, *_where(ctx), False)
+            hidden = grad if ctx.add else ctx.ops.overwrite(grad, lost, *where, False)
         if ctx.needs_input_grad[2]:
-            prompts = ctx.ops.sum_prompts(grad, ctx.pool_rows, *_where(ctx), False, ctx.prompt_dtype)
+            prompts = ctx.ops.sum_prompts(grad, ctx.pool_rows, *where, False, ctx.prompt_dtype)
         return None, hidden, prompts, *[None] * 5
 
 
@@ -291,13 +294,14 @@ class _PrependKV(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
+        where = _where(ctx)
         prefixes: list[Tensor | None] = [None, None]
         texts: list[Tensor | None] = [None, None]
         for i, grad in enumerate(grads):
             if ctx.needs_input_grad[1 + i]:
-                prefixes[i] = ctx.ops.sum_prompts(grad, ctx.pool_rows, *_where(ctx), True, ctx.dtypes[i])
+                prefixes[i] = ctx.ops.sum_prompts(grad, ctx.pool_rows, *where, True, ctx.dtypes[i])
             if ctx.needs_input_grad[3 + i]:
-                texts[i] = _text_gradient(ctx.ops, grad, _where(ctx), ctx.dtypes[2 + i])
+                texts[i] = _text_gradient(ctx.ops, grad, where, ctx.dtypes[2 + i])
         return None, *prefixes, *texts, *[None] * 5
 
 
