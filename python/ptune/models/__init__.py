@@ -7,6 +7,7 @@ from typing import Any
 
 import transformers
 from transformers import GenerationMixin, PreTrainedModel
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from ..classification import pooled_forward
 from ..generation import PromptGeneration
@@ -23,8 +24,10 @@ def ptune_class(base: type) -> type:
         namespace = {"__module__": __name__, "__doc__": f"`{base.__name__}` with prompts.", "base_class": base}
         if base.__name__.endswith("ForSequenceClassification"):
             namespace["forward"] = pooled_forward(base)
-        # transformers reads the loss from the class's name
-        _classes[base] = type(_PREFIX + base.__name__, bases, namespace)
+        made = _classes[base] = type(_PREFIX + base.__name__, bases, namespace)
+        # transformers finds what a model can record (output_hidden_states, …) by its class's name, noted in __init__; dict's own
+        # method, for the key that a registry makes of a model differs between its versions
+        dict.__setitem__(_CAN_RECORD_REGISTRY, str(made), getattr(base, "_can_record_outputs", None))
     return _classes[base]
 
 
