@@ -32,7 +32,7 @@ wheel: dist/.built
 	touch $@
 
 dist/.built: .venv/.build-tools $(SOURCES)
-	rm -rf dist build
+	rm -rf dist build/lib build/bdist.*
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) wheel -q --no-deps --no-build-isolation -w dist .
 	touch $@
 

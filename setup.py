@@ -11,20 +11,23 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
+PACKAGE = ROOT / "ptune_kernels"
 
 
 class BuildWithNative(build_py):
+    """Puts the libraries into the source tree, from where they are packaged: it then works as the wheel does."""
+
     def run(self):
-        super().run()
-        build = ROOT / "build" / "cmake"
-        package = ROOT / "ptune_kernels" if self.editable_mode else Path(self.build_lib, "ptune_kernels")
-        torch_dir = Path(torch.__file__).parent
+        for stale in PACKAGE.glob("libptune_*.so"):
+            stale.unlink()
+        build, torch_dir = ROOT / "build" / "cmake", Path(torch.__file__).parent
         for command in (
-            ["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", f"-DTORCH_DIR={torch_dir}"],
+            ["cmake", "--fresh", "-S", ROOT, "-B", build, "-G", "Ninja", f"-DTORCH_DIR={torch_dir}"],
             ["cmake", "--build", build],
-            ["cmake", "--install", build, "--prefix", package.resolve(), "--strip"],
+            ["cmake", "--install", build, "--prefix", PACKAGE, "--strip"],
         ):
             subprocess.run(list(map(str, command)), check=True, stdout=sys.stderr)
+        super().run()
 
 
 class AnyPythonWheel(bdist_wheel):
