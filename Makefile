@@ -47,4 +47,4 @@ dist/.built: .venv/.build-tools $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf .venv dist build
+	rm -rf .venv dist build ptune_kernels/libptune_*.so

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import torch
-from setuptools import setup
+from setuptools import Distribution, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
@@ -30,12 +30,13 @@ class BuildWithNative(build_py):
         super().run()
 
 
+class BinaryDistribution(Distribution):
+    def has_ext_modules(self):
+        return True
+
+
 class AnyPythonWheel(bdist_wheel):
     """The libraries link neither Python nor one torch, so one wheel serves every Python on this platform."""
-
-    def finalize_options(self):
-        super().finalize_options()
-        self.root_is_pure = False
 
     def get_tag(self):
         platform = super().get_tag()[2]
@@ -50,4 +51,4 @@ class AnyPythonWheel(bdist_wheel):
         return "py3", "none", platform
 
 
-setup(cmdclass={"build_py": BuildWithNative, "bdist_wheel": AnyPythonWheel})
+setup(distclass=BinaryDistribution, cmdclass={"build_py": BuildWithNative, "bdist_wheel": AnyPythonWheel})
