@@ -23,11 +23,11 @@ BASE_FOLDER = "base"
 
 # What may differ between two copies of one base, or is the task's.
 _NOT_THE_BASE = {
-    "_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "return_dict",
-    "output_attentions", "output_hidden_states", "id2label", "label2id", "num_labels", "problem_type", "finetuning_task",
-    "auto_map", "tuning_mode", "pre_seq_len",
+    "_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "use_cache",
+    "return_dict", "output_attentions", "output_hidden_states", "id2label", "label2id", "num_labels", "problem_type",
+    "finetuning_task",
 }  # fmt: skip
-_KEYS = {
+_KEYS: dict[str, type | tuple[type, ...]] = {
     "format_version": int, "base": dict, "model_class": str, "tuning_mode": (str, type(None)), "pre_seq_len": int,
     "deep_prompt_mode": str, "prompt_init": str, "base_dropout": bool, "embedding_size": int, "hidden_size": int,
     "num_layers": int, "head": list, "id2label": (dict, type(None)),

@@ -1,7 +1,7 @@
 """Sequence classification, pooled over the text by its mask.
 
-Stock decoders find the last token by ``pad_token_id`` (wrong where it is also the end of text, an error where there is none),
-and stock encoders take the first column, which is padding in a row that is padded on the left.
+Stock decoders find the last token by ``pad_token_id`` (wrong where it is also the end of text, an error where there is
+none), and stock encoders take the first column, which is padding in a row that is padded on the left.
 """
 
 import inspect

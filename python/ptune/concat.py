@@ -1,8 +1,8 @@
 """The concat path: prompt rows run through the body with the text.
 
-Hooks around the body turn its text into ``[prompt ; text]`` and its outputs back into the text's alone, so that stock heads,
-losses and pooling see what they always see; hooks before the blocks set deep prompts. What a call needs to know travels in a
-thread-local, never on modules.
+Hooks around the body turn its text into ``[prompt ; text]`` and its outputs back into the text's alone, so that stock
+heads, losses and pooling see what they always see; hooks before the blocks set deep prompts. What a call needs to know
+travels in a thread-local, never on modules.
 """
 
 import inspect
@@ -13,9 +13,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from ptune_kernels import Placement, embed_and_prepend, overwrite, prepend, strip
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
+
+from ptune_kernels import Placement, embed_and_prepend, overwrite, prepend, strip
 
 from .layout import Layout, positions_of
 from .support import check_inputs, find_blocks, position_limit
@@ -61,7 +62,7 @@ class ConcatPath:
         for handle in self.handles:
             handle.remove()
 
-    def before_body(self, body: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    def before_body(self, body: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         _thread.call = None
         if not self.model.prompts_enabled:
             return None
@@ -121,7 +122,7 @@ class ConcatPath:
             output["pooler_output"] = _pool(body, call.layout.first_token(text))
         return output.to_tuple() if call.as_tuple else output
 
-    def _embed(self, body: nn.Module, arguments: dict[str, Any], placement: Placement | None) -> Tensor:
+    def _embed(self, body: Any, arguments: dict[str, Any], placement: Placement | None) -> Tensor:
         prompts = self.model.prompt_embeddings.weight
         if (embeds := arguments.get("inputs_embeds")) is not None:
             return prepend(_for(prompts, embeds), embeds, placement)
@@ -174,8 +175,8 @@ class ConcatPath:
         text_length = seen - self.num_prompts + length
         if mask is not None and mask.shape[1] != text_length:
             raise ValueError(
-                f"attention_mask: expected {text_length} columns, for the {text_length - length} text tokens in past_key_values "
-                f"and {length} new ones, got {mask.shape[1]}"
+                f"attention_mask: expected {text_length} columns, for {text_length - length} text tokens in "
+                f"past_key_values and {length} new ones, got {mask.shape[1]}"
             )
 
     def _check_length(self, length: int) -> None:
@@ -225,8 +226,8 @@ def _run_in(call: _Call, depth: int, function: Callable[..., Any], *args: Any, *
         _thread.call = outer
 
 
-def fusible_scale(embedding: nn.Module) -> float | None:
-    """The factor with which ``embedding`` is a look-up in its weight that an op may do itself; ``None`` if it is more."""
+def fusible_scale(embedding: Any) -> float | None:
+    """The factor on top of which ``embedding`` is but a look-up, which an op may do itself; ``None`` if it is more."""
     weight = getattr(embedding, "weight", None)
     if (
         type(weight) is not nn.Parameter

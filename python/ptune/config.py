@@ -20,9 +20,10 @@ class PTuneConfig:
         tuning_mode: ``None`` (only the task head trains), ``"ptune"`` (prompt rows before the text) or ``"deep_ptune"``
             (prompt rows before the text and at the input of every block).
         deep_prompt_mode: ``"overwrite"`` (from block 1 on, the prompt rows become the block's own) or ``"add"``.
-        prompt_init: ``"random"``, ``"vocab"`` or ``"text"``; by default ``"text"`` where a text is given, else ``"random"``.
-        prompt_init_text: what ``"text"`` starts from. One text (a string, or its token ids) is read row by row; several (a
-            list of either: the training data) are sampled.
+        prompt_init: ``"random"``, ``"vocab"`` or ``"text"``; by default ``"text"`` where a text is given, else
+            ``"random"``.
+        prompt_init_text: what ``"text"`` starts from. One text (a string, or its token ids) is read row by row; several
+            (a list of either: the training data) are sampled.
         base_dropout: keep the frozen base's dropout in training.
 
     Raises `ValueError` or `TypeError`, naming the argument, for anything else.
@@ -56,8 +57,8 @@ class PTuneConfig:
         _check_choice("prompt_init", self.prompt_init, PROMPT_INITS)
         if (self.prompt_init == "text") != (self.prompt_init_text is not None):
             raise ValueError(
-                f"prompt_init_text: expected with prompt_init='text' and only there, got prompt_init={self.prompt_init!r} "
-                f"and {'no text' if self.prompt_init_text is None else 'a text'}"
+                f"prompt_init_text: expected with prompt_init='text' and only there, got "
+                f"prompt_init={self.prompt_init!r} and {'no text' if self.prompt_init_text is None else 'a text'}"
             )
 
     @property
@@ -79,8 +80,8 @@ SETTINGS = tuple(field.name for field in fields(PTuneConfig))
 def take_settings(source: Any) -> dict[str, Any]:
     """Remove the prompt's settings from a dict of keywords, or from a transformers config, and return them.
 
-    A transformers config must not keep them: saved in ``config.json``, they would promise prompts to a plain ``AutoModel``,
-    which knows none.
+    A transformers config must not keep them: saved in ``config.json``, they would promise prompts to a plain
+    ``AutoModel``, which knows none.
     """
     attributes = source if isinstance(source, dict) else vars(source)
     return {name: attributes.pop(name) for name in SETTINGS if name in attributes}

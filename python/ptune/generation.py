@@ -50,7 +50,7 @@ class PromptGeneration:
         is_first_iteration: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """A static cache's mask, [b, n] rather than 4-D: the body adds the prompt's columns and makes the rest itself."""
+        """A static cache's mask, [b, n] rather than 4-D: the body adds the prompt's columns and makes the rest."""
         if not self.prompts_enabled:
             stock = getattr(super(), "create_masks_for_generate", create_masks_for_generate)
             return stock(

@@ -1,7 +1,7 @@
 """Where soft prompts start: what the frozen base itself has at real tokens.
 
-Initialisation decides whether prompts learn: rows far from the scale of real embeddings and hidden states do not. Every choice
-is drawn from torch's global generator.
+Initialisation decides whether prompts learn: rows far from the scale of real embeddings and hidden states do not. Every
+choice is drawn from torch's global generator.
 """
 
 from collections.abc import Callable, Sequence

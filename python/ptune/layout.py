@@ -1,15 +1,16 @@
 """Where the prompt rows of a batch stand: immediately before each row's first real token."""
 
 import torch
-from ptune_kernels import Placement
 from torch import Tensor
+
+from ptune_kernels import Placement
 
 
 class Layout:
     """The place of m prompt rows in a batch of padded texts.
 
-    Right padding becomes ``[prompt ; text ; pad]`` and left padding ``[pad ; prompt ; text]``: real columns stay contiguous, so
-    that sliding windows and caches, which count columns, are exact.
+    Right padding becomes ``[prompt ; text ; pad]`` and left padding ``[pad ; prompt ; text]``: real columns stay
+    contiguous, so that sliding windows and caches, which count columns, are exact.
 
     Args:
         num_prompts: m.
@@ -60,8 +61,8 @@ class Layout:
         return text[torch.arange(text.shape[0], device=text.device), self.column.long()]
 
     def _slots(self, length: int) -> tuple[Tensor, Tensor]:
-        """For each of the m + n columns: the text column it holds (a prompt's is the first real token's), and how far it is
-        into the prompt (outside 0 … m-1 for text)."""
+        """For each of the m + n columns: the text column that it holds (a prompt's is the first real token's), and how
+        far it is into the prompt (outside 0 … m-1 for text)."""
         slot = torch.arange(length + self.num_prompts, device=self.column.device)
         column = self.column[:, None].long()
         source = torch.where(slot < column, slot, torch.maximum(slot - self.num_prompts, column))

@@ -45,8 +45,8 @@ def load_model(
 ) -> Any:
     """Load a base as ``loader`` does, make it a ``class_for(its class)``, and give it prompts.
 
-    The base is loaded as its stock class, whose name and module transformers looks things up by, and becomes the other class
-    afterwards.
+    The base is loaded as its stock class, by whose name and module transformers looks things up, and becomes the other
+    class afterwards.
     """
     settings = take_settings(kwargs)
     saved = checkpoint.read_config(path) if checkpoint.is_prompt_folder(path) else None

@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
-from ptune_kernels import prepend
 from torch import Tensor, nn
+
+from ptune_kernels import prepend
 
 from . import checkpoint
 from .concat import CheckpointWithCall, ConcatPath
@@ -35,7 +36,7 @@ class PTuneMixin:
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         config = copy.deepcopy(config)
         settings = take_settings(config)
-        super().__init__(config, *args, **kwargs)
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         self.adopt(self.fresh_head())
         self.init_prompts(PTuneConfig(**settings))
 
@@ -47,8 +48,8 @@ class PTuneMixin:
     def init_prompts(self: Any, config: Any, tokenizer: Any = None) -> None:
         """Begin anew with the prompts of ``config``: a `PTuneConfig`, or a transformers config that bears its fields.
 
-        ``tokenizer`` reads a ``prompt_init_text`` of strings; by default the base's own is loaded. Raises `ValueError` or
-        `NotImplementedError`, and then changes nothing.
+        ``tokenizer`` reads a ``prompt_init_text`` of strings; by default the base's own is loaded. Raises `ValueError`
+        or `NotImplementedError`, and then changes nothing.
         """
         settings = PTuneConfig.of(config)
         shallow = deep = None
@@ -61,7 +62,7 @@ class PTuneMixin:
         self._install(settings, shallow, deep)
 
     def get_prompt(self: Any, batch_size: int) -> tuple[Tensor | None, Tensor | None]:
-        """The prompts for a batch: ``([b, m, d], [b, L·m, d] or None)`` in the base's dtype, ``(None, None)`` without any.
+        """The prompts for a batch, ``([b, m, d], [b, L·m, d] or None)`` in the base's dtype; ``(None, None)`` without.
 
         Their gradients are summed over the batch in float32.
         """
@@ -131,7 +132,7 @@ class PTuneMixin:
         push_to_hub: bool = False,
         **kwargs: Any,
     ) -> None:
-        """`save_prompts`, under the name that Trainer calls; ``save_base=True`` adds the whole base in a folder of its own.
+        """`save_prompts`, under the name that Trainer calls; ``save_base=True`` adds the base, in a folder of its own.
 
         Further keywords are those of transformers' ``save_pretrained``, for the base.
         """
@@ -156,7 +157,7 @@ class PTuneMixin:
             checkpoint.write(save_directory, self._description(name), {name: state[name] for name in self._own_names()})
 
     def adopt(self: Any, head: Iterable[str]) -> None:
-        """Make a stock model that has just become one of this class ready for `init_prompts`, with ``head`` to train."""
+        """Make a stock model that has just become one of this class ready for prompts, with ``head`` to train."""
         check_base(self, self.base_model)
         self.origin = origin_of(self.config)
         self.ptune_config = PTuneConfig()
@@ -263,11 +264,12 @@ class PTuneMixin:
             shapes[_PROMPTS[0]] = torch.Size((count, saved["embedding_size"]))
         if saved["tuning_mode"] == "deep_ptune":
             shapes[_PROMPTS[1]] = torch.Size((layers * count, saved["hidden_size"]))
-        for name in sorted(shapes.keys() | tensors.keys()):
-            expected, got = (group[name] if name in group else None for group in (shapes, tensors))
-            got = None if got is None else got.shape
-            if expected != got and name not in lacking:
-                reasons.append(f"{name}: expected {_shape(expected)}, got {_shape(got)}")
+        found = {name: tensor.shape for name, tensor in tensors.items() if name not in lacking}
+        reasons += [
+            f"{name}: expected {_shape(shapes.get(name))}, got {_shape(found.get(name))}"
+            for name in sorted(shapes.keys() | found.keys())
+            if shapes.get(name) != found.get(name)
+        ]
         if reasons:
             raise checkpoint.MisfitError("these prompts do not fit this model: " + "; ".join(reasons))
 

@@ -67,10 +67,9 @@ def check_inputs(arguments: dict[str, Any]) -> None:
     ids, embeds = arguments.get("input_ids"), arguments.get("inputs_embeds")
     if (ids is None) == (embeds is None):
         raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
-    text, dims, shape = (ids, 2, "[b, n]") if ids is not None else (embeds, 3, "[b, n, d]")
-    if text.dim() != dims or text.shape[1] == 0:
-        name = "input_ids" if ids is not None else "inputs_embeds"
-        raise ValueError(f"{name}: expected {shape} with at least one token, got shape {tuple(text.shape)}")
+    for name, text, shape in (("input_ids", ids, "[b, n]"), ("inputs_embeds", embeds, "[b, n, d]")):
+        if text is not None and (text.dim() != shape.count(",") + 1 or text.shape[1] == 0):
+            raise ValueError(f"{name}: expected {shape} with at least one token, got shape {tuple(text.shape)}")
     mask, positions = arguments.get("attention_mask"), arguments.get("position_ids")
     if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
         got = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
@@ -86,8 +85,8 @@ def check_inputs(arguments: dict[str, Any]) -> None:
         )
     if positions is not None and mask is None and _restarts(positions):
         raise NotImplementedError(
-            "position_ids: packed batches (positions that restart, without an attention_mask) are not supported, for each "
-            "packed text needs its own prompt"
+            "position_ids: packed batches (positions that restart, without an attention_mask) are not supported, for "
+            "each packed text needs its own prompt"
         )
 
 

@@ -76,19 +76,61 @@ FAMILIES = {
             "layers",
             causal=False,
         ),
-        _family("distilbert", hf.DistilBertConfig, {
-            "vocab_size": VOCABULARY, "dim": 24, "hidden_dim": 40, "n_layers": LAYERS, "n_heads": 4,
-            "pad_token_id": PAD, "initializer_range": 0.3, "max_position_embeddings": 64,
-        }, "transformer.layer", causal=False, core=False),
-        _family("mixtral", hf.MixtralConfig, _GROUPED | {"num_local_experts": 4, "num_experts_per_tok": 2}, "layers", core=False),
-        _family("opt", hf.OPTConfig, _SIZES | {
-            "ffn_dim": 40, "word_embed_proj_dim": 24, "init_std": 0.3, "dropout": 0.1, "layerdrop": 0.2,
-        }, "decoder.layers", core=False),
-        _family("electra", hf.ElectraConfig, _SIZES | {"embedding_size": 16}, "encoder.layer", causal=False, core=False),
+        _family(
+            "distilbert",
+            hf.DistilBertConfig,
+            {
+                "vocab_size": VOCABULARY,
+                "dim": 24,
+                "hidden_dim": 40,
+                "n_layers": LAYERS,
+                "n_heads": 4,
+                "pad_token_id": PAD,
+                "initializer_range": 0.3,
+                "max_position_embeddings": 64,
+            },
+            "transformer.layer",
+            causal=False,
+            core=False,
+        ),
+        _family(
+            "mixtral",
+            hf.MixtralConfig,
+            _GROUPED | {"num_local_experts": 4, "num_experts_per_tok": 2},
+            "layers",
+            core=False,
+        ),
+        _family(
+            "opt",
+            hf.OPTConfig,
+            _SIZES
+            | {
+                "ffn_dim": 40,
+                "word_embed_proj_dim": 24,
+                "init_std": 0.3,
+                "dropout": 0.1,
+                "layerdrop": 0.2,
+            },
+            "decoder.layers",
+            core=False,
+        ),
+        _family(
+            "electra", hf.ElectraConfig, _SIZES | {"embedding_size": 16}, "encoder.layer", causal=False, core=False
+        ),
         _family("gpt_neox", hf.GPTNeoXConfig, _SIZES, "layers", core=False),
-        _family("bloom", hf.BloomConfig, {
-            "vocab_size": VOCABULARY, "hidden_size": 24, "n_layer": LAYERS, "n_head": 4, "initializer_range": 0.3,
-            "pad_token_id": PAD,
-        }, "h", core=False),
+        _family(
+            "bloom",
+            hf.BloomConfig,
+            {
+                "vocab_size": VOCABULARY,
+                "hidden_size": 24,
+                "n_layer": LAYERS,
+                "n_head": 4,
+                "initializer_range": 0.3,
+                "pad_token_id": PAD,
+            },
+            "h",
+            core=False,
+        ),
     ]
 }

@@ -5,9 +5,18 @@ Prompt and text are concatenated by hand, and deep prompts are set by a hook of 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+
+@dataclass
+class Row:
+    """One text's states [n, d], at the input of each block and out of the body; and what the stock body returned."""
+
+    states: list[Tensor]
+    output: Any
 
 
 @dataclass
@@ -19,8 +28,8 @@ class Prompt:
     mode: str = "overwrite"
 
 
-def run_row(body: nn.Module, blocks: Sequence[nn.Module], prompt: Prompt, ids: Tensor) -> list[Tensor]:
-    """The states [n, d] of one unpadded text ``ids`` [n]: the input of each block, then the body's output."""
+def run_row(body: nn.Module, blocks: Sequence[nn.Module], prompt: Prompt, ids: Tensor, **kwargs: Any) -> Row:
+    """One unpadded text ``ids`` [n]; ``kwargs`` are for the stock body."""
     count = prompt.shallow.shape[0]
     embedded = body.get_input_embeddings()(ids)
     inputs: list[Tensor] = []
@@ -39,15 +48,11 @@ def run_row(body: nn.Module, blocks: Sequence[nn.Module], prompt: Prompt, ids: T
     handles = [block.register_forward_pre_hook(before, with_kwargs=True) for block in blocks]
     try:
         joined = torch.cat([prompt.shallow.to(embedded.dtype), embedded])[None]
-        output = body(inputs_embeds=joined).last_hidden_state[0, count:]
+        output = body(inputs_embeds=joined, **kwargs)
     finally:
         for handle in handles:
             handle.remove()
-    return [*inputs, output]
-
-
-def run_rows(body: nn.Module, blocks: Sequence[nn.Module], prompt: Prompt, texts: Sequence[Tensor]) -> list[list[Tensor]]:
-    return [run_row(body, blocks, prompt, ids) for ids in texts]
+    return Row([*inputs, output.last_hidden_state[0, count:]], output)
 
 
 def pad(texts: Sequence[Tensor], side: str, filler: int) -> tuple[Tensor, Tensor | None]:

@@ -1,4 +1,4 @@
-"""Model classes with prompts: ``PTuneLlamaForCausalLM`` is ``LlamaForCausalLM`` with `PTuneMixin`, and so for every other.
+"""Model classes with prompts: ``PTuneLlamaForCausalLM`` is ``LlamaForCausalLM`` with `PTuneMixin`, and so on.
 
 They are made when first asked for, once each, and can be imported and pickled by name.
 """
@@ -25,8 +25,8 @@ def ptune_class(base: type) -> type:
         if base.__name__.endswith("ForSequenceClassification"):
             namespace["forward"] = pooled_forward(base)
         made = _classes[base] = type(_PREFIX + base.__name__, bases, namespace)
-        # transformers finds what a model can record (output_hidden_states, …) by its class's name, noted in __init__; dict's own
-        # method, for the key that a registry makes of a model differs between its versions
+        # transformers finds what a model can record (output_hidden_states, …) by its class's name, noted in __init__;
+        # dict's own method, for the key that the registry makes of a model differs between its versions
         dict.__setitem__(_CAN_RECORD_REGISTRY, str(made), getattr(base, "_can_record_outputs", None))
     return _classes[base]
 

@@ -1,0 +1,46 @@
+"""What the tests of the model side share: texts, prompts and a comparison."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import ptune
+
+from .families import LAYERS, VOCABULARY
+from .oracle import Prompt
+
+MODES = ("shallow", "overwrite", "add")
+PADDINGS = ("none", "right", "left")
+COUNT = 4
+
+
+def close(got: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
+    """Equal to within ``tolerance`` of the larger of 1 and the greatest expected magnitude."""
+    scale = max(1.0, expected.abs().max().item())
+    torch.testing.assert_close(got, expected, rtol=0, atol=tolerance * scale)
+
+
+def texts_for(padding: str, lengths: tuple[int, ...] = (7, 3, 9, 1)) -> list[Tensor]:
+    """Random texts without special tokens, of equal length where there is to be no padding."""
+    return [torch.randint(3, VOCABULARY, (5 if padding == "none" else n,)) for n in lengths]
+
+
+def settings_for(mode: str, count: int = COUNT, **rest: Any) -> dict[str, Any]:
+    if mode == "shallow":
+        return {"tuning_mode": "ptune", "pre_seq_len": count, **rest}
+    return {"tuning_mode": "deep_ptune", "pre_seq_len": count, "deep_prompt_mode": mode, **rest}
+
+
+def set_prompts(model: Any, mode: str) -> Prompt:
+    """Fresh random prompts on ``model``, returned as the oracle's leaves."""
+    model.init_prompts(ptune.PTuneConfig(**settings_for(mode)))
+    with torch.no_grad():
+        for table in (model.prompt_embeddings, model.intermediate_prompt_embeddings):
+            if table is not None:
+                table.weight.normal_(std=0.7)
+    shallow = model.prompt_embeddings.weight.detach().clone().requires_grad_()
+    if mode == "shallow":
+        return Prompt(shallow)
+    deep = model.intermediate_prompt_embeddings.weight.detach().clone().view(LAYERS, COUNT, -1).requires_grad_()
+    return Prompt(shallow, deep, mode)
