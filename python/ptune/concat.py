@@ -19,7 +19,7 @@ from transformers.utils import ModelOutput
 from ptune_kernels import Placement, embed_and_prepend, overwrite, prepend, strip
 
 from .layout import Layout, positions_of
-from .support import check_inputs, find_blocks, position_limit
+from .support import check_inputs, find_blocks, find_body, position_limit
 
 
 @dataclass
@@ -35,6 +35,7 @@ class _Call:
 
 class _Thread(threading.local):
     call: _Call | None = None
+    reached: bool = False
 
 
 _thread = _Thread()
@@ -44,7 +45,7 @@ class ConcatPath:
     """Hooks on the body of ``model`` (a `PTuneMixin` with prompts) and on its blocks, removable together."""
 
     def __init__(self, model: Any) -> None:
-        body = model.base_model
+        body = find_body(model)
         self.model = model
         self.parameters = tuple(inspect.signature(body.forward).parameters)
         self.first_position, self.position_limit = position_limit(body)
@@ -54,6 +55,11 @@ class ConcatPath:
             body.register_forward_pre_hook(self.before_body, with_kwargs=True),
             body.register_forward_hook(self.after_body),
         ]
+        if body is not model:
+            self.handles += [
+                model.register_forward_pre_hook(_before_model),
+                model.register_forward_hook(self.after_model),
+            ]
         if model.ptune_config.deep:
             blocks = find_blocks(body, model.config)
             self.handles += [block.register_forward_pre_hook(self.before_block, with_kwargs=True) for block in blocks]
@@ -63,7 +69,7 @@ class ConcatPath:
             handle.remove()
 
     def before_body(self, body: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-        _thread.call = None
+        _thread.call, _thread.reached = None, True
         if not self.model.prompts_enabled:
             return None
         arguments = dict(zip(self.parameters, args, strict=False)) | kwargs
@@ -74,7 +80,7 @@ class ConcatPath:
         past = arguments.get("past_key_values")
         if past is not None and _is_resumed(past, mask, text.shape[1]):
             # the prompt is in the cache: only what is said about the text's place changes
-            self._check_resumed(past.get_seq_length(), mask, text.shape[1])
+            self._check_resumed(past, mask, text.shape[1])
             return (), arguments | self._resumed_positions(layout, arguments, text.shape[1])
         self._check_length(self.num_prompts + text.shape[1])
         placement = layout.placement()
@@ -122,6 +128,12 @@ class ConcatPath:
             output["pooler_output"] = _pool(body, call.layout.first_token(text))
         return output.to_tuple() if call.as_tuple else output
 
+    def after_model(self, model: nn.Module, args: tuple, output: Any) -> None:
+        if not _thread.reached:
+            raise NotImplementedError(
+                f"{type(model).__name__}: its forward goes past the body, where prompts are put in"
+            )
+
     def _embed(self, body: Any, arguments: dict[str, Any], placement: Placement | None) -> Tensor:
         prompts = self.model.prompt_embeddings.weight
         if (embeds := arguments.get("inputs_embeds")) is not None:
@@ -168,12 +180,14 @@ class ConcatPath:
                 resumed["position_ids"] = positions + self.num_prompts
         return resumed
 
-    def _check_resumed(self, seen: int | Tensor, mask: Tensor | None, length: int) -> None:
+    def _check_resumed(self, past: Any, mask: Tensor | None, length: int) -> None:
+        seen, static = past.get_seq_length(), past.is_compileable
         if not isinstance(seen, int):
             return  # a static cache counts in a tensor, which is left alone: reading it would synchronise
         self._check_length(seen + length)
         text_length = seen - self.num_prompts + length
-        if mask is not None and mask.shape[1] != text_length:
+        # a static cache's mask may be as wide as the cache
+        if mask is not None and mask.shape[1] != text_length and not (static and mask.shape[1] > text_length):
             raise ValueError(
                 f"attention_mask: expected {text_length} columns, for {text_length - length} text tokens in "
                 f"past_key_values and {length} new ones, got {mask.shape[1]}"
@@ -200,6 +214,10 @@ class ConcatPath:
         if state.dim() == 3:
             return self._text_rows(call, state)
         return state.take_along_dim(columns[:, None, :, None], dim)
+
+
+def _before_model(model: nn.Module, args: tuple) -> None:
+    _thread.reached = False
 
 
 class CheckpointWithCall:

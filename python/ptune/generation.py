@@ -63,6 +63,8 @@ class PromptGeneration:
             )
         if is_first_iteration:
             return attention_mask
+        if isinstance(past_key_values.get_seq_length(), int):
+            return attention_mask
         # as wide at every step, or a compiled decoding step would be compiled again for each
         columns = past_key_values.get_max_length() - self.ptune_config.pre_seq_len
         if attention_mask is None:

@@ -158,7 +158,7 @@ class PTuneMixin:
 
     def adopt(self: Any, head: Iterable[str]) -> None:
         """Make a stock model that has just become one of this class ready for prompts, with ``head`` to train."""
-        check_base(self, self.base_model)
+        check_base(self)
         self.origin = origin_of(self.config)
         self.ptune_config = PTuneConfig()
         self._disabled = 0

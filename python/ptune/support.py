@@ -5,6 +5,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 _ROW_MIXERS = {
     "xlnet": "its blocks take the sequence before the batch",
@@ -15,9 +16,24 @@ _POSITION_TABLES = ("position_embeddings", "embed_positions", "wpe", "positions_
 _POOLS_BY_PAD_ID = ("CTRLForSequenceClassification", "ModernBertDecoderForSequenceClassification")
 
 
-def check_base(model: Any, body: nn.Module) -> None:
+def find_body(model: Any) -> Any:
+    """The submodel of ``model`` that turns token ids into states; heads may call one inside ``base_model`` (OPT's do)."""
+    body = model.base_model
+    while True:
+        inner = [child for child in body.children() if isinstance(child, PreTrainedModel) and _lacks(child) is None]
+        if len(inner) != 1:
+            return body
+        body = inner[0]
+
+
+def _lacks(body: nn.Module) -> str | None:
+    parameters = inspect.signature(body.forward).parameters
+    return next((needed for needed in ("inputs_embeds", "attention_mask") if needed not in parameters), None)
+
+
+def check_base(model: Any) -> None:
     """Raises `NotImplementedError` for a base whose prompts could not follow the definition."""
-    config, name = model.config, type(model).__name__
+    config, name, body = model.config, type(model).__name__, find_body(model)
     if getattr(model, "hf_quantizer", None) is not None or getattr(model, "is_quantized", False):
         _refuse(name, "a quantised base decides the dtypes of its own modules, and has not been checked")
     if config.is_encoder_decoder:
@@ -29,9 +45,8 @@ def check_base(model: Any, body: nn.Module) -> None:
     if name.removeprefix("PTune") in _POOLS_BY_PAD_ID:
         _refuse(name, "it pools by pad_token_id, inside its own forward")
     parameters = inspect.signature(body.forward).parameters
-    for needed in ("inputs_embeds", "attention_mask"):
-        if needed not in parameters:
-            _refuse(name, f"{type(body).__name__}.forward takes no {needed}")
+    if (needed := _lacks(body)) is not None:
+        _refuse(name, f"{type(body).__name__}.forward takes no {needed}")
     if "per_layer_inputs" in parameters:
         _refuse(name, "its blocks look the token ids up again, and their inputs are not [b, n, d]")
     if "cache_params" in parameters:

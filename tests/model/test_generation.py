@@ -1,0 +1,148 @@
+"""`generate` against the oracle, which runs the whole of each row again for every token."""
+
+import pytest
+import torch
+import transformers
+
+import ptune
+
+from .common import COUNT, close, set_prompts, settings_for, texts_for
+from .oracle import pad, run_row
+
+NEW = 7
+GREEDY = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False}
+
+
+def continued(stock, family, prompt, text, count=NEW):
+    """Greedy tokens after ``text`` and their logits."""
+    logits = []
+    for _ in range(count):
+        body = stock.base_model
+        last = stock.lm_head(run_row(body, family.blocks(body), prompt, text).states[-1][-1])
+        last[2] = -torch.inf if len(logits) < count else last[2]  # min_new_tokens forbids the end of text
+        logits.append(last)
+        text = torch.cat([text, last.argmax()[None]])
+    return text[-count:], torch.stack(logits)
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2", "mistral", "gemma3", "opt", "bloom"])
+def pair(request, base_of):
+    base = base_of(request.param)
+    stock = base.stock(transformers.AutoModelForCausalLM)
+    return base.family, stock, base.tuned(ptune.AutoPTuneModelForCausalLM, **settings_for("shallow"))
+
+
+@pytest.mark.parametrize("padding", ["none", "left"])
+@pytest.mark.parametrize("mode", ["shallow", "overwrite", "add"])
+@pytest.mark.parametrize("cache", ["dynamic", "static", "none"])
+@torch.no_grad()
+def test_greedy(pair, mode, padding, cache):
+    family, stock, model = pair
+    if family.name == "bloom" and cache == "static":
+        cache = "dynamic"  # stock Bloom cannot take a static one
+    prompt, texts = set_prompts(model, mode), texts_for(padding)
+    ids, mask = pad(texts, padding, 0)
+    how = {"use_cache": False} if cache == "none" else {"cache_implementation": cache}
+    output = model.generate(
+        ids, attention_mask=mask, **GREEDY, **how, output_logits=True, return_dict_in_generate=True, pad_token_id=0
+    )
+    assert output.sequences.shape == (len(texts), ids.shape[1] + NEW)
+    for row, text in enumerate(texts):
+        tokens, logits = continued(stock, family, prompt, text)
+        got = torch.stack([step[row] for step in output.logits])
+        close(got.index_fill(1, torch.tensor([2]), 0), logits.index_fill(1, torch.tensor([2]), 0))
+        assert output.sequences[row, -NEW:].tolist() == tokens.tolist()
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2", "gemma3"])
+def prompted(request, base_of):
+    """A stock model and one whose prompts are a text: the second must do what the first does with the text before its own."""
+    base, words = base_of(request.param), torch.randint(3, 61, (COUNT,))
+    stock = base.stock(transformers.AutoModelForCausalLM)
+    model = base.tuned(ptune.AutoPTuneModelForCausalLM, **settings_for("overwrite", prompt_init_text=words.tolist()))
+    return stock, model, words
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"num_beams": 3, "do_sample": False, "length_penalty": 1.5},
+        {"num_beams": 3, "do_sample": False, "num_return_sequences": 2, "cache_implementation": "static"},
+        {"do_sample": True, "temperature": 1.3, "top_k": 20, "num_return_sequences": 2},
+        {"do_sample": False, "prompt_lookup_num_tokens": 2},
+        {"do_sample": False, "prefill_chunk_size": 2},
+        {"do_sample": False, "repetition_penalty": 1.0},
+    ],
+    ids=["beams", "static beams", "sampling", "prompt lookup", "chunked prefill", "plain"],
+)
+def test_every_way_of_generating_follows_the_text(prompted, how):
+    stock, model, words = prompted
+    text = torch.randint(3, 61, (1 if "prompt_lookup_num_tokens" in how else 3, 5))
+    common = {"max_new_tokens": NEW, "min_new_tokens": NEW, "pad_token_id": 0, **how}
+    torch.manual_seed(5)
+    expected = stock.generate(torch.cat([words.expand(len(text), -1), text], 1), **common)
+    torch.manual_seed(5)
+    assert model.generate(text, **common).tolist() == expected[:, COUNT:].tolist()
+
+
+@pytest.mark.parametrize("given", ["all text", "new text"])
+@pytest.mark.parametrize("padded", [False, True], ids=["unpadded", "padded"])
+def test_a_conversation_goes_on_from_its_cache(pair, given, padded):
+    family, stock, model = pair
+    prompt, texts = set_prompts(model, "overwrite"), texts_for("left" if padded else "none")
+    ids, mask = pad(texts, "left" if padded else "none", 0)
+    mask = torch.ones_like(ids) if mask is None else mask
+    first = model.generate(ids, attention_mask=mask, **GREEDY, return_dict_in_generate=True, pad_token_id=0)
+    added = torch.randint(3, 61, (len(texts), COUNT + 1))
+    whole = torch.cat([first.sequences, added], 1)
+    mask = torch.cat([mask, mask.new_ones(len(texts), NEW + COUNT + 1)], 1)
+    seen = first.past_key_values.get_seq_length() - COUNT
+    assert seen == ids.shape[1] + NEW - 1
+    second = model.generate(
+        whole if given == "all text" else whole[:, seen:],
+        attention_mask=mask,
+        past_key_values=first.past_key_values,
+        pad_token_id=0,
+        **GREEDY,
+    )
+    for row, text in enumerate(texts):
+        tokens, _ = continued(stock, family, prompt, torch.cat([text, whole[row, ids.shape[1] :]]))
+        assert second[row, -NEW:].tolist() == tokens.tolist()
+
+
+def test_steps_by_hand_need_no_positions(pair):
+    """A caller's own loop: the cache and the text's mask are enough, or no mask at all."""
+    family, stock, model = pair
+    prompt, texts = set_prompts(model, "overwrite"), texts_for("left")
+    ids, mask = pad(texts, "left", 0)
+    output = model(input_ids=ids, attention_mask=mask, use_cache=True)
+    token = torch.randint(3, 61, (len(texts), 1))
+    mask = torch.cat([mask, mask.new_ones(len(texts), 1)], 1)
+    output = model(input_ids=token, attention_mask=mask, past_key_values=output.past_key_values)
+    for row, text in enumerate(texts):
+        body = stock.base_model
+        states = run_row(body, family.blocks(body), prompt, torch.cat([text, token[row]])).states[-1]
+        close(output.logits[row, -1], stock.lm_head(states[-1]))
+    cache = model(input_ids=ids[2:3], use_cache=True).past_key_values
+    alone = model(input_ids=token[2:3], past_key_values=cache).logits
+    close(alone, output.logits[2:3])
+
+
+def test_a_mask_that_does_not_cover_the_past_is_refused(base_of):
+    model = base_of("llama").tuned(ptune.AutoPTuneModelForCausalLM, **settings_for("shallow"))
+    ids = torch.randint(3, 61, (2, 5))
+    cache = model(input_ids=ids, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match=r"attention_mask: expected 6 columns.*got 1"):
+        model(input_ids=ids[:, :1], attention_mask=torch.ones(2, 1), past_key_values=cache)
+
+
+def test_bare_base_generates_as_stock(base_of):
+    base = base_of("llama")
+    stock = base.stock(transformers.AutoModelForCausalLM)
+    model = base.tuned(ptune.AutoPTuneModelForCausalLM, **settings_for("overwrite"))
+    ids, mask = pad(texts_for("left"), "left", 0)
+    for cache in ("dynamic", "static"):
+        how = {**GREEDY, "cache_implementation": cache, "pad_token_id": 0}
+        with model.disable_prompts():
+            got = model.generate(ids, attention_mask=mask, **how)
+        assert got.tolist() == stock.generate(ids, attention_mask=mask, **how).tolist()
