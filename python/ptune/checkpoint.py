@@ -16,6 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .config import PTuneConfig
+
 FORMAT_VERSION = 1
 CONFIG_NAME = "ptune_config.json"
 WEIGHTS_NAME = "model.safetensors"  # Trainer's resume and best-model reload look for this name
@@ -81,6 +83,14 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
         if not isinstance(config.get(name), kind):
             raise ValueError(f"{path}: {name}: expected {kind}, got {config.get(name)!r}")
     return config
+
+
+def settings_of(saved: dict[str, Any]) -> PTuneConfig:
+    """The settings of the prompts that a ``ptune_config.json`` describes, without the text that they started from."""
+    names = ("tuning_mode", "pre_seq_len", "deep_prompt_mode", "base_dropout")
+    settings = PTuneConfig(**{name: saved[name] for name in names})
+    settings.prompt_init = saved["prompt_init"]
+    return settings
 
 
 def read_tensors(folder: str | os.PathLike[str]) -> dict[str, Tensor]:

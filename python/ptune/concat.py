@@ -33,12 +33,12 @@ class _Call:
     depth: int = 0
 
 
-class _Thread(threading.local):
-    call: _Call | None = None
-    reached: bool = False
+# Not a subclass with defaults: torch.compile reads those where an instance has its own.
+_thread = threading.local()
 
 
-_thread = _Thread()
+def _current_call() -> _Call | None:
+    return getattr(_thread, "call", None)
 
 
 class ConcatPath:
@@ -94,8 +94,7 @@ class ConcatPath:
     def before_block(
         self, block: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]] | None:
-        call = _thread.call
-        if call is None:
+        if (call := _current_call()) is None:
             return None
         hidden = args[0] if args else kwargs["hidden_states"]
         expected = (call.layout.column.shape[0], self.num_prompts + call.length)
@@ -113,9 +112,9 @@ class ConcatPath:
         return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
 
     def after_body(self, body: nn.Module, args: tuple, output: Any) -> Any:
-        call, _thread.call = _thread.call, None
-        if call is None:
+        if (call := _current_call()) is None:
             return None
+        _thread.call = None
         if not isinstance(output, ModelOutput):
             raise NotImplementedError(f"{type(body).__name__}: expected a ModelOutput, got {type(output).__name__}")
         if self.model.ptune_config.deep and call.depth != self.num_layers:
@@ -230,17 +229,18 @@ class CheckpointWithCall:
         self.checkpoint = checkpoint
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if (call := _thread.call) is not None:
+        if (call := _current_call()) is not None:
             function = partial(_run_in, call, call.depth, function)
         return self.checkpoint(function, *args, **kwargs)
 
 
 def _run_in(call: _Call, depth: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    outer, _thread.call = _thread.call, replace(call, depth=depth)
+    outer, inner = _current_call(), replace(call, depth=depth)
+    _thread.call = inner
     try:
         return function(*args, **kwargs)
     finally:
-        call.depth = max(call.depth, _thread.call.depth)
+        call.depth = max(call.depth, inner.depth)
         _thread.call = outer
 
 

@@ -113,10 +113,8 @@ class PTuneMixin:
         Raises `ptune.checkpoint.MisfitError` where they do not fit this base, saying why; nothing is changed then.
         """
         saved, tensors = checkpoint.read_config(folder), checkpoint.read_tensors(folder)
+        settings = checkpoint.settings_of(saved)
         self._check_fit(saved, tensors)
-        names = ("tuning_mode", "pre_seq_len", "deep_prompt_mode", "base_dropout")
-        settings = PTuneConfig(**{name: saved[name] for name in names})
-        settings.prompt_init = saved["prompt_init"]
         self._set_head(saved["head"])
         with torch.no_grad():
             for name in saved["head"]:

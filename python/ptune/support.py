@@ -17,7 +17,7 @@ _POOLS_BY_PAD_ID = ("CTRLForSequenceClassification", "ModernBertDecoderForSequen
 
 
 def find_body(model: Any) -> Any:
-    """The submodel of ``model`` that turns token ids into states; heads may call one inside ``base_model`` (OPT's do)."""
+    """The submodel of ``model`` that turns token ids into states; heads may call one in ``base_model`` (OPT's do)."""
     body = model.base_model
     while True:
         inner = [child for child in body.children() if isinstance(child, PreTrainedModel) and _lacks(child) is None]

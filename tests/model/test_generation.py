@@ -56,7 +56,7 @@ def test_greedy(pair, mode, padding, cache):
 
 @pytest.fixture(scope="module", params=["llama", "gpt2", "gemma3"])
 def prompted(request, base_of):
-    """A stock model and one whose prompts are a text: the second must do what the first does with the text before its own."""
+    """A stock model and one whose prompts are a text: the second must do as the first with that text before its own."""
     base, words = base_of(request.param), torch.randint(3, 61, (COUNT,))
     stock = base.stock(transformers.AutoModelForCausalLM)
     model = base.tuned(ptune.AutoPTuneModelForCausalLM, **settings_for("overwrite", prompt_init_text=words.tolist()))

@@ -159,7 +159,7 @@ def test_token_classification(base_of, name, mode, padding):
 @pytest.mark.parametrize("mode", [None, "shallow"])
 @pytest.mark.parametrize("name", ["llama", "bert", "roberta", "modernbert"])
 def test_only_prompts_and_what_the_checkpoint_lacked_train(base_of, name, mode):
-    """MLM and causal checkpoints lack the classifier; BERT's lacks the pooler too, ModernBERT's has its head's first half."""
+    """These checkpoints lack the classifier; BERT's lacks the pooler too, ModernBERT's has half of its head."""
     settings = {} if mode is None else settings_for(mode)
     model = base_of(name).tuned(ptune.AutoPTuneModelForSequenceClassification, num_labels=LABELS, **settings)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}

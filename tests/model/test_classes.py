@@ -1,0 +1,167 @@
+"""Classes: made once per base class, importable, picklable, and to transformers what their base is."""
+
+import copy
+import pickle
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+import transformers as hf
+
+import ptune
+import ptune.models
+from ptune.concat import fusible_scale
+from ptune_kernels import embed_and_prepend
+
+from .common import COUNT, close, set_prompts, settings_for
+
+
+def test_names_and_bases():
+    made = ptune.models.PTuneLlamaForCausalLM
+    assert made is ptune.models.PTuneLlamaForCausalLM
+    assert (made.__name__, made.__module__) == ("PTuneLlamaForCausalLM", "ptune.models")
+    assert issubclass(made, ptune.PTuneMixin)
+    assert issubclass(made, hf.LlamaForCausalLM)
+    for name in ("PTuneNothing", "LlamaForCausalLM", "PTuneLlamaConfig", "PTuneGenerationMixin"):
+        with pytest.raises(AttributeError, match=name):
+            getattr(ptune.models, name)
+
+
+@pytest.mark.parametrize(
+    "loader",
+    [ptune.AutoPTuneModel, ptune.AutoPTuneModelForCausalLM, ptune.AutoPTuneModelForSequenceClassification],
+)
+def test_copies_are_independent_and_whole(base_of, loader):
+    model = base_of("llama").tuned(loader, **settings_for("overwrite"))
+    set_prompts(model, "overwrite")
+    ids, mask = torch.randint(3, 61, (2, 5)), torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
+    expected = model(input_ids=ids, attention_mask=mask)[0]
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert type(copied) is type(model)
+        assert torch.equal(copied(input_ids=ids, attention_mask=mask)[0], expected)
+        with torch.no_grad():
+            copied.intermediate_prompt_embeddings.weight[COUNT:].zero_()
+        assert not torch.equal(copied(input_ids=ids, attention_mask=mask)[0], expected)
+        assert torch.equal(model(input_ids=ids, attention_mask=mask)[0], expected)
+
+
+def test_another_process_reads_a_pickle(base_of, tmp_path):
+    model = base_of("bert").tuned(**settings_for("overwrite"))
+    ids = torch.randint(3, 61, (1, 5))
+    (tmp_path / "model.pickle").write_bytes(pickle.dumps((model, ids, model(ids)[0].detach())))
+    program = (
+        "import pickle, sys, torch\n"
+        "model, ids, expected = pickle.load(open(sys.argv[1], 'rb'))\n"
+        "output = model(ids, output_hidden_states=True)\n"
+        "torch.testing.assert_close(output[0], expected)\n"
+        "assert len(output.hidden_states) == 4, output.hidden_states\n"
+    )
+    subprocess.run([sys.executable, "-c", program, tmp_path / "model.pickle"], check=True)
+
+
+def test_settings_come_from_keywords_or_the_config_and_stay_off_it(base_of):
+    base = base_of("llama")
+    config = hf.AutoConfig.from_pretrained(base.folder)
+    config.tuning_mode, config.pre_seq_len, config.deep_prompt_mode = "deep_ptune", 3, "add"
+    model = ptune.AutoPTuneModelForCausalLM.from_pretrained(base.folder, config=config)
+    assert (model.ptune_config.pre_seq_len, model.ptune_config.deep_prompt_mode) == (3, "add")
+    model = ptune.AutoPTuneModelForCausalLM.from_pretrained(base.folder, config=config, pre_seq_len=5)
+    assert model.ptune_config.pre_seq_len == 5
+    assert not set(vars(model.config)) & {"tuning_mode", "pre_seq_len", "deep_prompt_mode"}
+    assert "pre_seq_len" not in model.config.to_json_string()
+    assert config.pre_seq_len == 3
+    model.init_prompts(config)
+    assert model.prompt_embeddings.weight.shape[0] == 3
+
+
+def test_class_and_config_alone(base_of):
+    torch.manual_seed(0)
+    config = base_of("llama").family.config()
+    config.tuning_mode, config.pre_seq_len = "ptune", 3
+    config.num_labels = 4
+    model = ptune.models.PTuneLlamaForSequenceClassification(config)
+    assert [n for n, p in model.named_parameters() if p.requires_grad] == ["score.weight", "prompt_embeddings.weight"]
+    loaded = ptune.models.PTuneLlamaForCausalLM.from_pretrained(base_of("llama").folder, **settings_for("overwrite"))
+    assert type(loaded) is ptune.models.PTuneLlamaForCausalLM
+    auto = ptune.AutoPTuneModelForSequenceClassification.from_config(config)
+    assert type(auto) is type(model)
+    assert auto.prompt_embeddings.weight.shape == (3, 24)
+    assert config.pre_seq_len == 3
+
+
+def test_transformers_sees_the_base_class(base_of):
+    base = base_of("llama")
+    model = base.tuned(ptune.AutoPTuneModelForCausalLM, **settings_for("shallow"))
+    stock = base.stock(hf.AutoModelForCausalLM)
+    assert model.can_generate()
+    assert not base_of("bert").tuned(**settings_for("shallow")).can_generate()
+    assert model.is_custom_code() == stock.is_custom_code()
+    assert model.loss_type == stock.loss_type == "ForCausalLM"
+    model.set_attn_implementation("eager")
+    assert model.config._attn_implementation == "eager"
+    ids = torch.randint(3, 61, (1, 5))
+    assert model(ids, output_attentions=True).attentions[0] is not None
+    assert base.tuned(attn_implementation="eager").config._attn_implementation == "eager"
+    assert model._no_split_modules == stock._no_split_modules
+
+
+def test_loading_information(base_of):
+    model, information = base_of("bert").tuned(ptune.AutoPTuneModelForSequenceClassification, output_loading_info=True)
+    assert "classifier.weight" in information["missing_keys"]
+    assert model.classifier.weight.requires_grad
+
+
+def test_embeddings_with_hooks_are_called(base_of):
+    """A hook on the base's embedding has its say, as in the base: the fused look-up steps aside."""
+    base = base_of("llama")
+    stock, model = base.stock(), base.tuned(**settings_for("shallow", prompt_init_text=[3, 4, 5, 6]))
+    ids = torch.randint(3, 61, (2, 5))
+    before = model(ids)[0]
+    for one in (stock, model):
+        one.get_input_embeddings().register_forward_hook(lambda module, args, output: output * 1.5)
+    assert not torch.equal(model(ids)[0], before)
+    own = model.prompt_embeddings.weight / 1.5  # the stock model's hook scales them too
+    with torch.no_grad():
+        stock.embed_tokens.weight[3:7] = own
+    words = torch.tensor([[3, 4, 5, 6]]).expand(2, -1)
+    ids = ids.clamp_min(7)
+    close(model(ids)[0], stock(torch.cat([words, ids], 1))[0][:, 4:])
+
+
+def test_gemmas_scaled_look_up_is_the_modules(base_of):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        embedding = base_of("gemma3").tuned(dtype=dtype, **settings_for("shallow")).get_input_embeddings()
+        scale = fusible_scale(embedding)
+        ids = torch.arange(61)[None]
+        fused = embed_and_prepend(torch.zeros(1, 24), ids, embedding.weight, None, scale)
+        assert torch.equal(fused[:, 1:], embedding(ids))
+
+
+def test_threads_do_not_mix(base_of):
+    """Calls in several threads, of different lengths and paddings, each see their own."""
+    model = base_of("llama").tuned(**settings_for("overwrite"))
+    batches = []
+    for length in range(3, 19):
+        ids = torch.randint(3, 61, (2, length))
+        mask = torch.ones_like(ids)
+        mask[0, : length // 2] = 0
+        batches.append({"input_ids": ids, "attention_mask": mask})
+    expected = [model(**batch)[0].detach() for batch in batches]
+    with ThreadPoolExecutor(4) as pool:
+        for got, want in zip(pool.map(lambda batch: model(**batch)[0], batches * 3), expected * 3, strict=True):
+            assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("loader", [ptune.AutoPTuneModel, ptune.AutoPTuneModelForCausalLM])
+def test_compiled_whole(base_of, loader):
+    """torch.compile takes the hooks along without a graph break, whether it traces them or runs them itself."""
+    model = base_of("llama").tuned(loader, **settings_for("overwrite")).eval()
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for padding in (0, 2, 3):
+        ids, mask = torch.randint(3, 61, (2, 6)), torch.ones(2, 6, dtype=torch.long)
+        mask[1, :padding] = 0
+        expected = model(input_ids=ids, attention_mask=mask)[0]
+        close(compiled(input_ids=ids, attention_mask=mask)[0][mask.bool()], expected[mask.bool()])

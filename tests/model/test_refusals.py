@@ -1,0 +1,165 @@
+"""What is not supported is refused by name, with the reason, before anything changes."""
+
+import pytest
+import torch
+import transformers as hf
+
+import ptune
+
+from .common import COUNT, settings_for
+
+SMALL = {"vocab_size": 61, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+
+
+@pytest.mark.parametrize(
+    ("values", "error"),
+    [
+        ({"tuning_mode": "prefix"}, "tuning_mode: expected one of None, 'ptune', 'deep_ptune', got 'prefix'"),
+        ({"tuning_mode": "ptune", "pre_seq_len": 0}, "pre_seq_len: expected at least 1"),
+        ({"tuning_mode": "ptune", "pre_seq_len": -3}, "pre_seq_len: expected at least 1"),
+        ({"pre_seq_len": 4}, "pre_seq_len: expected 0 with tuning_mode=None"),
+        ({"deep_prompt_mode": "replace"}, "deep_prompt_mode: expected one of 'overwrite', 'add'"),
+        ({"prompt_init": "zeros"}, "prompt_init: expected one of 'random', 'vocab', 'text'"),
+        ({"prompt_init": "text"}, "prompt_init_text: expected with prompt_init='text'"),
+        ({"prompt_init": "vocab", "prompt_init_text": "a"}, "prompt_init_text: expected with prompt_init='text'"),
+        ({"prompt_init_text": ""}, "prompt_init_text: expected a text or texts, got an empty one"),
+        ({"prompt_init_text": []}, "prompt_init_text: expected a text or texts, got an empty one"),
+    ],
+)
+def test_settings(values, error):
+    with pytest.raises(ValueError, match=error):
+        ptune.PTuneConfig(**values)
+    with pytest.raises(TypeError, match=r"pre_seq_len: expected an int, got 4\.0"):
+        ptune.PTuneConfig(tuning_mode="ptune", pre_seq_len=4.0)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (lambda: hf.T5Config(vocab_size=61, d_model=16, d_kv=8, d_ff=16, num_layers=2, num_heads=2), "encoder-decoder"),
+        (lambda: hf.ViTConfig(**SMALL), "multimodal"),
+        (lambda: hf.FNetConfig(**SMALL), "FNetModel.forward takes no attention_mask"),
+        (lambda: hf.MambaConfig(vocab_size=61, hidden_size=16, num_hidden_layers=2), "no key-value cache"),
+        (lambda: hf.XLNetConfig(vocab_size=61, d_model=16, n_layer=2, n_head=2, d_inner=16), "sequence before"),
+        (
+            lambda: hf.Gemma3nTextConfig(
+                **SMALL | {"intermediate_size": [16, 16]}, num_key_value_heads=1, head_dim=8, num_kv_shared_layers=0,
+                hidden_size_per_layer_input=4, vocab_size_per_layer_input=61, laurel_rank=2, altup_num_inputs=2,
+                layer_types=["full_attention", "full_attention"], activation_sparsity_pattern=[0.0, 0.0],
+            ),
+            r"inputs are not \[b, n, d\]",
+        ),
+    ],
+    ids=["T5", "ViT", "FNet", "Mamba", "XLNet", "Gemma 3n"],
+)  # fmt: skip
+def test_bases(config, reason):
+    with pytest.raises(NotImplementedError, match=reason):
+        ptune.AutoPTuneModel.from_config(config(), **settings_for("shallow"))
+
+
+def test_quantised_bases(base_of):
+    base = base_of("llama")
+    model = base.stock()
+    model.is_quantized = True
+    model.__class__ = ptune.models.ptune_class(type(model))
+    with pytest.raises(
+        NotImplementedError, match="PTuneLlamaModel: prompts are not supported, because a quantised base"
+    ):
+        model.adopt([])
+
+
+@pytest.fixture(scope="module")
+def model(base_of):
+    return base_of("gpt2").tuned(ptune.AutoPTuneModelForCausalLM, **settings_for("overwrite"))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "kind", "error"),
+    [
+        (
+            {"input_ids": torch.ones(2, 0, dtype=torch.long)},
+            ValueError,
+            r"input_ids: expected \[b, n\] with at least one",
+        ),
+        ({"inputs_embeds": torch.ones(2, 5)}, ValueError, r"inputs_embeds: expected \[b, n, d\]"),
+        ({}, ValueError, "exactly one of input_ids or inputs_embeds"),
+        (
+            {"input_ids": torch.ones(2, 5, dtype=torch.long), "attention_mask": torch.ones(2, 1, 5, 5)},
+            NotImplementedError,
+            r"attention_mask: expected \[b, n\], got shape \(2, 1, 5, 5\)",
+        ),
+        (
+            {"input_ids": torch.ones(2, 5, dtype=torch.long), "attention_mask": {"full_attention": None}},
+            NotImplementedError,
+            r"attention_mask: expected \[b, n\], got dict",
+        ),
+        (
+            {"input_ids": torch.ones(1, 5, dtype=torch.long), "position_ids": torch.tensor([[0, 1, 2, 0, 1]])},
+            NotImplementedError,
+            "position_ids: packed batches",
+        ),
+        (
+            {"input_ids": torch.ones(1, 5, dtype=torch.long), "cu_seq_lens_q": torch.tensor([0, 3, 5])},
+            NotImplementedError,
+            "cu_seq_lens_q: packed batches",
+        ),
+        (
+            {"input_ids": torch.ones(1, 61, dtype=torch.long)},
+            ValueError,
+            "input too long: 4 prompt rows and the text make 65 positions, and PTuneGPT2LMHeadModel has learned 64",
+        ),
+    ],
+    ids=["no token", "embeddings", "nothing", "4-D mask", "mask mapping", "packed", "cu_seq_lens", "too long"],
+)
+def test_inputs(model, inputs, kind, error):
+    with pytest.raises(kind, match=error):
+        model(**inputs)
+    ids = torch.randint(3, 61, (1, 60))
+    model(input_ids=ids)  # the longest that fits, and no state left over
+
+
+def test_generating_past_the_learned_positions(model):
+    with pytest.raises(ValueError, match="input too long: 4 prompt rows and the text make 65 positions"):
+        model.generate(torch.randint(3, 61, (1, 58)), max_new_tokens=8, min_new_tokens=8, pad_token_id=0)
+
+
+def test_learned_positions_of_roberta(base_of):
+    """64 rows in the table, of which the first two are no positions."""
+    model = base_of("roberta").tuned(**settings_for("shallow"))
+    model(input_ids=torch.randint(3, 61, (1, 62 - COUNT)))
+    with pytest.raises(ValueError, match="63 positions, and PTuneRobertaModel has learned 62"):
+        model(input_ids=torch.randint(3, 61, (1, 63 - COUNT)))
+
+
+@pytest.mark.parametrize(
+    "text", [[3, 99], [[3], []], [-1], ["a"]], ids=["unknown", "empty", "negative", "no tokenizer"]
+)
+def test_initial_texts(base_of, text):
+    model = base_of("llama").tuned(**settings_for("shallow"))
+    before = model.prompt_embeddings.weight.clone()
+    with pytest.raises((ValueError, OSError)):
+        model.init_prompts(ptune.PTuneConfig(**settings_for("overwrite", prompt_init_text=text)))
+    assert torch.equal(model.prompt_embeddings.weight, before)
+    assert model.intermediate_prompt_embeddings is None
+    assert model.ptune_config.tuning_mode == "ptune"
+
+
+def test_heads_that_go_past_the_body(base_of):
+    """A forward that never calls the body would bear no prompts, silently."""
+    model = base_of("llama").tuned(ptune.AutoPTuneModelForCausalLM, **settings_for("shallow"))
+    body = model.model
+    body.forward = type(body).forward.__get__(body)
+    model.model.__class__ = type("Elusive", (type(body),), {"__call__": lambda self, *a, **k: self.forward(*a, **k)})
+    with pytest.raises(NotImplementedError, match="its forward goes past the body"):
+        model(torch.randint(3, 61, (1, 5)))
+
+
+def test_auto_classes_are_not_made():
+    with pytest.raises(TypeError, match="from_pretrained"):
+        ptune.AutoPTuneModelForCausalLM()
+
+
+def test_pushing_to_a_hub(base_of, tmp_path):
+    with pytest.raises(ValueError, match="push_to_hub: expected False"):
+        base_of("llama").tuned(**settings_for("shallow")).save_pretrained(tmp_path, push_to_hub=True)
+    assert not any(tmp_path.iterdir())

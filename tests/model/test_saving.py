@@ -1,0 +1,215 @@
+"""Folders of prompts: what they hold, what loads them, and what they do not fit."""
+
+import json
+import os
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+import ptune
+from ptune.checkpoint import CONFIG_NAME, WEIGHTS_NAME, MisfitError, read_config
+
+from .common import COUNT, set_prompts, settings_for
+from .families import LAYERS
+
+CLASSIFIER = ptune.AutoPTuneModelForSequenceClassification
+
+
+def state(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture(params=["shallow", "overwrite", "add", None])
+def model(request, base_of):
+    labels = {"id2label": {0: "ham", 1: "spam", 2: "?"}, "label2id": {"ham": 0, "spam": 1, "?": 2}}
+    settings = {} if request.param is None else settings_for(request.param)
+    model = base_of("bert").tuned(CLASSIFIER, **labels, **settings)
+    if request.param is not None:
+        set_prompts(model, request.param)
+    return model
+
+
+def test_round_trip(model, tmp_path, base_of):
+    model.save_prompts(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {CONFIG_NAME, WEIGHTS_NAME}
+    loaded = CLASSIFIER.from_pretrained(tmp_path)
+    assert type(loaded) is type(model)
+    assert loaded.ptune_config == model.ptune_config
+    assert loaded.config.id2label == {0: "ham", 1: "spam", 2: "?"}
+    assert loaded.config.label2id == {"ham": 0, "spam": 1, "?": 2}
+    assert same(state(loaded), state(model))
+    assert not loaded.training
+    trained = [[n for n, p in m.named_parameters() if p.requires_grad] for m in (model, loaded)]
+    assert trained[0] == trained[1]
+    ids = torch.randint(3, 61, (2, 5))
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def test_what_the_folder_says(base_of, tmp_path):
+    model = base_of("bert").tuned(CLASSIFIER, num_labels=2, **settings_for("overwrite"))
+    model.save_pretrained(tmp_path)
+    config = read_config(tmp_path)
+    assert config["base"]["name"] == str(base_of("bert").folder)
+    assert (config["tuning_mode"], config["pre_seq_len"], config["deep_prompt_mode"]) == (
+        "deep_ptune",
+        COUNT,
+        "overwrite",
+    )
+    assert (config["hidden_size"], config["num_layers"], config["model_class"]) == (
+        24,
+        LAYERS,
+        "BertForSequenceClassification",
+    )
+    assert config["id2label"] == {"0": "LABEL_0", "1": "LABEL_1"}
+    tensors = load_file(tmp_path / WEIGHTS_NAME)
+    assert tensors.keys() == {"prompt_embeddings.weight", "intermediate_prompt_embeddings.weight", *config["head"]}
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    with pytest.raises((OSError, ValueError)):
+        transformers.AutoModel.from_pretrained(tmp_path)
+
+
+def test_with_the_base_inside(model, tmp_path):
+    (tmp_path / "first").mkdir()
+    model.save_pretrained(tmp_path / "first", save_base=True)
+    os.rename(tmp_path / "first", tmp_path / "moved")
+    loaded = CLASSIFIER.from_pretrained(tmp_path / "moved")
+    assert same(state(loaded), state(model))
+    assert model.ptune_config == loaded.ptune_config
+    assert model._keys_to_ignore_on_save
+    stock = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "moved" / "base")
+    assert stock.config.architectures == ["BertForSequenceClassification"]
+    with model.disable_prompts():
+        ids = torch.randint(3, 61, (2, 5))
+        assert torch.equal(stock(ids).logits, model(ids).logits)
+
+
+def test_base_elsewhere(base_of, tmp_path):
+    base = base_of("llama")
+    model = base.tuned(ptune.AutoPTuneModelForCausalLM, **settings_for("add"))
+    elsewhere = tmp_path / "elsewhere"
+    base.stock(transformers.AutoModelForCausalLM).save_pretrained(elsewhere)
+    model.save_prompts(tmp_path / "prompts")
+    path = tmp_path / "prompts" / CONFIG_NAME
+    path.write_text(path.read_text().replace(str(base.folder), str(tmp_path / "gone")))
+    loaded = ptune.AutoPTuneModelForCausalLM.from_pretrained(tmp_path / "prompts", base_model=elsewhere)
+    assert same(state(loaded), state(model))
+    with pytest.raises(ValueError, match="base_model: expected with a folder of prompts"):
+        ptune.AutoPTuneModelForCausalLM.from_pretrained(elsewhere, base_model=elsewhere)
+
+
+def test_settings_of_a_folder_cannot_be_overruled(base_of, tmp_path):
+    base_of("llama").tuned(**settings_for("overwrite")).save_prompts(tmp_path)
+    assert ptune.AutoPTuneModel.from_pretrained(tmp_path, tuning_mode="deep_ptune").ptune_config.pre_seq_len == COUNT
+    with pytest.raises(ValueError, match="pre_seq_len: this folder of prompts has 4, got 8"):
+        ptune.AutoPTuneModel.from_pretrained(tmp_path, pre_seq_len=8)
+
+
+def test_the_bases_changed_settings_are_kept(base_of, tmp_path):
+    model = base_of("modernbert").tuned(CLASSIFIER, classifier_pooling="mean", num_labels=2, **settings_for("shallow"))
+    model.save_prompts(tmp_path)
+    loaded = CLASSIFIER.from_pretrained(tmp_path)
+    assert loaded.config.classifier_pooling == "mean"
+    ids = torch.randint(3, 61, (2, 5))
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def test_loading_into_a_model_takes_over_mode_and_length(base_of, tmp_path):
+    saved = base_of("llama").tuned(**settings_for("overwrite"))
+    saved.save_prompts(tmp_path)
+    for present in ({}, settings_for("shallow", 7)):
+        model = base_of("llama").tuned(**present)
+        model.load_prompts(tmp_path)
+        assert model.ptune_config == saved.ptune_config
+        ids = torch.randint(3, 61, (2, 5))
+        assert torch.equal(model(ids)[0], saved(ids)[0])
+
+
+def edit(folder, change):
+    config = json.loads((folder / CONFIG_NAME).read_text())
+    change(config)
+    (folder / CONFIG_NAME).write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("other", "loader", "settings", "reason"),
+    [
+        ("qwen3", CLASSIFIER, {"num_labels": 3}, "model_type: 'llama' in the base of the prompts, 'qwen3' here"),
+        ("llama", CLASSIFIER, {"num_labels": 2}, r"score.weight: expected \(2, 24\), got \(3, 24\)"),
+        ("llama", CLASSIFIER, {"num_labels": 3, "id2label": {0: "a", 1: "b", 2: "c"}}, "labels: expected"),
+        ("llama", ptune.AutoPTuneModelForCausalLM, {}, "head: trained on LlamaForSequenceClassification"),
+        ("llama", CLASSIFIER, {"num_labels": 3, "num_hidden_layers": 2}, r"num_layers: expected 3.*got 2"),
+    ],
+    ids=["another base", "fewer labels", "other labels", "no head", "fewer layers"],
+)
+def test_a_misfit_says_why_and_changes_nothing(base_of, tmp_path, other, loader, settings, reason):
+    base_of("llama").tuned(CLASSIFIER, num_labels=3, **settings_for("overwrite")).save_prompts(tmp_path)
+    model = base_of(other).tuned(loader, **settings, **settings_for("shallow"))
+    before, config, trained = (
+        state(model),
+        model.ptune_config,
+        {n for n, p in model.named_parameters() if p.requires_grad},
+    )
+    with pytest.raises(MisfitError, match=reason):
+        model.load_prompts(tmp_path)
+    assert same(state(model), before)
+    assert model.ptune_config == config
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == trained
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        (lambda c: c.update(format_version=2), "expected format_version 1, got 2"),
+        (lambda c: c.update(pre_seq_len="4"), "pre_seq_len: expected"),
+        (lambda c: c.pop("head"), "head: expected"),
+        (lambda c: c.update(pre_seq_len=5), r"prompt_embeddings.weight: expected \(5, 24\), got \(4, 24\)"),
+        (lambda c: c.update(tuning_mode="ptune"), r"intermediate_prompt_embeddings.weight: expected nothing"),
+        (lambda c: c.update(tuning_mode="best"), "tuning_mode: expected one of"),
+    ],
+)
+def test_a_folder_that_was_tampered_with(base_of, tmp_path, change, error):
+    model = base_of("llama").tuned(**settings_for("overwrite"))
+    model.save_prompts(tmp_path)
+    edit(tmp_path, change)
+    before = state(model)
+    with pytest.raises(ValueError, match=error):
+        model.load_prompts(tmp_path)
+    assert same(state(model), before)
+
+
+def test_broken_files(base_of, tmp_path):
+    model = base_of("llama").tuned(**settings_for("shallow"))
+    model.save_prompts(tmp_path)
+    weights = (tmp_path / WEIGHTS_NAME).read_bytes()
+    (tmp_path / WEIGHTS_NAME).write_bytes(weights[:50])
+    with pytest.raises(ValueError, match="not a safetensors file"):
+        model.load_prompts(tmp_path)
+    save_file({"prompt_embeddings.weight": torch.full((COUNT, 24), 2.0)}, tmp_path / WEIGHTS_NAME)
+    (tmp_path / CONFIG_NAME).write_text("{")
+    with pytest.raises(ValueError, match="not JSON"):
+        model.load_prompts(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        model.load_prompts(tmp_path / "none")
+    assert not (model.prompt_embeddings.weight == 2).any()
+
+
+def test_a_failed_save_leaves_the_old_files(base_of, tmp_path, monkeypatch):
+    model = base_of("llama").tuned(**settings_for("shallow"))
+    model.save_prompts(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    set_prompts(model, "shallow")
+
+    def fail(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr("ptune.checkpoint.save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        model.save_prompts(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
