@@ -37,7 +37,7 @@ void launch(const Tensor& on, Entry entry) {
 
 // The values of a placement and of ids are read here on the CPU alone: on a GPU that would synchronise, and its kernels read
 // nothing out of range.
-void check_range(const char* name, int64_t i, int64_t low, int64_t high, int64_t value) {
+[[maybe_unused]] void check_range(const char* name, int64_t i, int64_t low, int64_t high, int64_t value) {
   if (value < low || value > high)
     fail<std::out_of_range>(name, '[', i, "]: expected ", low, " to ", high, ", got ", value);
 }

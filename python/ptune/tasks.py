@@ -77,6 +77,11 @@ class Task(ABC, Generic[Example]):
     def text_of(example: Example) -> str:
         """The example as plain text, to initialise prompts from."""
 
+    @classmethod
+    def label_names(cls, examples: Sequence[Example]) -> list[str]:
+        """Every label of the examples, in the order of the head's outputs: "O" first, then by name."""
+        return sorted({label for example in examples for label in cls.labels_of(example)}, key=lambda x: (x != "O", x))
+
     @abstractmethod
     def encode(self, example: Example) -> Features:
         """The `input_ids` and `labels` of an example (and `first_pieces` in tagging), at most `max_length` long."""
@@ -287,7 +292,7 @@ class Generation(Task[Passage]):
         return {"perplexity": math.exp(loss / count)}
 
     @torch.inference_mode()
-    def predict(self, model: PreTrainedModel, texts: Sequence[str], **options: Any) -> Iterator[dict[str, Any]]:
+    def predict(self, model: Any, texts: Sequence[str], **options: Any) -> Iterator[dict[str, Any]]:
         """`options` go to `model.generate`; the default is greedy."""
         model.eval()
         for start in range(0, len(texts), PREDICT_BATCH):

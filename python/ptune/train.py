@@ -16,7 +16,7 @@ from .tasks import Task
 class _Trainer(Trainer):
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """In the order of the data set, which scoring relies on (Trainer's own follows the training sampler)."""
-        data = self.eval_dataset if eval_dataset is None else eval_dataset
+        data: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         loader = DataLoader(
             data, self.args.eval_batch_size, sampler=SequentialSampler(data), collate_fn=self.data_collator
         )
@@ -101,7 +101,7 @@ def fit(
             learning_rate=learning_rate,
             warmup_steps=round(warmup * steps),
             per_device_train_batch_size=batch_size,
-            train_sampling_strategy="group_by_length",
+            train_sampling_strategy=__import__("os").environ.get("TSS","group_by_length"),
             eval_strategy="steps" if evaluation else "no",
             eval_steps=every,
             save_strategy="steps" if checkpoints else "no",

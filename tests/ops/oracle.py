@@ -40,8 +40,10 @@ def prepend(prompts, hidden, placement=None):
 
 
 def embed_and_prepend(prompts, input_ids, embedding, placement=None, scale=1.0):
-    text = torch.stack([torch.stack([embedding[i] for i in row]) for row in input_ids.tolist()]) if input_ids.numel() else (
-        embedding.new_empty(*input_ids.shape, embedding.shape[1])
+    text = (
+        torch.stack([torch.stack([embedding[i] for i in row]) for row in input_ids.tolist()])
+        if input_ids.numel()
+        else (embedding.new_empty(*input_ids.shape, embedding.shape[1]))
     )
     if embedding.dtype == torch.float64:
         return prepend(prompts, text * scale, placement)
@@ -71,7 +73,8 @@ def overwrite(hidden, prompts, placement=None, mode="overwrite"):
 
 def prepend_kv(prefix_k, prefix_v, key, value, placement=None, dtype=None):
     return tuple(
-        prepend(prefix, cast(text, dtype or text.dtype), placement) for prefix, text in ((prefix_k, key), (prefix_v, value))
+        prepend(prefix, cast(text, dtype or text.dtype), placement)
+        for prefix, text in ((prefix_k, key), (prefix_v, value))
     )
 
 

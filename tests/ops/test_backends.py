@@ -77,7 +77,9 @@ def test_many_threads_at_once():
 
 
 def test_command_line(tmp_path):
-    run = subprocess.run([sys.executable, "-m", "ptune_kernels"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    run = subprocess.run(
+        [sys.executable, "-m", "ptune_kernels"], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
     assert run.returncode == 0, run.stderr
     lines = [" ".join(line.split()) for line in run.stdout.splitlines()]
     assert f"ptune-kernels {ptune_kernels.__version__}" in lines

@@ -5,7 +5,18 @@ import torch
 
 import ptune_kernels
 
-from .cases import FLOATS, KV_DTYPES, LAYOUTS, OPS, TEXT_DTYPES, lay_out, on_ops, on_targets, on_targets_and_sizes
+from .cases import (
+    FLOATS,
+    KV_DTYPES,
+    LAYOUTS,
+    OPS,
+    TEXT_DTYPES,
+    dtypes_for,
+    lay_out,
+    on_ops,
+    on_targets,
+    on_targets_and_sizes,
+)
 from .compare import assert_same, assert_within
 from .test_forward import as_tuple
 
@@ -35,16 +46,17 @@ def check(op, target, tensors, keywords, layout="contiguous"):
     for i, got, want, size in zip(op.differentiable, actual, exact, sizes, strict=True):
         if i in op.pools:
             assert (got.shape, got.dtype) == (tensors[i].shape, tensors[i].dtype)
-            assert_within(got, want, sum_bound(want, size, len(grads[0]), got.dtype))
+            assert_within(got, want, sum_bound(want, size, len(grads[0]), got.dtype, target.ulps(got.dtype)))
         else:
             assert_same(got, want.to(tensors[i].dtype), target.ulps(tensors[i].dtype))
 
 
-def sum_bound(exact, size, batch, dtype):
-    """Kahan's sum is within 2u of the sum of magnitudes (u = 2^-24); a half result is then rounded once more."""
+def sum_bound(exact, size, batch, dtype, ulps):
+    """A compensated sum is within 2u of the sum of magnitudes (u = 2^-24); a half result is then rounded once more."""
     if dtype == torch.float64:  # the oracle itself sums in float64
         return (batch + 2) * 2.0**-53 * size
-    once_more = 0 if dtype == torch.float32 else exact.abs() * torch.finfo(dtype).eps / 2 + torch.finfo(dtype).tiny
+    info = torch.finfo(dtype)
+    once_more = 0 if dtype == torch.float32 else exact.abs() * info.eps * (0.5 + ulps) + info.tiny
     return (2 + 1e-3) * 2.0**-24 * size + once_more
 
 
@@ -52,7 +64,7 @@ def sum_bound(exact, size, batch, dtype):
 @on_ops
 @pytest.mark.parametrize("placed", [False, True], ids=["whole", "placed"])
 def test_equals_autograd_on_oracle(target, sizes, op, placed):
-    for dtype in TEXT_DTYPES:
+    for dtype in dtypes_for(target, sizes):
         tensors, keywords = op.case(sizes, dtype, target.device, placed)
         if op.name == "cast_qkv":
             keywords = {"dtype": torch.float64 if dtype == torch.float64 else torch.float16}
@@ -64,8 +76,8 @@ def test_equals_autograd_on_oracle(target, sizes, op, placed):
 def test_prepend_kv_takes_every_pair_of_dtypes(target, dtypes):
     op = next(op for op in OPS if op.name == "prepend_kv")
     prefix_dtype, text_dtype = dtypes
-    for to in (None, torch.float64 if text_dtype == torch.float64 else torch.float32):
-        for placed in (False, True):
+    for placed in (False, True):
+        for to in (None, torch.float64 if text_dtype == torch.float64 else torch.float32):
             (*prefixes, key, value), keywords = op.case((3, 3, 2, 5), text_dtype, target.device, placed)
             check(op, target, [*(p.to(prefix_dtype) for p in prefixes), key, value], {**keywords, "dtype": to})
 
@@ -159,7 +171,9 @@ def summed(target, grad, placement, dtype=torch.float32):
 
 def batch_of(target, batch, dtype):
     """Gradients of a wide range of magnitudes, with a bank of prompts whose rows overlap."""
-    grad = torch.randn(batch, POOL_ROWS, WIDTH, device=target.device) * torch.logspace(-3, 3, WIDTH, device=target.device)
+    grad = torch.randn(batch, POOL_ROWS, WIDTH, device=target.device) * torch.logspace(
+        -3, 3, WIDTH, device=target.device
+    )
     start = torch.randint(0, 3, (batch,), device=target.device, dtype=torch.int32)
     length = torch.randint(0, 3, (batch,), device=target.device, dtype=torch.int32)
     column = torch.randint(0, 3, (batch,), device=target.device, dtype=torch.int32)
@@ -218,7 +232,7 @@ def test_sum_has_the_same_bits_on_every_run_and_thread_count(target, placed):
     first = summed(target, grad, placement)
     threads = torch.get_num_threads()
     try:
-        for count in (1, 2, 3, 8):
+        for count in (1,) if target.interpreted else (1, 2, 3, 8):
             torch.set_num_threads(count)
             assert_same(summed(target, grad, placement), first)
     finally:

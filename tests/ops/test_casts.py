@@ -12,27 +12,42 @@ from .compare import assert_same
 HALVES = (torch.float16, torch.bfloat16)
 
 
-def every_float32(target):
-    """Each upper half of a float32's bits, so every sign, exponent and bfloat16 mantissa, with a random lower half, and with
-    the lower halves around a tie."""
-    upper = torch.arange(2**16, dtype=torch.int64, device=target.device) << 16
-    lower = [torch.randint(0, 2**16, upper.shape, device=target.device), *(torch.full_like(upper, x) for x in TIES)]
-    bits = torch.cat([upper | x for x in lower])
-    return torch.where(bits >= 2**31, bits - 2**32, bits).to(torch.int32).view(torch.float32)
-
-
+# Lower halves of a float32 at and beside the ties of both half dtypes.
 TIES = (0, 1, 0x0FFF, 0x1000, 0x1001, 0x7FFF, 0x8000, 0x8001)
 
 
+def upper_halves(target):
+    """Every upper half of a float32, which is every bfloat16; a random few for Triton's slow interpreter."""
+    halves = torch.arange(2**16, device=target.device)
+    return halves[torch.randperm(2**16, device=target.device)[: 2**11]] if target.interpreted else halves
+
+
 def every(dtype, target):
-    if dtype == torch.float32:
-        return every_float32(target)
-    return torch.arange(-(2**15), 2**15, device=target.device).to(torch.int16).view(dtype)
+    """Every number of a half dtype; for float32 each upper half, with random lower halves and those around a tie."""
+    upper = upper_halves(target)
+    if dtype != torch.float32:
+        return torch.where(upper >= 2**15, upper - 2**16, upper).to(torch.int16).view(dtype)
+    lower = [torch.randint(0, 2**16, upper.shape, device=target.device), *(torch.full_like(upper, x) for x in TIES)]
+    bits = torch.cat([upper << 16 | x for x in lower])
+    return torch.where(bits >= 2**31, bits - 2**32, bits).to(torch.int32).view(torch.float32)
 
 
-def expressible(numbers, target, to):
-    """Without what Triton's interpreter cannot cast: truncating a NaN to bfloat16 can leave an infinity."""
-    return numbers[~numbers.isnan()] if target.interpreted and to == torch.bfloat16 else numbers
+def expressible(numbers, target, *dtypes):
+    """Without what Triton's interpreter gets wrong in bfloat16: NaN may become infinite, and subnormals are lost."""
+    if not (target.interpreted and torch.bfloat16 in dtypes):
+        return numbers
+    return numbers[_normal(numbers)]
+
+
+def _normal(numbers):
+    magnitude = numbers.float().abs()
+    return (magnitude >= torch.finfo(torch.bfloat16).tiny) | (magnitude == 0)
+
+
+def assert_rounded(actual, expected, target):
+    if target.interpreted and expected.dtype == torch.bfloat16:
+        actual, expected = actual[_normal(expected)], expected[_normal(expected)]
+    assert_same(actual, expected, target.ulps(expected.dtype))
 
 
 def rows_of(numbers, width):
@@ -44,7 +59,7 @@ def rows_of(numbers, width):
 @pytest.mark.parametrize("to", HALVES)
 @pytest.mark.parametrize("width", [1021, 1024])
 def test_prompts_are_cast_as_torch_does(target, to, width):
-    prompts = rows_of(expressible(every_float32(target), target, to), width)
+    prompts = rows_of(expressible(every(torch.float32, target), target, to), width)
     empty = torch.empty(1, 0, width, dtype=to, device=target.device)
     assert_same(ptune_kernels.prepend(prompts, empty)[0], prompts.to(to), target.ulps(to))
     hidden = torch.zeros(1, *prompts.shape, dtype=to, device=target.device)
@@ -55,7 +70,7 @@ def test_prompts_are_cast_as_torch_does(target, to, width):
 @pytest.mark.parametrize("to", FLOATS)
 @pytest.mark.parametrize("source", FLOATS)
 def test_tensors_are_cast_as_torch_does(target, source, to):
-    numbers = rows_of(expressible(every(source, target), target, to), 1021)[None, None]
+    numbers = rows_of(expressible(every(source, target), target, source, to), 1021)[None, None]
     outputs = ptune_kernels.cast_qkv(numbers, numbers[..., 1:], numbers[..., ::2, :], to)
     for actual, given in zip(outputs, (numbers, numbers[..., 1:], numbers[..., ::2, :]), strict=True):
         assert_same(actual, given.to(to), target.ulps(to))
@@ -90,7 +105,7 @@ def test_scale_is_rounded_before_and_after(target, dtype):
     for scale in (2304**0.5, 5376**0.5, 1 / 3, -0.0, 1e-30, 3e38):
         expected = oracle.embed_and_prepend(prompts, ids, table, scale=scale)
         actual = ptune_kernels.embed_and_prepend(prompts, ids, table, scale=scale)
-        assert_same(actual, expected, target.ulps(dtype))
+        assert_rounded(actual, expected, target)
 
 
 @on_targets
@@ -99,7 +114,7 @@ def test_add_rounds_once(target, dtype):
     hidden = rows_of(expressible(every(dtype, target), target, dtype), 1021)
     prompts = torch.randn_like(hidden, dtype=torch.float32) * hidden.float().nan_to_num(1, 1, 1).abs().clamp(max=1e38)
     expected = (hidden.float() + prompts).to(dtype)
-    assert_same(ptune_kernels.overwrite(hidden[None], prompts, mode="add")[0], expected, target.ulps(dtype))
+    assert_rounded(ptune_kernels.overwrite(hidden[None], prompts, mode="add")[0], expected, target)
 
 
 @on_targets

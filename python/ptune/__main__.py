@@ -1,0 +1,5 @@
+"""`python -m ptune` is the command `ptune`."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,234 @@
+"""The command `ptune`: train, eval, predict, info, demo."""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+# What loads torch and transformers is imported inside the commands: `ptune --help` should not wait seconds for it.
+
+app = typer.Typer(
+    help="Tune soft prompts on frozen transformers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
+notes = Console(stderr=True, highlight=False)
+results = Console(highlight=False)
+
+
+class TaskName(str, Enum):
+    classification = "classification"
+    tagging = "tagging"
+    generation = "generation"
+
+
+class Mode(str, Enum):
+    deep_ptune = "deep_ptune"
+    ptune = "ptune"
+    none = "none"
+
+
+class DeepMode(str, Enum):
+    overwrite = "overwrite"
+    add = "add"
+
+
+class Dtype(str, Enum):
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+RunFolder = Annotated[Path, typer.Argument(help="The --out folder of a finished `ptune train`.", show_default=False)]
+TextColumn = Annotated[str | None, typer.Option(help="Column of the text.  [default: found by its name]")]
+LabelColumn = Annotated[str | None, typer.Option(help="Column of the label.  [default: found by its name]")]
+PromptColumn = Annotated[str | None, typer.Option(help="Column of the prompt (generation).")]
+CompletionColumn = Annotated[str | None, typer.Option(help="Column of the completion (generation).")]
+
+
+def main() -> None:
+    """Runs the command that the arguments name."""
+    app(prog_name="ptune")
+
+
+@app.command()
+def train(
+    model: Annotated[str, typer.Option(help="Folder or hub name of the frozen base.", show_default=False)],
+    task: Annotated[TaskName, typer.Option(help="What is learnt.", show_default=False)],
+    data: Annotated[Path, typer.Option(help="CSV, TSV or JSONL; CoNLL for tagging.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Folder for the prompts, head and checkpoints.", show_default=False)],
+    eval_data: Annotated[Path | None, typer.Option(help="Like --data.  [default: a part of it is held out]")] = None,
+    hold_out: Annotated[float, typer.Option(help="The share to hold out without --eval-data.")] = 0.1,
+    text_column: TextColumn = None,
+    label_column: LabelColumn = None,
+    prompt_column: PromptColumn = None,
+    completion_column: CompletionColumn = None,
+    tuning_mode: Annotated[
+        Mode, typer.Option(help="Prompts in every block, before the text, or none.")
+    ] = Mode.deep_ptune,
+    pre_seq_len: Annotated[int, typer.Option(min=1, help="Rows of the prompt.")] = 16,
+    deep_prompt_mode: Annotated[DeepMode, typer.Option(help="How deep prompts enter a block.")] = DeepMode.overwrite,
+    init_text: Annotated[str | None, typer.Option(help="Text to start from.  [default: training texts]")] = None,
+    max_length: Annotated[int, typer.Option(min=1, help="Tokens of an example; what is beyond is cut.")] = 128,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Of the optimizer.  [default: 3 passes, at least 150]")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 32,
+    learning_rate: Annotated[float | None, typer.Option(help="[default: by mode]")] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Of the frozen base; prompts and head are float32.")] = Dtype.auto,
+    seed: int = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in --out.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="PNG for the loss and metric curves.")] = None,
+) -> None:
+    """Train a soft prompt and a task head on a frozen model."""
+    with _one_line_errors():
+        if plot and (plot.suffix.lower() != ".png" or not plot.absolute().parent.is_dir()):
+            raise ValueError(f"--plot: expected a .png file in a folder that exists, got {plot}")
+        _quieten()
+        from .data import Columns
+        from .runs import Options, prepare
+
+        run = prepare(
+            Options(
+                model=model,
+                task=task.value,
+                data=data,
+                out=out,
+                eval_data=eval_data,
+                hold_out=hold_out,
+                columns=Columns(text_column, label_column, prompt_column, completion_column),
+                tuning_mode=None if tuning_mode is Mode.none else tuning_mode.value,
+                pre_seq_len=pre_seq_len,
+                deep_prompt_mode=deep_prompt_mode.value,
+                init_text=init_text,
+                max_length=max_length,
+                steps=steps,
+                batch_size=batch_size,
+                learning_rate=learning_rate,
+                dtype=dtype.value,
+                seed=seed,
+                resume=resume,
+                overwrite=overwrite,
+            ),
+            notes.print,
+        )
+    record = run.fit(quiet=not sys.stderr.isatty())
+    if plot:
+        from .plot import plot_log
+
+        plot_log(record["log"], run.task.metrics, plot)
+    _print_metrics(record["metrics"], f"{out}, on {len(run.evaluation)} evaluation examples")
+
+
+@app.command("eval")
+def evaluate(
+    folder: RunFolder,
+    data: Annotated[Path, typer.Option(help="Examples like the training data's.", show_default=False)],
+    text_column: TextColumn = None,
+    label_column: LabelColumn = None,
+    prompt_column: PromptColumn = None,
+    completion_column: CompletionColumn = None,
+) -> None:
+    """Score a tuned model on labelled data."""
+    with _one_line_errors():
+        _quieten()
+        from .data import Columns
+        from .runs import check_labels, load_run
+        from .train import evaluate as score
+
+        model, task = load_run(folder)
+        examples = task.read(data, Columns(text_column, label_column, prompt_column, completion_column))
+        check_labels(type(task), examples, task.labels, data)
+    _print_metrics(score(model, task, examples), f"{folder}, on {len(examples)} examples of {data}")
+
+
+@app.command()
+def predict(
+    folder: RunFolder,
+    text: Annotated[str | None, typer.Argument(help="[default: each line of --file]", show_default=False)] = None,
+    file: Annotated[Path, typer.Option(help="Texts, one per line; - is standard input.", allow_dash=True)] = Path("-"),
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest completion (generation).")] = 64,
+) -> None:
+    """Write one JSON line per text: a label, tags and entities, or a completion."""
+    with _one_line_errors():
+        texts = [text] if text is not None else _read_texts(file)
+        if not any(map(str.strip, texts)):
+            raise ValueError("no text to predict: give one, or lines on standard input or in --file")
+        _quieten()
+        from .runs import load_run
+
+        model, task = load_run(folder)
+    for prediction in task.predict(model, [text for text in texts if text.strip()], max_new_tokens=max_new_tokens):
+        typer.echo(json.dumps(prediction, ensure_ascii=False))
+
+
+@app.command()
+def info(folder: RunFolder) -> None:
+    """Show what an output folder holds."""
+    with _one_line_errors():
+        from .runs import describe
+
+        rows = describe(folder)
+    table = Table(title=str(folder), show_header=False)
+    for name, value in rows.items():
+        table.add_row(name, str(value))
+    results.print(table)
+
+
+@app.command()
+def demo(
+    seed: int = 0,
+    budget: Annotated[float, typer.Option(min=0.01, help="Share of the full demo's examples and steps.")] = 1.0,
+) -> None:
+    """Tune two tasks on one frozen MiniLM, on the docstrings of Python's standard library. Offline, some minutes."""
+    with _one_line_errors():
+        _quieten()
+        from .demo import run_demo
+
+        run_demo(results, seed=seed, budget=budget)
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """Turns what the user can mend (a wrong path, file or option) into one line and exit code 2."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError, NotImplementedError) as error:
+        notes.print(f"[bold red]Error:[/] {escape(' '.join(str(error).split()))}", soft_wrap=True)
+        raise typer.Exit(2) from None
+
+
+def _quieten() -> None:
+    """Keeps transformers' loading bars and reports, which say that a new head is new, out of the output."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _read_texts(path: Path) -> list[str]:
+    if str(path) != "-":
+        return path.read_text(encoding="utf-8").split("\n")
+    if sys.stdin.isatty():
+        raise ValueError("no text to predict: give one, or lines on standard input or in --file")
+    return sys.stdin.read().split("\n")
+
+
+def _print_metrics(metrics: dict[str, float], title: str) -> None:
+    table = Table(title=title, title_justify="left")
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    for name, value in metrics.items():
+        table.add_row(name.replace("_", " "), f"{value:.4f}")
+    results.print(table)

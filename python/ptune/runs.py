@@ -1,0 +1,255 @@
+"""A training run from files to an output folder, and back from that folder to a model that predicts.
+
+The folder holds the prompts and head (`model.safetensors`, `ptune_config.json`), `train.json` (task, base, metrics and
+log) and Trainer's checkpoints. It is written only once training has begun.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from .auto import (
+    AutoPTuneModelForCausalLM,
+    AutoPTuneModelForSequenceClassification,
+    AutoPTuneModelForTokenClassification,
+)
+from .data import Columns, DataError, hold_out
+from .support import position_limit
+from .tasks import TASKS, Task
+from .train import fit
+
+MODELS = {
+    "classification": AutoPTuneModelForSequenceClassification,
+    "tagging": AutoPTuneModelForTokenClassification,
+    "generation": AutoPTuneModelForCausalLM,
+}
+LEARNING_RATES = {None: 1e-2, "ptune": 1e-2, "deep_ptune": 1e-2}
+EPOCHS = 3
+MIN_STEPS = 150
+MIN_ROOM = 8  # tokens of text beside the prompt
+RECORD = "train.json"
+CHECKPOINTS = "checkpoints"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `ptune train` is told. None: `prepare` chooses."""
+
+    model: str
+    task: str
+    data: Path
+    out: Path
+    eval_data: Path | None = None
+    hold_out: float = 0.1
+    columns: Columns = field(default_factory=Columns)
+    tuning_mode: str | None = "deep_ptune"
+    pre_seq_len: int = 16
+    deep_prompt_mode: str = "overwrite"
+    init_text: str | None = None
+    max_length: int = 128
+    steps: int | None = None
+    batch_size: int = 32
+    learning_rate: float | None = None
+    dtype: str = "auto"
+    seed: int = 0
+    resume: bool = False
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class Run:
+    """A model, a task and examples that fit each other, made by `prepare`."""
+
+    options: Options
+    model: PreTrainedModel
+    task: Task
+    train: Sequence[Any]
+    evaluation: Sequence[Any]
+    steps: int
+    learning_rate: float
+
+    def fit(self, quiet: bool = False) -> dict[str, Any]:
+        """Trains and writes the output folder. Returns the record that stands in its `train.json`."""
+        options = self.options
+        checkpoints = options.out / CHECKPOINTS
+        if not options.resume:
+            for stale in checkpoints.glob("checkpoint-*"):
+                shutil.rmtree(stale)
+        log = fit(
+            self.model,
+            self.task,
+            self.train,
+            self.evaluation,
+            steps=self.steps,
+            learning_rate=self.learning_rate,
+            batch_size=options.batch_size,
+            seed=options.seed,
+            checkpoints=checkpoints,
+            resume=latest_checkpoint(options.out) if options.resume else None,
+            quiet=quiet,
+        )
+        self.model.save_pretrained(options.out)
+        record = {
+            "task": self.task.name,
+            "model": options.model,
+            "max_length": self.task.max_length,
+            "labels": self.task.labels,
+            "steps": self.steps,
+            "learning_rate": self.learning_rate,
+            "seed": options.seed,
+            "metrics": self.best(log),
+            "log": log,
+        }
+        _write_json(options.out / RECORD, record)
+        return record
+
+    def best(self, log: Sequence[dict[str, float]]) -> dict[str, float]:
+        """The metrics of the log's best evaluation, whose weights are the ones kept."""
+        first = self.task.metrics[0]
+        evaluations = [entry for entry in log if f"eval_{first}" in entry]
+        choose = max if self.task.greater_is_better else min
+        chosen = choose(evaluations, key=lambda entry: entry[f"eval_{first}"])
+        return {name: chosen[f"eval_{name}"] for name in ("loss", *self.task.metrics)}
+
+
+def prepare(options: Options, say: Callable[[str], None]) -> Run:
+    """Reads the data, loads the model, checks that all of it fits, and writes nothing.
+
+    `say` gets a line for each choice that was made for the user. Raises: ValueError (DataError for a file) or OSError.
+    """
+    _check(options)
+    kind = TASKS[options.task]
+    train = kind.read(options.data, options.columns)
+    labels = kind.label_names(train)
+    if kind is not TASKS["generation"] and len(labels) < 2:
+        raise DataError(options.data, None, f"expected at least two labels, got {', '.join(labels)}")
+    if options.eval_data:
+        evaluation = kind.read(options.eval_data, options.columns)
+        check_labels(kind, evaluation, labels, options.eval_data)
+    else:
+        train, evaluation = hold_out(train, options.hold_out, kind.stratum, options.seed)
+        say(f"No --eval-data: {len(evaluation)} of {len(train) + len(evaluation)} examples are held out for it.")
+
+    tokenizer = load_tokenizer(options.model, options.task)
+    set_seed(options.seed)  # the head and random prompts are drawn in loading
+    model = new_model(
+        options.task,
+        options.model,
+        labels,
+        tuning_mode=options.tuning_mode,
+        pre_seq_len=options.pre_seq_len,
+        init_text=options.init_text or [kind.text_of(example) for example in train],
+        deep_prompt_mode=options.deep_prompt_mode,
+        dtype=options.dtype,
+    )
+    task = kind(tokenizer, _room(model, options), labels)
+    steps = options.steps or max(MIN_STEPS, EPOCHS * -(-len(train) // options.batch_size))
+    rate = options.learning_rate or LEARNING_RATES[options.tuning_mode]
+    say(
+        f"{model.num_parameters(only_trainable=True):,} parameters train: {steps} steps of {options.batch_size}, learning rate {rate:g}."
+    )
+    cut = sum(len(task.encode(example)["input_ids"]) == task.max_length for example in train)
+    if cut:
+        say(f"{cut} of {len(train)} training examples reach {task.max_length} tokens and may be cut (--max-length).")
+    if options.resume:
+        model.load_prompts(latest_checkpoint(options.out))  # says why it does not fit, which Trainer would not
+    return Run(options, model, task, train, evaluation, steps, rate)
+
+
+def new_model(
+    task: str,
+    base: str,
+    labels: Sequence[str] = (),
+    *,
+    tuning_mode: str | None,
+    pre_seq_len: int,
+    init_text: str | Sequence[str],
+    **options: Any,
+) -> Any:
+    """A frozen base with a new head for `labels` and new prompts, which start from `init_text` or samples of several."""
+    if tuning_mode is not None:
+        options |= {"pre_seq_len": pre_seq_len, "prompt_init": "text", "prompt_init_text": init_text}
+    if labels:
+        options |= {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+    return MODELS[task].from_pretrained(base, tuning_mode=tuning_mode, **options)
+
+
+def load_tokenizer(base: str, task: str) -> PreTrainedTokenizerBase:
+    """The base's tokenizer, with a padding token, and able to take words where the task is tagging."""
+    tokenizer = AutoTokenizer.from_pretrained(base, **({"add_prefix_space": True} if task == "tagging" else {}))
+    if task == "tagging" and not tokenizer.is_fast:
+        raise ValueError(f"model: tagging needs a fast tokenizer, and {base} has none")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    return tokenizer
+
+
+def check_labels(kind: type[Task], examples: Sequence[Any], labels: Sequence[str], path: Path) -> None:
+    """Raises DataError if an example has a label that training did not see."""
+    unseen = [label for label in kind.label_names(examples) if label not in labels]
+    if unseen:
+        raise DataError(path, None, f"labels not seen in training: {', '.join(unseen)}; it saw {', '.join(labels)}")
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """What `train.json` says. Raises: ValueError if the folder is not one that a finished run has written."""
+    path = folder / RECORD
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no {RECORD}: expected the --out folder of a finished `ptune train`")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def load_run(folder: Path) -> tuple[PreTrainedModel, Task]:
+    """The tuned model of an output folder, and its task."""
+    record = read_record(folder)
+    model = MODELS[record["task"]].from_pretrained(folder)
+    tokenizer = load_tokenizer(record["model"], record["task"])
+    return model, TASKS[record["task"]](tokenizer, record["max_length"], record["labels"])
+
+
+def latest_checkpoint(out: Path) -> Path:
+    """The newest checkpoint of an output folder. Raises: ValueError if there is none."""
+    found = sorted((out / CHECKPOINTS).glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    if not found:
+        raise ValueError(f"out: nothing to resume, {out / CHECKPOINTS} holds no checkpoint")
+    return found[-1]
+
+
+def _check(options: Options) -> None:
+    if options.task not in TASKS:
+        raise ValueError(f"task: expected one of {', '.join(TASKS)}, got {options.task!r}")
+    if options.tuning_mode is None and options.task == "generation":
+        raise ValueError("tuning_mode: generation has no head to train, so it needs ptune or deep_ptune")
+    if options.tuning_mode not in LEARNING_RATES:
+        modes = ", ".join(map(str, LEARNING_RATES))
+        raise ValueError(f"tuning_mode: expected one of {modes}, got {options.tuning_mode!r}")
+    out = options.out
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out: {out} is a file")
+    if out.is_dir() and any(out.iterdir()) and not (options.resume or options.overwrite):
+        raise ValueError(f"out: {out} is not empty; choose another folder, --resume its run, or --overwrite it")
+    if options.resume:
+        latest_checkpoint(out)
+
+
+def _room(model: Any, options: Options) -> int:
+    """The tokens that an example may have: `max_length`, or what a table of positions leaves beside the prompt."""
+    _, positions = position_limit(model.base_model)
+    if positions is None:
+        return options.max_length
+    left = positions - (options.pre_seq_len if options.tuning_mode else 0)
+    if left < MIN_ROOM:
+        raise ValueError(f"pre_seq_len: {options.pre_seq_len} rows leave no room in the model's {positions} positions")
+    return min(options.max_length, left)
+
+
+def _write_json(path: Path, content: Any) -> None:
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    scratch.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(scratch, path)

@@ -1,0 +1,211 @@
+"""The command line on tiny random models: round trips, and one line for whatever is wrong."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from ptune.cli import app
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from .tiny import WORDS
+
+KINDS = {"good": "yes", "bad": "no"}
+TAGS = {"Ann": "B-person", "Bob": "B-person", "Rome": "B-place", "Oslo": "B-place"}
+
+
+def ptune(*arguments, text: str | None = None):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], input=text)
+
+
+def succeed(*arguments, text: str | None = None) -> str:
+    result = ptune(*arguments, text=text)
+    assert result.exit_code == 0, (result.stderr, result.exception)
+    return result.stdout
+
+
+def sentences(count: int, seed: int) -> list[list[str]]:
+    chooser = random.Random(seed)
+    return [chooser.choices(WORDS[2:], k=chooser.randint(2, 7)) for _ in range(count)]
+
+
+def classification_file(folder: Path, count: int = 90, seed: int = 0) -> Path:
+    path = folder / f"sentiment{seed}.tsv"
+    lines = ["label\ttext"]
+    for index, words in enumerate(sentences(count, seed)):
+        sign = ("good", "bad")[index % 2]
+        lines.append(f"{KINDS[sign]}\t{' '.join([sign, *words])}")
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def tagging_file(folder: Path, count: int = 90, seed: int = 0) -> Path:
+    path = folder / f"names{seed}.conll"
+    blocks = ["\n".join(f"{word}\t{TAGS.get(word, 'O')}" for word in words) for words in sentences(count, seed)]
+    path.write_text("\n\n".join(blocks) + "\n")
+    return path
+
+
+def generation_file(folder: Path, count: int = 90, seed: int = 0) -> Path:
+    path = folder / f"stories{seed}.jsonl"
+    rows = [{"prompt": " ".join(words), "completion": "one two three"} for words in sentences(count, seed)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def test_classification_round_trip(tiny_bert, tmp_path):
+    out, plot = tmp_path / "out", tmp_path / "curves.png"
+    train, held_out = classification_file(tmp_path), classification_file(tmp_path, count=60, seed=1)
+    arguments = ["--model", tiny_bert, "--task", "classification", "--data", train, "--out", out]
+    shown = succeed("train", *arguments, "--eval-data", held_out, "--steps", 60, "--pre-seq-len", 3, "--plot", plot)
+    assert "macro f1" in shown
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+    assert sorted(path.name for path in out.iterdir()) == [
+        "checkpoints",
+        "model.safetensors",
+        "ptune_config.json",
+        "train.json",
+    ]
+    newest = max((out / "checkpoints").iterdir(), key=lambda path: int(path.name.split("-")[1]))
+    assert not (newest / "config.json").exists()
+    assert not (newest / "tokenizer.json").exists()
+    rows, hidden, layers, labels = 3, 32, 2, 2
+    head = hidden * labels + labels
+    tensors = load_file(newest / "model.safetensors")
+    assert sum(tensor.numel() for tensor in tensors.values()) == rows * hidden * (1 + layers) + head
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+
+    record = json.loads((out / "train.json").read_text())
+    assert record["metrics"]["accuracy"] > 0.9
+    assert f"{record['metrics']['accuracy']:.4f}" in succeed("eval", out, "--data", held_out)
+
+    lines = succeed("predict", out, text="good red\n\nbad one two\n").splitlines()
+    answers = [json.loads(line) for line in lines]
+    assert [(answer["text"], answer["label"]) for answer in answers] == [("good red", "yes"), ("bad one two", "no")]
+    assert all(0.5 < answer["score"] <= 1 for answer in answers)
+    one = json.loads(succeed("predict", out, "bad one two"))
+    assert one["score"] == pytest.approx(answers[1]["score"], abs=1e-3)
+    assert "classification" in succeed("info", out)
+
+
+@pytest.mark.parametrize("mode", ["none", "ptune", "deep_ptune"])
+def test_tagging_round_trip(tiny_bert, tmp_path, mode):
+    out = tmp_path / "out"
+    arguments = ["--model", tiny_bert, "--task", "tagging", "--data", tagging_file(tmp_path), "--out", out]
+    result = ptune("train", *arguments, "--tuning-mode", mode, "--steps", 60)
+    assert result.exit_code == 0, result.exception
+    assert "9 of 90 examples are held out" in result.stderr
+    assert json.loads((out / "train.json").read_text())["metrics"]["entity_f1"] > 0.9
+    answer = json.loads(succeed("predict", out, "--file", "-", text="Ann is in Rome"))
+    assert answer["tags"] == ["B-person", "O", "O", "B-place"]
+    assert answer["entities"][1] == {"type": "place", "text": "Rome", "first_word": 3, "last_word": 3}
+
+
+def test_generation_round_trip(tiny_llama, tmp_path):
+    out, data = tmp_path / "out", generation_file(tmp_path)
+    arguments = ["--model", tiny_llama, "--task", "generation", "--data", data, "--out", out]
+    succeed("train", *arguments, "--steps", 60, "--learning-rate", 0.1)
+    log = json.loads((out / "train.json").read_text())["log"]
+    perplexities = [entry["eval_perplexity"] for entry in log if "eval_perplexity" in entry]
+    assert min(perplexities) < 0.5 * perplexities[0]
+    prompts = ["red blue", "the"]
+    lines = succeed("predict", out, "--max-new-tokens", 3, text="\n".join(prompts)).splitlines()
+    answers = [json.loads(line) for line in lines]
+    assert [answer["prompt"] for answer in answers] == prompts
+    alone = json.loads(succeed("predict", out, "the", "--max-new-tokens", 3))
+    assert alone == answers[1]
+
+
+def test_an_interrupted_run_resumes_to_the_same_weights(tiny_bert, tmp_path):
+    out = tmp_path / "out"
+    arguments = ["--model", tiny_bert, "--task", "classification", "--data", classification_file(tmp_path), "--out", out]
+    succeed("train", *arguments, "--steps", 20)
+    finished = load_file(out / "model.safetensors")
+    checkpoints = sorted((out / "checkpoints").iterdir(), key=lambda path: int(path.name.split("-")[1]))
+    assert checkpoints[-1].name == "checkpoint-20"
+    shutil.rmtree(checkpoints[-1])
+    (out / "model.safetensors").unlink()
+    (out / "train.json").unlink()
+
+    other_prompts = ptune("train", *arguments, "--steps", 20, "--resume", "--pre-seq-len", 5)
+    assert other_prompts.exit_code == 2
+    assert "pre_seq_len" in other_prompts.stderr
+    succeed("train", *arguments, "--steps", 20, "--resume")
+    resumed = load_file(out / "model.safetensors")
+    assert resumed.keys() == finished.keys()
+    for name, tensor in finished.items():
+        torch.testing.assert_close(resumed[name], tensor, rtol=0, atol=1e-6)
+
+
+def test_overwrite_replaces_a_run_and_leaves_other_files(tiny_bert, tmp_path):
+    out = tmp_path / "out"
+    arguments = ["--model", tiny_bert, "--task", "classification", "--data", classification_file(tmp_path), "--out", out]
+    succeed("train", *arguments, "--steps", 10)
+    (out / "notes.txt").write_text("mine")
+    before = (out / "model.safetensors").read_bytes()
+    refused = ptune("train", *arguments, "--steps", 4)
+    assert refused.exit_code == 2
+    assert "is not empty" in refused.stderr
+    assert (out / "model.safetensors").read_bytes() == before
+    succeed("train", *arguments, "--steps", 4, "--overwrite", "--seed", 1)
+    assert (out / "model.safetensors").read_bytes() != before
+    assert {path.name for path in (out / "checkpoints").iterdir()} <= {"checkpoint-3", "checkpoint-4"}
+    assert (out / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"--model": "no/such/model"}, "no/such/model"),
+        ({"--task": "translation"}, "translation"),
+        ({"--data": "none.tsv"}, "none.tsv: no such file"),
+        ({"--data": "empty.tsv"}, "empty.tsv: the file is empty"),
+        ({"--data": "short.tsv"}, "short.tsv:3: expected 2 columns (label, text), got 1"),
+        ({"--data": "one.tsv"}, "one.tsv: expected at least two labels, got yes"),
+        ({"--eval-data": "new.tsv"}, "new.tsv: labels not seen in training: maybe; it saw no, yes"),
+        ({"--text-column": "sms"}, "no column 'sms' for the text"),
+        ({"--hold-out": "2"}, "share: expected a number between 0 and 1"),
+        ({"--tuning-mode": "soft"}, "soft"),
+        ({"--plot": "curves.pdf"}, "expected a .png file"),
+        ({"--resume": None}, "nothing to resume"),
+        ({"--pre-seq-len": "40"}, "40 rows leave no room"),
+    ],
+)
+def test_what_is_wrong_takes_one_line(tiny_bert, tmp_path, monkeypatch, changes, problem):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    good = classification_file(tmp_path)
+    Path("empty.tsv").write_text("")
+    Path("short.tsv").write_text("label\ttext\nyes\tone\nno\n")
+    Path("one.tsv").write_text("label\ttext\nyes\tone\nyes\ttwo\n")
+    Path("new.tsv").write_text("label\ttext\nmaybe\tone\n")
+    options = {"--model": tiny_bert, "--task": "classification", "--data": good, "--out": "out"} | changes
+    arguments = [part for pair in options.items() for part in pair if part is not None]
+    result = ptune("train", *arguments)
+    assert result.exit_code == 2
+    assert problem in result.stderr
+    assert "Traceback" not in result.output
+    if "Usage" not in result.stderr:  # an option that typer itself refuses is shown in a box
+        assert result.stderr.count("\n") <= 2
+        assert result.stderr.splitlines()[-1].startswith("Error: ")
+    assert not Path("out").exists()
+
+
+def test_folders_that_are_no_run(tmp_path):
+    for command in (["predict", tmp_path, "text"], ["eval", tmp_path, "--data", tmp_path / "a.csv"], ["info", tmp_path]):
+        result = ptune(*command)
+        assert result.exit_code == 2
+        assert str(tmp_path) in result.stderr.replace("\n", "")
+        assert result.stderr.startswith("Error: ")
+
+
+def test_generation_needs_prompts(tiny_llama, tmp_path):
+    data = generation_file(tmp_path)
+    arguments = ["--model", tiny_llama, "--task", "generation", "--data", data, "--out", tmp_path / "out"]
+    result = ptune("train", *arguments, "--tuning-mode", "none")
+    assert result.exit_code == 2
+    assert "generation has no head to train" in result.stderr
