@@ -34,6 +34,7 @@ _KEYS: dict[str, type | tuple[type, ...]] = {
     "deep_prompt_mode": str, "prompt_init": str, "base_dropout": bool, "embedding_size": int, "hidden_size": int,
     "num_layers": int, "head": list, "id2label": (dict, type(None)),
 }  # fmt: skip
+_BASE_KEYS: dict[str, type] = {"name": str, "fingerprint": str, "config": dict, "overrides": dict}
 
 
 class MisfitError(ValueError):
@@ -79,9 +80,10 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(config, dict) or config.get("format_version") != FORMAT_VERSION:
         found = config.get("format_version") if isinstance(config, dict) else type(config).__name__
         raise ValueError(f"{path}: expected format_version {FORMAT_VERSION}, got {found!r}")
-    for name, kind in _KEYS.items():
-        if not isinstance(config.get(name), kind):
-            raise ValueError(f"{path}: {name}: expected {kind}, got {config.get(name)!r}")
+    for part, kinds in ((config, _KEYS), (config.get("base"), _BASE_KEYS)):
+        for name, kind in kinds.items():
+            if not isinstance(part.get(name), kind):
+                raise ValueError(f"{path}: {name}: expected {kind}, got {part.get(name)!r}")
     return config
 
 

@@ -6,12 +6,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from . import checkpoint
 from .config import PTuneConfig, take_settings
 
-_HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+_FOR_CONFIG = (
+    "cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token", "trust_remote_code",
+    "code_revision",
+)  # fmt: skip
 
 
 @dataclass
@@ -53,17 +56,21 @@ def load_model(
     if saved is not None:
         _check_same(settings, saved)
         base = _base_of(Path(path), saved) if base_model is None else base_model
-        kwargs = _saved_overrides(saved) | kwargs
     elif base_model is not None:
         raise ValueError(f"base_model: expected with a folder of prompts, and {path} holds no {checkpoint.CONFIG_NAME}")
     else:
         base = path
+    if os.path.isdir(base):
+        base = os.path.abspath(base)  # what is saved must be found from elsewhere
+    own = AutoConfig.from_pretrained(base, **{name: kwargs[name] for name in _FOR_CONFIG if name in kwargs})
+    take_settings(own)
+    if saved is not None and "config" not in kwargs:
+        kwargs = _saved_overrides(saved, own) | kwargs
     model, info = loader.from_pretrained(base, *args, output_loading_info=True, **kwargs)
     settings = take_settings(model.config) | settings
     model.__class__ = class_for(type(model))
     model.adopt(_missing(info))
-    hub = {name: kwargs[name] for name in _HUB if name in kwargs}
-    model.origin = _origin(os.fspath(base), model.config, type(model.config).from_pretrained(base, **hub))
+    model.origin = _origin(os.fspath(base), model.config, own)
     if saved is None:
         model.init_prompts(PTuneConfig(**settings), tokenizer)
     else:
@@ -77,7 +84,6 @@ def _missing(info: dict[str, Any]) -> set[str]:
 
 
 def _origin(name: str, used: Any, own: Any) -> Origin:
-    take_settings(own)
     before, after = checkpoint.base_config(own), checkpoint.base_config(used)
     overrides = {name: value for name, value in after.items() if before.get(name) != value}
     return Origin(name, before, overrides)
@@ -90,8 +96,10 @@ def _base_of(folder: Path, saved: dict[str, Any]) -> str:
     return str(inside) if name == checkpoint.BASE_FOLDER and inside.is_dir() else name
 
 
-def _saved_overrides(saved: dict[str, Any]) -> dict[str, Any]:
-    overrides = dict(saved["base"]["overrides"])
+def _saved_overrides(saved: dict[str, Any], own: Any) -> dict[str, Any]:
+    """How the base's config was changed: its own settings alone, lest a folder slip in a keyword that trusts code."""
+    known = checkpoint.base_config(own)
+    overrides = {name: value for name, value in saved["base"]["overrides"].items() if name in known}
     if saved["id2label"] is not None:
         overrides["id2label"] = {int(i): label for i, label in saved["id2label"].items()}
         overrides["label2id"] = {label: i for i, label in overrides["id2label"].items()}
@@ -100,5 +108,5 @@ def _saved_overrides(saved: dict[str, Any]) -> dict[str, Any]:
 
 def _check_same(settings: dict[str, Any], saved: dict[str, Any]) -> None:
     for name, value in settings.items():
-        if name in saved and saved[name] != value:
-            raise ValueError(f"{name}: this folder of prompts has {saved[name]!r}, got {value!r}; leave it out")
+        if saved.get(name) != value:
+            raise ValueError(f"{name}: this folder of prompts has {saved.get(name)!r}, got {value!r}; leave it out")

@@ -117,6 +117,14 @@ FAMILIES = {
         _family(
             "electra", hf.ElectraConfig, _SIZES | {"embedding_size": 16}, "encoder.layer", causal=False, core=False
         ),
+        _family(
+            "albert",
+            hf.AlbertConfig,
+            _SIZES | {"embedding_size": 16, "num_hidden_groups": 1},
+            "encoder.albert_layer_groups",
+            causal=False,
+            core=False,
+        ),
         _family("gpt_neox", hf.GPTNeoXConfig, _SIZES, "layers", core=False),
         _family(
             "bloom",

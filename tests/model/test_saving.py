@@ -25,6 +25,12 @@ def same(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
+def edit(folder, change):
+    config = json.loads((folder / CONFIG_NAME).read_text())
+    change(config)
+    (folder / CONFIG_NAME).write_text(json.dumps(config))
+
+
 @pytest.fixture(params=["shallow", "overwrite", "add", None])
 def model(request, base_of):
     labels = {"id2label": {0: "ham", 1: "spam", 2: "?"}, "label2id": {"ham": 0, "spam": 1, "?": 2}}
@@ -108,6 +114,8 @@ def test_settings_of_a_folder_cannot_be_overruled(base_of, tmp_path):
     assert ptune.AutoPTuneModel.from_pretrained(tmp_path, tuning_mode="deep_ptune").ptune_config.pre_seq_len == COUNT
     with pytest.raises(ValueError, match="pre_seq_len: this folder of prompts has 4, got 8"):
         ptune.AutoPTuneModel.from_pretrained(tmp_path, pre_seq_len=8)
+    with pytest.raises(ValueError, match="prompt_init_text: this folder of prompts has None"):
+        ptune.AutoPTuneModel.from_pretrained(tmp_path, prompt_init_text="begin here")
 
 
 def test_the_bases_changed_settings_are_kept(base_of, tmp_path):
@@ -119,6 +127,28 @@ def test_the_bases_changed_settings_are_kept(base_of, tmp_path):
     assert torch.equal(loaded(ids).logits, model(ids).logits)
 
 
+def test_a_folder_cannot_slip_in_keywords(base_of, tmp_path, monkeypatch):
+    base_of("llama").tuned(**settings_for("shallow")).save_prompts(tmp_path)
+    edit(
+        tmp_path,
+        lambda c: c["base"]["overrides"].update(trust_remote_code=True, torch_dtype="float16", rms_norm_eps=0.5),
+    )
+    seen = []
+    load = transformers.AutoModel.from_pretrained
+    monkeypatch.setattr(transformers.AutoModel, "from_pretrained", lambda *a, **k: seen.append(k) or load(*a, **k))
+    assert ptune.AutoPTuneModel.from_pretrained(tmp_path).config.rms_norm_eps == 0.5
+    assert "trust_remote_code" not in seen[0]
+    assert "torch_dtype" not in seen[0]
+
+
+def test_the_base_is_found_from_another_directory(base_of, tmp_path, monkeypatch):
+    folder = base_of("llama").folder
+    monkeypatch.chdir(folder.parent)
+    ptune.AutoPTuneModel.from_pretrained(folder.name, **settings_for("shallow")).save_prompts(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert ptune.AutoPTuneModel.from_pretrained(".").origin.name == str(folder)
+
+
 def test_loading_into_a_model_takes_over_mode_and_length(base_of, tmp_path):
     saved = base_of("llama").tuned(**settings_for("overwrite"))
     saved.save_prompts(tmp_path)
@@ -128,12 +158,6 @@ def test_loading_into_a_model_takes_over_mode_and_length(base_of, tmp_path):
         assert model.ptune_config == saved.ptune_config
         ids = torch.randint(3, 61, (2, 5))
         assert torch.equal(model(ids)[0], saved(ids)[0])
-
-
-def edit(folder, change):
-    config = json.loads((folder / CONFIG_NAME).read_text())
-    change(config)
-    (folder / CONFIG_NAME).write_text(json.dumps(config))
 
 
 @pytest.mark.parametrize(
@@ -168,6 +192,7 @@ def test_a_misfit_says_why_and_changes_nothing(base_of, tmp_path, other, loader,
         (lambda c: c.update(format_version=2), "expected format_version 1, got 2"),
         (lambda c: c.update(pre_seq_len="4"), "pre_seq_len: expected"),
         (lambda c: c.pop("head"), "head: expected"),
+        (lambda c: c["base"].pop("name"), "name: expected"),
         (lambda c: c.update(pre_seq_len=5), r"prompt_embeddings.weight: expected \(5, 24\), got \(4, 24\)"),
         (lambda c: c.update(tuning_mode="ptune"), r"intermediate_prompt_embeddings.weight: expected nothing"),
         (lambda c: c.update(tuning_mode="best"), "tuning_mode: expected one of"),
