@@ -52,27 +52,46 @@ struct alignas(N == 1 ? sizeof(T) : kBytes) Pack {
 
 // What a pack is moved by: 128 bits, or 64 where it holds no more (a sum that is rounded to half).
 template <class T, int N>
-using Access = std::conditional_t<N == 1, T, std::conditional_t<N * sizeof(T) % kBytes == 0, uint4, uint2>>;
-
-template <class T, int N>
-PTUNE_BOTH void move(void* to, const void* from) {
-  using A = Access<T, N>;
-  static_assert(N * sizeof(T) % sizeof(A) == 0);
-#pragma unroll
-  for (int k = 0; k < int(N * sizeof(T) / sizeof(A)); ++k) static_cast<A*>(to)[k] = static_cast<const A*>(from)[k];
-}
+using Access = std::conditional_t<N * sizeof(T) % kBytes == 0, uint4, uint2>;
 
 // N > 1 only in rows of a wide view, at multiples of N.
 template <int N, class T>
 PTUNE_BOTH Pack<T, N> load(const T* from) {
   Pack<T, N> pack;
-  move<T, N>(&pack, from);
+  if constexpr (N == 1) {
+    pack.value[0] = *from;
+  } else {
+    using A = Access<T, N>;
+#pragma unroll
+    for (int k = 0; k < int(N * sizeof(T) / sizeof(A)); ++k)
+      reinterpret_cast<A*>(&pack)[k] = reinterpret_cast<const A*>(from)[k];
+  }
   return pack;
+}
+
+PTUNE_BOTH void put(uint2* to, uint2 bits) { *to = bits; }
+
+PTUNE_BOTH void put(uint4* to, uint4 bits) {
+#ifdef __CUDA_ARCH__
+  // The compiler may split an assignment into narrower stores, of the parts that `bits` was made from.
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(bits.x), "r"(bits.y),
+               "r"(bits.z), "r"(bits.w)
+               : "memory");
+#else
+  *to = bits;
+#endif
 }
 
 template <int N, class T>
 PTUNE_BOTH void store(T* to, const Pack<T, N>& pack) {
-  move<T, N>(to, &pack);
+  if constexpr (N == 1) {
+    *to = pack.value[0];
+  } else {
+    using A = Access<T, N>;
+#pragma unroll
+    for (int k = 0; k < int(N * sizeof(T) / sizeof(A)); ++k)
+      put(reinterpret_cast<A*>(to) + k, reinterpret_cast<const A*>(&pack)[k]);
+  }
 }
 
 template <class T>

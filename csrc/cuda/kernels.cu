@@ -134,14 +134,14 @@ struct AssemblePart {
 
 template <class Out>
 struct AssembleRows {
-  static constexpr int kBlocks = 8;
+  [[maybe_unused]] static constexpr int kBlocksPerSm = 8;
   AssemblePart parts[kMaxParts];
 
   PTUNE_BOTH void operator()(const Thread& t) const {
     const AssemblePart& p = parts[t.block.z];
     const Assemble& a = p.a;
     p.tiling.with_row(t, [&](uint32_t g, int64_t r, Lanes lanes) {
-      const uint32_t heads = a.heads, i = g / heads, h = g % heads;
+      const auto heads = static_cast<uint32_t>(a.heads), i = g / heads, h = g % heads;
       const Span s = span(a.placement, i, a.pool_rows, a.text_rows, false);
       const Row<Out> row = out_row<Out>(a.out, i, h, r, a.width, p.wide, lanes);
       if (!s.valid) return fill(row, NAN);
@@ -155,7 +155,8 @@ struct AssembleRows {
 
   PTUNE_BOTH static void look_up(const Row<Out>& row, const Assemble& a, int64_t i, int64_t r) {
     const int64_t where = i * a.ids.stride[0] + r * a.ids.stride[1];
-    const int64_t id = a.ids.wide ? static_cast<const int64_t*>(a.ids.data)[where] : static_cast<const int32_t*>(a.ids.data)[where];
+    const int64_t id = a.ids.wide ? static_cast<const int64_t*>(a.ids.data)[where]
+                                  : static_cast<const int32_t*>(a.ids.data)[where];
     if (id < 0 || id >= a.vocabulary) return fill(row, NAN);
     const Out* from = row_at<Out>(a.text, 0, 0, id);
     if (a.scale == 1.0) return write<kPack<Out, Out>>(row, Converted<Out, Out>{from, a.text.stride[3]});
@@ -171,14 +172,14 @@ struct StripPart {
 
 template <class Out>
 struct StripRows {
-  static constexpr int kBlocks = 8;
+  [[maybe_unused]] static constexpr int kBlocksPerSm = 8;
   StripPart parts[kMaxParts];
 
   PTUNE_BOTH void operator()(const Thread& t) const {
     const StripPart& p = parts[t.block.z];
     const Strip& strip = p.s;
     p.tiling.with_row(t, [&](uint32_t g, int64_t r, Lanes lanes) {
-      const uint32_t heads = strip.heads, i = g / heads, h = g % heads;
+      const auto heads = static_cast<uint32_t>(strip.heads), i = g / heads, h = g % heads;
       // What the pool held does not matter here, so any start will do.
       const Span s = span(strip.placement, i, INT64_MAX, strip.text_rows, false);
       const Row<Out> row = out_row<Out>(strip.out, i, h, r, strip.width, p.wide, lanes);
@@ -190,7 +191,7 @@ struct StripRows {
 
 template <class Out>
 struct OverwriteRows {  // tiled over all rows, or in place over `max_length` of each i
-  static constexpr int kBlocks = 8;
+  [[maybe_unused]] static constexpr int kBlocksPerSm = 8;
   Overwrite o;
   bool wide;
   Tiling tiling;
@@ -217,7 +218,7 @@ struct OverwriteRows {  // tiled over all rows, or in place over `max_length` of
 
 template <class In>
 struct SumRows {
-  static constexpr int kBlocks = 4;
+  [[maybe_unused]] static constexpr int kBlocksPerSm = 4;
   SumPrompts p;
   bool wide;
   Tiling tiling;
@@ -260,7 +261,7 @@ struct SumRows {
     with_type<In>(p.out.dtype, [&](auto element) {
       using Out = decltype(element);
       Pack<Out, N> out;
-      for (int e = 0; e < N; ++e) out.value[e] = convert<Out>(poisoned ? static_cast<Wide<In>>(NAN) : total[e] + lost[e]);
+      for (int e = 0; e < N; ++e) out.value[e] = convert<Out>(poisoned ? Wide<In>(NAN) : total[e] + lost[e]);
       store(row_at<Out>(p.out, 0, h, j) + c, out);
     });
   }

@@ -50,8 +50,9 @@ struct Tiling {
   }
 };
 
+// Kernel::kBlocksPerSm blocks at once bound the registers of a thread.
 template <class Kernel>
-__global__ void __launch_bounds__(kThreads, Kernel::kBlocks) run(const __grid_constant__ Kernel kernel) {
+__global__ void __launch_bounds__(kThreads, Kernel::kBlocksPerSm) run(const __grid_constant__ Kernel kernel) {
   kernel(Thread{blockIdx, int(threadIdx.x)});
 }
 
