@@ -10,9 +10,10 @@ import importlib.util
 from pathlib import Path
 
 import torch
-from ptune_kernels import embed_and_prepend, overwrite_
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from ptune_kernels import embed_and_prepend, overwrite_
 
 WIDTH, HEADS, LAYERS, LENGTH, PROMPT, BATCH = 128, 4, 3, 64, 16, 32
 
@@ -97,7 +98,7 @@ def train(parameters, loss, steps: int, learning_rate: float) -> None:
         optimizer.step()
 
 
-def main(pretrain_steps: int = 250, tune_steps: int = 150) -> tuple[float, float]:
+def main(pretrain_steps: int = 150, tune_steps: int = 100) -> tuple[float, float]:
     """Returns the loss on held-out prose before and after tuning."""
     torch.manual_seed(0)
     code, prose = corpora()
