@@ -80,7 +80,7 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(config, dict) or config.get("format_version") != FORMAT_VERSION:
         found = config.get("format_version") if isinstance(config, dict) else type(config).__name__
         raise ValueError(f"{path}: expected format_version {FORMAT_VERSION}, got {found!r}")
-    for part, kinds in ((config, _KEYS), (config.get("base"), _BASE_KEYS)):
+    for part, kinds in ((config, _KEYS), (config.get("base", {}), _BASE_KEYS)):
         for name, kind in kinds.items():
             if not isinstance(part.get(name), kind):
                 raise ValueError(f"{path}: {name}: expected {kind}, got {part.get(name)!r}")

@@ -120,9 +120,9 @@ class ConcatPath:
         if self.model.ptune_config.deep and call.depth != self.num_layers:
             raise RuntimeError(f"{type(body).__name__}: expected {self.num_layers} blocks to run, {call.depth} did")
         text = output["last_hidden_state"] = self._text_rows(call, output["last_hidden_state"])
-        for name, columns in (("hidden_states", 1), ("attentions", 2), ("cross_attentions", 2), ("router_logits", 1)):
+        for name in ("hidden_states", "attentions", "cross_attentions", "router_logits"):
             if (states := output.get(name)) is not None:
-                output[name] = tuple(self._text_of(call, state, columns) for state in states)
+                output[name] = tuple(self._text_of(call, state) for state in states)
         if output.get("pooler_output") is not None:
             output["pooler_output"] = _pool(body, call.layout.first_token(text))
         return output.to_tuple() if call.as_tuple else output
@@ -202,17 +202,17 @@ class ConcatPath:
     def _text_rows(self, call: _Call, hidden: Tensor) -> Tensor:
         return strip(hidden, self.num_prompts, call.placement)
 
-    def _text_of(self, call: _Call, state: Tensor | None, dim: int) -> Tensor | None:
-        """A recorded state's text rows; they lie along ``dim``, or are folded into the batch (router logits)."""
+    def _text_of(self, call: _Call, state: Tensor | None) -> Tensor | None:
+        """The text rows of a recorded state: [b, S, d], attentions [b, h, S, K], or router logits [b·S, experts]."""
         if state is None:
             return None
-        columns = call.layout.text_columns(call.length)
         if state.dim() == 2:
-            rows = state.view(columns.shape[0], -1, state.shape[-1])
+            rows = state.view(call.layout.column.shape[0], -1, state.shape[-1])
             return self._text_rows(call, rows).reshape(-1, state.shape[-1])
         if state.dim() == 3:
             return self._text_rows(call, state)
-        return state.take_along_dim(columns[:, None, :, None], dim)
+        # attentions: a text token stands m rows below its column, and what padding before it attends to means nothing
+        return state.narrow(2, self.num_prompts, call.length)
 
 
 def _before_model(model: nn.Module, args: tuple) -> None:

@@ -71,10 +71,15 @@ class PTuneConfig:
         """``config`` itself, or the settings that were put on a transformers config as attributes of these names."""
         if isinstance(config, cls):
             return config
-        return cls(**{name: getattr(config, name) for name in SETTINGS if hasattr(config, name)})
+        return cls(**settings_on(config))
 
 
-SETTINGS = tuple(field.name for field in fields(PTuneConfig))
+_SETTINGS = tuple(field.name for field in fields(PTuneConfig))
+
+
+def settings_on(config: Any) -> dict[str, Any]:
+    """The prompt's settings among the attributes of a transformers config."""
+    return {name: value for name, value in vars(config).items() if name in _SETTINGS}
 
 
 def take_settings(source: Any) -> dict[str, Any]:
@@ -84,7 +89,7 @@ def take_settings(source: Any) -> dict[str, Any]:
     ``AutoModel``, which knows none.
     """
     attributes = source if isinstance(source, dict) else vars(source)
-    return {name: attributes.pop(name) for name in SETTINGS if name in attributes}
+    return {name: attributes.pop(name) for name in _SETTINGS if name in attributes}
 
 
 def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:

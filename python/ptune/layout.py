@@ -51,11 +51,6 @@ class Layout:
         """[b, n] → [b, m + n]: prompt rows have the type of the token they stand before."""
         return types.gather(1, self._slots(types.shape[1])[0])
 
-    def text_columns(self, length: int) -> Tensor:
-        """[b, n] int64: where the n text columns are among the m + n."""
-        slot = torch.arange(length, device=self.column.device)
-        return torch.where(slot < self.column[:, None], slot, slot + self.num_prompts)
-
     def first_token(self, text: Tensor) -> Tensor:
         """[b, n, d] → [b, d], each row's first real token."""
         return text[torch.arange(text.shape[0], device=text.device), self.column.long()]

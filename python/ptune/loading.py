@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from . import checkpoint
-from .config import PTuneConfig, take_settings
+from .config import PTuneConfig, settings_on, take_settings
 
 _FOR_CONFIG = (
     "cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token", "trust_remote_code",
@@ -53,26 +53,23 @@ def load_model(
     """
     settings = take_settings(kwargs)
     saved = checkpoint.read_config(path) if checkpoint.is_prompt_folder(path) else None
-    if saved is not None:
-        _check_same(settings, saved)
-        base = _base_of(Path(path), saved) if base_model is None else base_model
-    elif base_model is not None:
-        raise ValueError(f"base_model: expected with a folder of prompts, and {path} holds no {checkpoint.CONFIG_NAME}")
-    else:
-        base = path
-    if os.path.isdir(base):
-        base = os.path.abspath(base)  # what is saved must be found from elsewhere
+    base = _base_of(path, saved, base_model)
     own = AutoConfig.from_pretrained(base, **{name: kwargs[name] for name in _FOR_CONFIG if name in kwargs})
-    take_settings(own)
-    if saved is not None and "config" not in kwargs:
-        kwargs = _saved_overrides(saved, own) | kwargs
+    carried = take_settings(own)
+    if saved is None:
+        given = kwargs.get("config")
+        prompts = PTuneConfig(**(settings_on(given) if isinstance(given, PreTrainedConfig) else carried) | settings)
+    else:
+        _check_same(settings, saved)
+        if "config" not in kwargs:
+            kwargs = _saved_overrides(saved, own) | kwargs
     model, info = loader.from_pretrained(base, *args, output_loading_info=True, **kwargs)
-    settings = take_settings(model.config) | settings
+    take_settings(model.config)
     model.__class__ = class_for(type(model))
     model.adopt(_missing(info))
-    model.origin = _origin(os.fspath(base), model.config, own)
+    model.origin = _origin(base, model.config, own)
     if saved is None:
-        model.init_prompts(PTuneConfig(**settings), tokenizer)
+        model.init_prompts(prompts, tokenizer)
     else:
         model.load_prompts(path)
     return (model, info) if output_loading_info else model
@@ -89,11 +86,22 @@ def _origin(name: str, used: Any, own: Any) -> Origin:
     return Origin(name, before, overrides)
 
 
-def _base_of(folder: Path, saved: dict[str, Any]) -> str:
-    """Where the base of a folder of prompts is: in the folder itself, or where it was when they were trained."""
-    name = saved["base"]["name"]
-    inside = folder / name
-    return str(inside) if name == checkpoint.BASE_FOLDER and inside.is_dir() else name
+def _base_of(path: Any, saved: dict[str, Any] | None, base_model: Any) -> str:
+    """The base to load: ``path`` itself; or, of a folder of prompts, the one in it, or where it was in training."""
+    if saved is None:
+        if base_model is not None:
+            raise ValueError(
+                f"base_model: expected with a folder of prompts, and {path} has no {checkpoint.CONFIG_NAME}"
+            )
+        base = path
+    elif base_model is not None:
+        base = base_model
+    else:
+        base = saved["base"]["name"]
+        if base == checkpoint.BASE_FOLDER and (inside := Path(path, base)).is_dir():
+            base = inside
+    # absolute, so that what is saved can be found from another directory
+    return os.path.abspath(base) if os.path.isdir(base) else os.fspath(base)
 
 
 def _saved_overrides(saved: dict[str, Any], own: Any) -> dict[str, Any]:

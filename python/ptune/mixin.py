@@ -101,11 +101,9 @@ class PTuneMixin:
         """How many numbers train: prompts and head."""
         return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
 
-    def save_prompts(self: Any, folder: str | os.PathLike[str], state_dict: dict[str, Tensor] | None = None) -> None:
+    def save_prompts(self: Any, folder: str | os.PathLike[str]) -> None:
         """Write prompts and head, float32, with what they fit, to ``folder``; each file atomically."""
-        state = self.state_dict() if state_dict is None else state_dict
-        tensors = {name: state[name] for name in self._own_names()}
-        checkpoint.write(folder, self._description(self.origin.name), tensors)
+        self.save_pretrained(folder)
 
     def load_prompts(self: Any, folder: str | os.PathLike[str]) -> None:
         """Take over the prompts and head of ``folder``, with their mode and length.
@@ -132,27 +130,22 @@ class PTuneMixin:
     ) -> None:
         """`save_prompts`, under the name that Trainer calls; ``save_base=True`` adds the base, in a folder of its own.
 
-        Further keywords are those of transformers' ``save_pretrained``, for the base.
+        ``state_dict`` is the whole model's, if not its present one. Further keywords are those of transformers'
+        ``save_pretrained``, for the base.
         """
         if push_to_hub:
             raise ValueError("push_to_hub: expected False; upload the saved folder instead")
+        state = self.state_dict() if state_dict is None else state_dict
+        base_name = self.origin.name
         if save_base:
-            base_state = {
-                name: tensor
-                for name, tensor in (self.state_dict() if state_dict is None else state_dict).items()
-                if name not in _PROMPTS
-            }
+            base_name = checkpoint.BASE_FOLDER
+            folder = os.path.join(save_directory, base_name)
+            base_state = {name: tensor for name, tensor in state.items() if name not in _PROMPTS}
             with self._as_base():
-                self.save_pretrained(
-                    os.path.join(save_directory, checkpoint.BASE_FOLDER),
-                    is_main_process=is_main_process,
-                    state_dict=base_state,
-                    **kwargs,
-                )
+                self.save_pretrained(folder, is_main_process=is_main_process, state_dict=base_state, **kwargs)
         if is_main_process:
-            state = self.state_dict() if state_dict is None else state_dict
-            name = checkpoint.BASE_FOLDER if save_base else self.origin.name
-            checkpoint.write(save_directory, self._description(name), {name: state[name] for name in self._own_names()})
+            tensors = {name: state[name] for name in self._own_names()}
+            checkpoint.write(save_directory, self._description(base_name), tensors)
 
     def adopt(self: Any, head: Iterable[str]) -> None:
         """Make a stock model that has just become one of this class ready for prompts, with ``head`` to train."""

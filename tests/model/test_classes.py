@@ -76,6 +76,15 @@ def test_settings_come_from_keywords_or_the_config_and_stay_off_it(base_of):
     assert model.prompt_embeddings.weight.shape[0] == 3
 
 
+def test_wrong_settings_are_refused_before_weights_are_read(base_of, monkeypatch):
+    monkeypatch.setattr(hf.AutoModel, "from_pretrained", None)
+    config = base_of("llama").family.config()
+    config.tuning_mode = "ptune"
+    for wrong in ({"tuning_mode": "prefix"}, {"pre_seq_len": 4}, {"config": config}):
+        with pytest.raises(ValueError, match=r"tuning_mode|pre_seq_len"):
+            base_of("llama").tuned(**wrong)
+
+
 def test_class_and_config_alone(base_of):
     torch.manual_seed(0)
     config = base_of("llama").family.config()
