@@ -76,6 +76,18 @@ def test_decoders_classify_by_the_last_real_token(base_of, name, mode, padding, 
     close(model(inputs_embeds=embedded, attention_mask=mask).logits, expected)
 
 
+def test_a_head_alone_pools_by_the_mask_too(base_of):
+    base = base_of("llama")
+    model = base.tuned(ptune.AutoPTuneModelForSequenceClassification, num_labels=LABELS, pad_token_id=None)
+    texts = texts_for("right")
+    ids, mask = pad(texts, "right", 0)
+    stock = base.stock()
+    expected = torch.stack(
+        [model.score.weight @ stock(input_ids=text[None]).last_hidden_state[0, -1] for text in texts]
+    )
+    close(model(input_ids=ids, attention_mask=mask).logits, expected)
+
+
 def pooled_by(name, model, states):
     """The stock head of ``model`` on one text's states [n, d]."""
     if name == "bert":
