@@ -1,4 +1,4 @@
-"""The tables that the op tests run over: targets, sizes, dtypes, layouts, placements, and each op's inputs and oracle."""
+"""The tables that the op tests run over: targets, sizes, dtypes, layouts, placements, and each op with its inputs."""
 
 import math
 from collections.abc import Callable
@@ -25,7 +25,7 @@ class Target:
         return self.backend == "triton" and self.device == "cpu"
 
     def ulps(self, dtype):
-        """How far a rounded result may be from torch's; Triton's interpreter truncates to bfloat16, hardware does not."""
+        """How far a rounded result may be from torch's: Triton's interpreter truncates to bfloat16, hardware rounds."""
         return 1 if self.interpreted and dtype == torch.bfloat16 else 0
 
     def op(self, name):

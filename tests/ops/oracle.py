@@ -1,7 +1,7 @@
 """What every op means, written as plain PyTorch on one row of the batch at a time.
 
-Nothing here calls ptune_kernels. Every function is differentiable, so that autograd on float64 copies of the inputs gives
-exact gradients, and casts are torch's own `.to`.
+Nothing here calls ptune_kernels. Every function is differentiable, so that autograd on float64 copies of the inputs
+gives exact gradients, and casts are torch's own `.to`.
 """
 
 import torch

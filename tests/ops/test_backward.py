@@ -10,7 +10,6 @@ from .cases import (
     KV_DTYPES,
     LAYOUTS,
     OPS,
-    TEXT_DTYPES,
     dtypes_for,
     lay_out,
     on_ops,
@@ -195,10 +194,10 @@ def terms(grad, placement):
 @pytest.mark.parametrize("batch", [1, 2, 3, 63, 123, 257])
 @pytest.mark.parametrize("placed", [False, True], ids=["whole", "placed"])
 def test_sum_is_at_least_as_good_as_torch(target, batch, placed):
-    """Error against float64, element by element: at most that of torch's own float32 sum of the same rows, plus one ulp.
+    """Error against float64, element by element: at most that of torch's own float32 sum of these rows, plus one ulp.
 
-    Kahan's summation does not do it: it loses the low bits of a partial sum that is smaller than the next term. Sums that
-    keep the exact error of every addition (Knuth's TwoSum, or Neumaier's variant) end within half an ulp.
+    Kahan's summation does not do it: it loses the low bits of a partial sum that is smaller than the next term. Sums
+    that keep the exact error of every addition (Knuth's TwoSum, or Neumaier's variant) end within half an ulp.
     """
     for dtype in FLOATS:
         grad, placement = batch_of(target, batch, dtype)

@@ -67,12 +67,12 @@ def test_gradcheck_in_place(target, mode):
 # --- torch.compile ---
 
 
-def trained(function, tensors, which):
+def trained(function, tensors, which, keywords=None):
     """Outputs and gradients of one forward and backward."""
     leaves = [
         t.detach().clone().requires_grad_(i in which) if t.is_floating_point() else t for i, t in enumerate(tensors)
     ]
-    outputs = as_tuple(function(*leaves))
+    outputs = as_tuple(function(*leaves, **(keywords or {})))
     sum((output.float() * (1 + i)).square().sum() for i, output in enumerate(outputs)).backward()
     return [*(o.detach() for o in outputs), *(leaves[i].grad for i in which)]
 
@@ -91,12 +91,12 @@ def fresh_compiler():
 def test_compiles_whole(target, op, placed):
     """fullgraph=True, forward and backward, and again with other sizes (which makes them symbolic)."""
 
-    compiled = torch.compile(lambda tensors, keywords: op(*tensors, **keywords), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(lambda *tensors, **keywords: op(*tensors, **keywords), fullgraph=True, backend="aot_eager")
     for sizes in ((2, 3, 4, 5), (3, 2, 5, 6)):
         tensors, keywords = op.case(sizes, torch.bfloat16, target.device, placed)
         keywords = with_default_dtype(op, keywords, torch.float32)
-        actual = trained(lambda *t: compiled(t, keywords), tensors, op.differentiable)
-        expected = trained(lambda *t: op(*t, **keywords), tensors, op.differentiable)
+        actual = trained(compiled, tensors, op.differentiable, keywords)
+        expected = trained(op, tensors, op.differentiable, keywords)
         for got, want in zip(actual, expected, strict=True):
             assert_same(got, want)
 

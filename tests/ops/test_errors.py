@@ -241,7 +241,7 @@ def test_overwrite_in_place_of_overlapping_memory(target):
     """Rows of the batch that share their memory cannot each have their own prompt."""
     arguments = good("overwrite_", target.device)
     arguments["hidden"] = torch.zeros(1, N, D, device=target.device).expand(B, N, D)
-    with pytest.raises(ValueError, match="hidden: expected .* its own memory, got dimension 0 expanded"):
+    with pytest.raises(ValueError, match=r"hidden: expected .* its own memory, got dimension 0 expanded"):
         ptune_kernels.overwrite_(**arguments)
     assert not arguments["hidden"].any()
 
@@ -257,6 +257,8 @@ def test_placement_of_checks_on_the_host():
 
 
 def test_unknown_backend():
-    with pytest.raises(ValueError, match="backend: expected one of reference, native, triton or None, got 'cuda'"):
-        with ptune_kernels.use_backend("cuda"):
-            pass
+    with (
+        pytest.raises(ValueError, match="backend: expected one of reference, native, triton or None, got 'cuda'"),
+        ptune_kernels.use_backend("cuda"),
+    ):
+        pass

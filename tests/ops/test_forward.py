@@ -69,7 +69,7 @@ def test_any_strides(target, op, layout):
 
 @on_targets
 def test_every_misalignment(target):
-    """Each of prompts and hidden begins 0 to 15 elements past an aligned address, with widths around the vector width."""
+    """Prompts and hidden begin 0 to 15 elements past an aligned address; the widths are around that of a vector."""
     for width in (31, 32, 33):
         for offset in (1, 5) if target.interpreted else range(16):
             for dtype in (torch.float32, torch.bfloat16):
