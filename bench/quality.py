@@ -121,6 +121,30 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return [
+            row
+            | {
+                "seed": int(row["seed"]),
+                "value": float(row["value"]),
+                "trained_parameters": int(row["trained_parameters"]),
+            }
+            for row in csv.DictReader(file)
+        ]
+
+
+def append_row(path: Path, row: dict[str, Any]) -> None:
+    new = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, FIELDS)
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=Path(__file__).resolve().parents[2] / "shared" / "data")
@@ -130,19 +154,19 @@ def main() -> None:
     if not arguments.data.is_dir():
         parser.error(f"--data: {arguments.data} is not a folder")
 
-    rows = []
-    for name in BENCHMARKS:
-        for seed in arguments.seeds:
-            for method in METHODS:
-                rows.append(run(name, method, seed, arguments.data))
-                print(*rows[-1].values(), sep="\t", flush=True)
-
     date = datetime.date.today().isoformat()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    with open(arguments.out / f"quality-{date}.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        writer.writeheader()
-        writer.writerows(rows)
+    # A line is kept as soon as it is known: a run that was broken off goes on where it was.
+    lines = arguments.out / f"quality-{date}.csv"
+    rows = read_rows(lines)
+    for seed in arguments.seeds:
+        for name in BENCHMARKS:
+            for method in METHODS:
+                if not any((row["data"], row["method"], row["seed"]) == (name, method, seed) for row in rows):
+                    rows.append(run(name, method, seed, arguments.data))
+                    append_row(lines, rows[-1])
+                    print(*rows[-1].values(), sep="\t", flush=True)
+
     budgets = "; ".join(f"{name} {benchmark.steps} steps of 32" for name, benchmark in BENCHMARKS.items())
     note = (
         f"MiniLM (all-MiniLM-L6-v2), {PRE_SEQ_LEN} prompt rows, {MAX_LENGTH} tokens, {budgets}; "
