@@ -50,8 +50,8 @@ class Dtype(str, Enum):
 
 
 RunFolder = Annotated[Path, typer.Argument(help="The --out folder of a finished `ptune train`.", show_default=False)]
-TextColumn = Annotated[str | None, typer.Option(help="Column of the text.  [default: found by its name]")]
-LabelColumn = Annotated[str | None, typer.Option(help="Column of the label.  [default: found by its name]")]
+TextColumn = Annotated[str | None, typer.Option(help="Column of the text. Default: found by its name.")]
+LabelColumn = Annotated[str | None, typer.Option(help="Column of the label. Default: found by its name.")]
 PromptColumn = Annotated[str | None, typer.Option(help="Column of the prompt (generation).")]
 CompletionColumn = Annotated[str | None, typer.Option(help="Column of the completion (generation).")]
 
@@ -67,7 +67,7 @@ def train(
     task: Annotated[TaskName, typer.Option(help="What is learnt.", show_default=False)],
     data: Annotated[Path, typer.Option(help="CSV, TSV or JSONL; CoNLL for tagging.", show_default=False)],
     out: Annotated[Path, typer.Option(help="Folder for the prompts, head and checkpoints.", show_default=False)],
-    eval_data: Annotated[Path | None, typer.Option(help="Like --data.  [default: a part of it is held out]")] = None,
+    eval_data: Annotated[Path | None, typer.Option(help="Like --data. Default: a held-out part.")] = None,
     hold_out: Annotated[float, typer.Option(help="The share to hold out without --eval-data.")] = 0.1,
     text_column: TextColumn = None,
     label_column: LabelColumn = None,
@@ -78,13 +78,11 @@ def train(
     ] = Mode.deep_ptune,
     pre_seq_len: Annotated[int, typer.Option(min=1, help="Rows of the prompt.")] = 16,
     deep_prompt_mode: Annotated[DeepMode, typer.Option(help="How deep prompts enter a block.")] = DeepMode.overwrite,
-    init_text: Annotated[str | None, typer.Option(help="Text to start from.  [default: training texts]")] = None,
+    init_text: Annotated[str | None, typer.Option(help="Text to start from. Default: training texts.")] = None,
     max_length: Annotated[int, typer.Option(min=1, help="Tokens of an example; what is beyond is cut.")] = 128,
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="Of the optimizer.  [default: 3 passes, at least 150]")
-    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Of the optimizer. Default: 3 passes, at least 150.")] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
-    learning_rate: Annotated[float | None, typer.Option(help="[default: by mode]")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Default: one for each tuning mode.")] = None,
     dtype: Annotated[Dtype, typer.Option(help="Of the frozen base; prompts and head are float32.")] = Dtype.auto,
     seed: int = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")] = False,
@@ -156,7 +154,7 @@ def evaluate(
 @app.command()
 def predict(
     folder: RunFolder,
-    text: Annotated[str | None, typer.Argument(help="[default: each line of --file]", show_default=False)] = None,
+    text: Annotated[str | None, typer.Argument(help="Default: each line of --file.", show_default=False)] = None,
     file: Annotated[Path, typer.Option(help="Texts, one per line; - is standard input.", allow_dash=True)] = Path("-"),
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest completion (generation).")] = 64,
 ) -> None:

@@ -5,6 +5,7 @@ log) and Trainer's checkpoints. It is written only once training has begun.
 """
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from .auto import (
     AutoPTuneModelForSequenceClassification,
     AutoPTuneModelForTokenClassification,
 )
+from .checkpoint import WEIGHTS_NAME, read_config
 from .data import Columns, DataError, hold_out
 from .support import position_limit
 from .tasks import TASKS, Task
@@ -29,7 +31,7 @@ MODELS = {
     "tagging": AutoPTuneModelForTokenClassification,
     "generation": AutoPTuneModelForCausalLM,
 }
-LEARNING_RATES = {None: 1e-2, "ptune": 1e-2, "deep_ptune": 1e-2}
+LEARNING_RATES = {None: 1e-1, "ptune": 3e-2, "deep_ptune": 1e-2}
 EPOCHS = 3
 MIN_STEPS = 150
 MIN_ROOM = 8  # tokens of text beside the prompt
@@ -97,19 +99,18 @@ class Run:
         self.model.save_pretrained(options.out)
         record = {
             "task": self.task.name,
-            "model": options.model,
             "max_length": self.task.max_length,
-            "labels": self.task.labels,
             "steps": self.steps,
+            "batch_size": options.batch_size,
             "learning_rate": self.learning_rate,
             "seed": options.seed,
-            "metrics": self.best(log),
+            "metrics": self._best(log),
             "log": log,
         }
         _write_json(options.out / RECORD, record)
         return record
 
-    def best(self, log: Sequence[dict[str, float]]) -> dict[str, float]:
+    def _best(self, log: Sequence[dict[str, float]]) -> dict[str, float]:
         """The metrics of the log's best evaluation, whose weights are the ones kept."""
         first = self.task.metrics[0]
         evaluations = [entry for entry in log if f"eval_{first}" in entry]
@@ -149,16 +150,13 @@ def prepare(options: Options, say: Callable[[str], None]) -> Run:
         dtype=options.dtype,
     )
     task = kind(tokenizer, _room(model, options), labels)
-    steps = options.steps or max(MIN_STEPS, EPOCHS * -(-len(train) // options.batch_size))
+    steps = options.steps or max(MIN_STEPS, EPOCHS * math.ceil(len(train) / options.batch_size))
     rate = options.learning_rate or LEARNING_RATES[options.tuning_mode]
-    say(
-        f"{model.num_parameters(only_trainable=True):,} parameters train: {steps} steps of {options.batch_size}, learning rate {rate:g}."
-    )
+    trained = model.num_trainable_parameters()
+    say(f"{trained:,} parameters train: {steps} steps of {options.batch_size}, learning rate {rate:g}.")
     cut = sum(len(task.encode(example)["input_ids"]) == task.max_length for example in train)
     if cut:
         say(f"{cut} of {len(train)} training examples reach {task.max_length} tokens and may be cut (--max-length).")
-    if options.resume:
-        model.load_prompts(latest_checkpoint(options.out))  # says why it does not fit, which Trainer would not
     return Run(options, model, task, train, evaluation, steps, rate)
 
 
@@ -172,7 +170,7 @@ def new_model(
     init_text: str | Sequence[str],
     **options: Any,
 ) -> Any:
-    """A frozen base with a new head for `labels` and new prompts, which start from `init_text` or samples of several."""
+    """A frozen base with a new head for `labels` and new prompts, which start from `init_text` or samples of it."""
     if tuning_mode is not None:
         options |= {"pre_seq_len": pre_seq_len, "prompt_init": "text", "prompt_init_text": init_text}
     if labels:
@@ -208,9 +206,27 @@ def read_record(folder: Path) -> dict[str, Any]:
 def load_run(folder: Path) -> tuple[PreTrainedModel, Task]:
     """The tuned model of an output folder, and its task."""
     record = read_record(folder)
-    model = MODELS[record["task"]].from_pretrained(folder)
-    tokenizer = load_tokenizer(record["model"], record["task"])
-    return model, TASKS[record["task"]](tokenizer, record["max_length"], record["labels"])
+    name = record["task"]
+    model = MODELS[name].from_pretrained(folder)
+    labels = [] if name == "generation" else [model.config.id2label[i] for i in range(model.config.num_labels)]
+    tokenizer = load_tokenizer(read_config(folder)["base"]["name"], name)
+    return model, TASKS[name](tokenizer, record["max_length"], labels)
+
+
+def describe(folder: Path) -> dict[str, str]:
+    """What an output folder holds, by name, without loading the base."""
+    record, prompts = read_record(folder), read_config(folder)
+    weights = folder / WEIGHTS_NAME
+    lines = {
+        "task": record["task"],
+        "base": prompts["base"]["name"],
+        "tuning mode": str(prompts["tuning_mode"] and f"{prompts['tuning_mode']} ({prompts['deep_prompt_mode']})"),
+        "prompt rows": f"{prompts['pre_seq_len']}, of {prompts['num_layers']} blocks and width {prompts['hidden_size']}",
+        "labels": ", ".join(prompts["id2label"].values()) if prompts["id2label"] else "none",
+        "size": f"{weights.stat().st_size / 1024:.0f} KiB",
+        "training": f"{record['steps']} steps of {record['batch_size']}, learning rate {record['learning_rate']:g}",
+    }
+    return lines | {name.replace("_", " "): f"{value:.4f}" for name, value in record["metrics"].items()}
 
 
 def latest_checkpoint(out: Path) -> Path:
@@ -229,13 +245,19 @@ def _check(options: Options) -> None:
     if options.tuning_mode not in LEARNING_RATES:
         modes = ", ".join(map(str, LEARNING_RATES))
         raise ValueError(f"tuning_mode: expected one of {modes}, got {options.tuning_mode!r}")
+    if options.learning_rate is not None and not options.learning_rate > 0:
+        raise ValueError(f"learning_rate: expected a positive number, got {options.learning_rate}")
     out = options.out
     if out.exists() and not out.is_dir():
         raise ValueError(f"out: {out} is a file")
     if out.is_dir() and any(out.iterdir()) and not (options.resume or options.overwrite):
         raise ValueError(f"out: {out} is not empty; choose another folder, --resume its run, or --overwrite it")
     if options.resume:
-        latest_checkpoint(out)
+        saved = read_config(latest_checkpoint(out))
+        for name in ("tuning_mode", "pre_seq_len", "deep_prompt_mode"):
+            value = 0 if name == "pre_seq_len" and options.tuning_mode is None else getattr(options, name)
+            if saved[name] != value:
+                raise ValueError(f"{name}: the run to resume has {saved[name]!r}, got {value!r}")
 
 
 def _room(model: Any, options: Options) -> int:

@@ -101,7 +101,7 @@ def fit(
             learning_rate=learning_rate,
             warmup_steps=round(warmup * steps),
             per_device_train_batch_size=batch_size,
-            train_sampling_strategy=__import__("os").environ.get("TSS","group_by_length"),
+            train_sampling_strategy="group_by_length",
             eval_strategy="steps" if evaluation else "no",
             eval_steps=every,
             save_strategy="steps" if checkpoints else "no",

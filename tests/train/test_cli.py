@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from ptune.cli import app
 from safetensors.torch import load_file
 from typer.testing import CliRunner
+
+from ptune.cli import app
 
 from .tiny import WORDS
 
@@ -60,7 +61,7 @@ def test_classification_round_trip(tiny_bert, tmp_path):
     out, plot = tmp_path / "out", tmp_path / "curves.png"
     train, held_out = classification_file(tmp_path), classification_file(tmp_path, count=60, seed=1)
     arguments = ["--model", tiny_bert, "--task", "classification", "--data", train, "--out", out]
-    shown = succeed("train", *arguments, "--eval-data", held_out, "--steps", 60, "--pre-seq-len", 3, "--plot", plot)
+    shown = succeed("train", *arguments, "--eval-data", held_out, "--pre-seq-len", 8, "--plot", plot)
     assert "macro f1" in shown
     assert plot.read_bytes().startswith(b"\x89PNG")
 
@@ -73,7 +74,7 @@ def test_classification_round_trip(tiny_bert, tmp_path):
     newest = max((out / "checkpoints").iterdir(), key=lambda path: int(path.name.split("-")[1]))
     assert not (newest / "config.json").exists()
     assert not (newest / "tokenizer.json").exists()
-    rows, hidden, layers, labels = 3, 32, 2, 2
+    rows, hidden, layers, labels = 8, 32, 2, 2
     head = hidden * labels + labels
     tensors = load_file(newest / "model.safetensors")
     assert sum(tensor.numel() for tensor in tensors.values()) == rows * hidden * (1 + layers) + head
@@ -92,11 +93,11 @@ def test_classification_round_trip(tiny_bert, tmp_path):
     assert "classification" in succeed("info", out)
 
 
-@pytest.mark.parametrize("mode", ["none", "ptune", "deep_ptune"])
+@pytest.mark.parametrize("mode", ["ptune", "deep_ptune"])
 def test_tagging_round_trip(tiny_bert, tmp_path, mode):
     out = tmp_path / "out"
     arguments = ["--model", tiny_bert, "--task", "tagging", "--data", tagging_file(tmp_path), "--out", out]
-    result = ptune("train", *arguments, "--tuning-mode", mode, "--steps", 60)
+    result = ptune("train", *arguments, "--tuning-mode", mode)
     assert result.exit_code == 0, result.exception
     assert "9 of 90 examples are held out" in result.stderr
     assert json.loads((out / "train.json").read_text())["metrics"]["entity_f1"] > 0.9
@@ -105,13 +106,31 @@ def test_tagging_round_trip(tiny_bert, tmp_path, mode):
     assert answer["entities"][1] == {"type": "place", "text": "Rome", "first_word": 3, "last_word": 3}
 
 
+def test_a_head_alone(tiny_bert, tmp_path):
+    out = tmp_path / "out"
+    arguments = [
+        "--model",
+        tiny_bert,
+        "--task",
+        "classification",
+        "--data",
+        classification_file(tmp_path),
+        "--out",
+        out,
+    ]
+    succeed("train", *arguments, "--tuning-mode", "none")
+    assert load_file(out / "model.safetensors").keys() == {"classifier.weight", "classifier.bias"}
+    assert json.loads((out / "train.json").read_text())["metrics"]["accuracy"] > 0.9
+    assert json.loads(succeed("predict", out, "bad one"))["label"] == "no"
+
+
 def test_generation_round_trip(tiny_llama, tmp_path):
     out, data = tmp_path / "out", generation_file(tmp_path)
     arguments = ["--model", tiny_llama, "--task", "generation", "--data", data, "--out", out]
-    succeed("train", *arguments, "--steps", 60, "--learning-rate", 0.1)
+    succeed("train", *arguments)
     log = json.loads((out / "train.json").read_text())["log"]
     perplexities = [entry["eval_perplexity"] for entry in log if "eval_perplexity" in entry]
-    assert min(perplexities) < 0.5 * perplexities[0]
+    assert min(perplexities) < 0.8 * perplexities[0]
     prompts = ["red blue", "the"]
     lines = succeed("predict", out, "--max-new-tokens", 3, text="\n".join(prompts)).splitlines()
     answers = [json.loads(line) for line in lines]
@@ -122,7 +141,16 @@ def test_generation_round_trip(tiny_llama, tmp_path):
 
 def test_an_interrupted_run_resumes_to_the_same_weights(tiny_bert, tmp_path):
     out = tmp_path / "out"
-    arguments = ["--model", tiny_bert, "--task", "classification", "--data", classification_file(tmp_path), "--out", out]
+    arguments = [
+        "--model",
+        tiny_bert,
+        "--task",
+        "classification",
+        "--data",
+        classification_file(tmp_path),
+        "--out",
+        out,
+    ]
     succeed("train", *arguments, "--steps", 20)
     finished = load_file(out / "model.safetensors")
     checkpoints = sorted((out / "checkpoints").iterdir(), key=lambda path: int(path.name.split("-")[1]))
@@ -143,7 +171,16 @@ def test_an_interrupted_run_resumes_to_the_same_weights(tiny_bert, tmp_path):
 
 def test_overwrite_replaces_a_run_and_leaves_other_files(tiny_bert, tmp_path):
     out = tmp_path / "out"
-    arguments = ["--model", tiny_bert, "--task", "classification", "--data", classification_file(tmp_path), "--out", out]
+    arguments = [
+        "--model",
+        tiny_bert,
+        "--task",
+        "classification",
+        "--data",
+        classification_file(tmp_path),
+        "--out",
+        out,
+    ]
     succeed("train", *arguments, "--steps", 10)
     (out / "notes.txt").write_text("mine")
     before = (out / "model.safetensors").read_bytes()
@@ -196,7 +233,7 @@ def test_what_is_wrong_takes_one_line(tiny_bert, tmp_path, monkeypatch, changes,
 
 
 def test_folders_that_are_no_run(tmp_path):
-    for command in (["predict", tmp_path, "text"], ["eval", tmp_path, "--data", tmp_path / "a.csv"], ["info", tmp_path]):
+    for command in (["predict", tmp_path, "x"], ["eval", tmp_path, "--data", tmp_path / "a.csv"], ["info", tmp_path]):
         result = ptune(*command)
         assert result.exit_code == 2
         assert str(tmp_path) in result.stderr.replace("\n", "")

@@ -4,11 +4,12 @@ import random
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, set_seed
+
 from ptune.data import Passage, read_labelled, read_tagged
 from ptune.runs import LEARNING_RATES, load_tokenizer, new_model
 from ptune.tasks import TASKS, Generation
 from ptune.train import evaluate, fit
-from transformers import AutoModelForCausalLM, set_seed
 
 
 def tuned_score(base, name, mode, train, test, *, steps, max_length=64, seed=0):
