@@ -38,7 +38,7 @@ class Target:
         return None
 
 
-# Without a GPU its targets are left out, not skipped thousands of times; test_cuda.py skips aloud.
+# Without a GPU its targets are left out, not skipped a thousand times; test_cuda.py skips aloud.
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 TARGETS = [Target(backend, device) for device in DEVICES for backend in ("reference", "native", "triton")]
 

@@ -1,20 +1,23 @@
 """Which backend serves, choosing another, and what `python -m ptune_kernels` says of it."""
 
+import os
+import shutil
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 
 import ptune_kernels
-from ptune_kernels import backend_for, use_backend
+from ptune_kernels import backend_for, native, use_backend
 
 from .cases import OPS, TARGETS
 
 
 def test_the_compiled_library_serves_the_cpu():
-    assert ptune_kernels.native.loaded("cpu"), "these tests need the compiled library: install the wheel"
+    assert native.loaded("cpu"), "these tests need the compiled library: install the wheel"
     assert backend_for("cpu") == backend_for(torch.device("cpu")) == "native"
 
 
@@ -53,6 +56,34 @@ def test_the_chosen_backend_is_the_one_that_runs(target):
     assert [name for name in called if name.startswith("ptune_")] == [f"ptune_{target.backend}"] * 2
 
 
+@pytest.mark.parametrize("isa", ["plain", "avx2", "avx512"])
+def test_every_instruction_set(isa):
+    """The tests of arithmetic again, with one of the sets of row functions forced on the compiled library."""
+    if native.libraries["cpu"].build == build_of(isa):
+        pytest.skip("served the other tests")
+    if isa not in build_of(isa):
+        pytest.skip(f"this CPU has no {isa}")
+    files = [f"{Path(__file__).parent}/test_{name}.py" for name in ("casts", "backward")]
+    arguments = ["-q", "-p", "no:cacheprovider", "-k", "native-cpu and not autograd_on_oracle"]
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", *arguments, *files],
+        env={**os.environ, "PTUNE_CPU_ISA": isa},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stdout
+
+
+def build_of(isa):
+    """What the compiled library says of itself with PTUNE_CPU_ISA set."""
+    program = "import ptune_kernels; print(ptune_kernels.native.libraries['cpu'].build)"
+    environment = {**os.environ, "PTUNE_CPU_ISA": isa}
+    return subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True
+    ).stdout.strip()
+
+
 def test_many_threads_at_once():
     """Ops called from several Python threads do not disturb each other."""
     wrong = []
@@ -83,16 +114,13 @@ def test_command_line(tmp_path):
     assert f"ptune-kernels {ptune_kernels.__version__}" in lines
     assert f"ops on cpu {backend_for('cpu')}" in lines
     assert any(line.startswith(f"torch {torch.__version__}") for line in lines)
-    library = ptune_kernels.native.libraries["cpu"]
+    library = native.libraries["cpu"]
     assert any(line.startswith("native cpu library") and library.build in line for line in lines)
 
 
 def test_a_library_that_does_not_load_is_an_error(tmp_path):
     """Not a silent fallback: the package copied beside a library that is not one."""
-    import pathlib
-    import shutil
-
-    source = pathlib.Path(ptune_kernels.__file__).parent
+    source = Path(ptune_kernels.__file__).parent
     shutil.copytree(source, tmp_path / "ptune_kernels", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     (tmp_path / "ptune_kernels" / "libptune_cpu.so").write_bytes(b"not a library")
     run = subprocess.run(

@@ -187,7 +187,7 @@ BAD_VALUES = [
 @pytest.mark.parametrize("op", PLACED)
 @pytest.mark.parametrize(("field", "change", "value"), BAD_VALUES, ids=lambda x: x if isinstance(x, str) else "")
 def test_values_of_a_placement(target, op, field, change, value):
-    """Checked on the CPU; on a GPU, where reading them would synchronise, the row comes out as NaN (test_cuda.py)."""
+    """Checked on the CPU; a GPU would have to synchronise, and makes NaN of the row instead (test_out_of_range.py)."""
     if target.device != "cpu":
         pytest.skip("values are not read on a GPU")
     arguments = good(op, target.device) | {"placement": placement(target.device, **change)}
