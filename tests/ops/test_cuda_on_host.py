@@ -10,8 +10,18 @@ from .compare import assert_same
 from .cuda_on_host import kernels
 from .test_forward import as_tuple
 
-# batch, prompt rows, text rows, width: widths for packs and lanes that come out even, that do not, and of one element
-SIZES = [(2, 3, 5, 7), (3, 5, 2, 1), (2, 4, 3, 64), (2, 2, 3, 72), (1, 3, 1, 384), (2, 1, 2, 1100), (3, 0, 2, 8)]
+# batch, prompt rows, text rows, width: widths for packs and lanes that come out even, that do not, and of one element;
+# a batch that is summed in several rounds
+SIZES = [
+    (2, 3, 5, 7),
+    (19, 2, 1, 33),
+    (3, 5, 2, 1),
+    (2, 4, 3, 64),
+    (2, 2, 3, 72),
+    (1, 3, 1, 384),
+    (2, 1, 2, 1100),
+    (3, 0, 2, 8),
+]
 EMPTY = [(0, 2, 3, 8), (2, 0, 0, 8), (2, 2, 3, 0), (2, 2, 0, 8)]
 
 
@@ -20,7 +30,9 @@ def choice(options):
 
 
 def fresh(*shape, dtype=torch.float32, layouts=LAYOUTS):
-    return lay_out(torch.randn(shape).to(dtype), choice(layouts) if 0 not in shape else "contiguous")
+    return lay_out(
+        torch.randn(shape, dtype=torch.float64).to(dtype), choice(layouts) if 0 not in shape else "contiguous"
+    )
 
 
 def calls(sizes, placed, wide):
