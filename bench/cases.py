@@ -1,7 +1,7 @@
 """What is timed: each op of ours, the chains that others run for the same result, and a copy of the output.
 
-PEFT looks the prompt up once for every row of the batch and casts what came; Petals looks it up once, repeats it and
-casts; both then concatenate (peft 0.21 `PeftModel.get_prompt`, petals 2.2 `PTuneMixin.get_prompt`).
+PEFT looks the prompt up once, repeats it for the batch and casts; Petals looks it up for every row of the batch and
+casts; both then concatenate (`PeftModel.get_prompt` of peft 0.21, `PTuneMixin.get_prompt` of petals 2.2).
 """
 
 from collections.abc import Callable, Iterator
@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import ptune_kernels as ops
 
+THREADS = 2
 BATCH, LENGTH, PROMPT, WIDTH, VOCABULARY, HEADS = 8, 128, 16, 4096, 32000, 32
 DTYPE = torch.bfloat16
 OURS, COPY = "ours", "clone"
@@ -50,12 +51,11 @@ class Case:
 
 
 def _peft(prompts: Tensor) -> Tensor:
-    indices = torch.arange(PROMPT).unsqueeze(0).expand(BATCH, -1)
-    return F.embedding(indices, prompts).to(DTYPE)
+    return F.embedding(torch.arange(PROMPT).unsqueeze(0), prompts).repeat(BATCH, 1, 1).to(DTYPE)
 
 
 def _petals(prompts: Tensor) -> Tensor:
-    return F.embedding(torch.arange(PROMPT), prompts).unsqueeze(0).repeat(BATCH, 1, 1).to(DTYPE)
+    return F.embedding(torch.arange(PROMPT).unsqueeze(0).expand(BATCH, -1), prompts).to(DTYPE)
 
 
 def _case(name: str, ours: Way, others: dict[str, Way], trained: tuple[Tensor, ...] = ()) -> Case:
@@ -97,21 +97,29 @@ def prepend(train: bool) -> Case:
 def overwrite(train: bool) -> Case:
     prompts = torch.randn(PROMPT, WIDTH, requires_grad=train)
     hidden = torch.randn(BATCH, PROMPT + LENGTH, WIDTH).to(DTYPE)
-    others: dict[str, Way] = {"cat": lambda: (torch.cat([_petals(prompts), hidden[:, PROMPT:]], dim=1),)}
+    others: dict[str, Way] = {
+        "PEFT's parts": lambda: (torch.cat([_peft(prompts), hidden[:, PROMPT:]], dim=1),),
+        "Petals' parts": lambda: (torch.cat([_petals(prompts), hidden[:, PROMPT:]], dim=1),),
+    }
     return _case("overwrite", lambda: (ops.overwrite(hidden, prompts),), others, (prompts,) if train else ())
 
 
-def prepend_kv() -> Case:
+def prepend_kv(train: bool) -> Case:
     width = WIDTH // HEADS
-    prefix = torch.randn(2, HEADS, PROMPT, width)
+    prefixes = tuple(torch.randn(HEADS, PROMPT, width, requires_grad=train) for _ in range(2))
     # As attention gets them: views of [b, n, h, hd].
     key, value = torch.randn(2, BATCH, LENGTH, HEADS, width).to(DTYPE).transpose(2, 3).unbind()
 
     def eager() -> tuple[Tensor, ...]:
-        expanded = prefix.to(DTYPE).unsqueeze(1).expand(-1, BATCH, -1, -1, -1)
-        return torch.cat([expanded[0], key], dim=2), torch.cat([expanded[1], value], dim=2)
+        k, v = (prefix.expand(BATCH, -1, -1, -1).to(DTYPE) for prefix in prefixes)
+        return torch.cat([k, key], dim=2), torch.cat([v, value], dim=2)
 
-    return _case("prepend_kv", lambda: ops.prepend_kv(prefix[0], prefix[1], key, value), {"cast and cat": eager})
+    return _case(
+        "prepend_kv",
+        lambda: ops.prepend_kv(*prefixes, key, value),
+        {"expand, cast and cat": eager},
+        prefixes if train else (),
+    )
 
 
 def cast_qkv() -> Case:
@@ -127,16 +135,26 @@ def overwrite_in_place() -> Case:
     """The same op on longer and longer texts: its time must not grow, as it touches the prompt rows alone."""
     prompts = torch.randn(PROMPT, WIDTH)
 
-    def way(length: int) -> Way:
-        hidden = torch.randn(BATCH, PROMPT + length, WIDTH, dtype=DTYPE)
+    def text(length: int) -> Tensor:
+        return torch.randn(BATCH, PROMPT + length, WIDTH, dtype=DTYPE)
+
+    def ours(hidden: Tensor) -> Way:
         return lambda: (ops.overwrite_(hidden, prompts)[:, :PROMPT],)
 
-    return Case("overwrite_ (n = 128)", {OURS: way(128), "n = 1024": way(1024), "n = 8192": way(8192)})
+    def assignment(hidden: Tensor) -> Way:
+        def way() -> tuple[Tensor, ...]:
+            hidden[:, :PROMPT] = prompts
+            return (hidden[:, :PROMPT],)
+
+        return way
+
+    others = {f"ours, n = {n}": ours(text(n)) for n in (1024, 8192)}
+    return Case("overwrite_", {OURS: ours(text(LENGTH)), **others, "slice assignment": assignment(text(LENGTH))})
 
 
 def cases() -> Iterator[Case]:
-    for make in (embed_and_prepend, prepend, overwrite):
+    for make in (embed_and_prepend, prepend, overwrite, prepend_kv):
         for train in (False, True):
             yield make(train)
-    for make_forward in (prepend_kv, cast_qkv, overwrite_in_place):
-        yield make_forward()
+    yield cast_qkv()
+    yield overwrite_in_place()
