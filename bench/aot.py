@@ -1,16 +1,19 @@
-"""Compiles every Triton kernel for GPUs that need not be at hand, and says what came out: ``python -m bench.aot``.
+"""Compiles every Triton kernel for GPUs that need not be at hand, and says what came out.
+
+``python -m bench.aot`` compiles for all of them, ``python -m bench.aot sm_90 gfx942`` for some.
 
 One line for each op, placement and target: registers and spills of a thread (from the binary), and how many global
 loads and stores of each width, in bits, its code holds. Fails if a kernel spills, or if the bulk of an op does not move
 128 bits at a time.
 """
 
+import argparse
 import re
 import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,12 +23,12 @@ from triton.backends.compiler import GPUTarget
 
 from ptune_kernels import triton_kernels
 
-TARGETS = (
-    GPUTarget("cuda", 80, 32),
-    GPUTarget("cuda", 90, 32),
-    GPUTarget("cuda", 100, 32),
-    GPUTarget("hip", "gfx942", 64),
-)
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
 
 
 class Compiled(NamedTuple):
@@ -74,7 +77,7 @@ def _calls() -> Iterator[tuple[str, object, tuple]]:
     yield "cast_qkv", ops.cast_qkv, (*(heads(n, torch.float32) for _ in range(3)), torch.bfloat16)
 
 
-def compile_all(targets: tuple[GPUTarget, ...] = TARGETS) -> list[Compiled]:
+def compile_all(targets: Sequence[GPUTarget]) -> list[Compiled]:
     """Compiles each op for each target as a launch on that GPU would; for a process that launches nothing."""
     results: list[Compiled] = []
     for target in targets:
@@ -126,7 +129,12 @@ def _has_narrow_accesses(kernel: Compiled) -> bool:
 
 
 def main() -> int:
-    results = compile_all()
+    parser = argparse.ArgumentParser(prog="python -m bench.aot", description=__doc__.splitlines()[0])
+    parser.add_argument("targets", nargs="*", metavar="target", help=f"of {', '.join(TARGETS)}; default: all")
+    chosen = parser.parse_args().targets or list(TARGETS)
+    if unknown := set(chosen) - set(TARGETS):
+        parser.error(f"target: expected some of {', '.join(TARGETS)}, got {', '.join(sorted(unknown))}")
+    results = compile_all([TARGETS[name] for name in chosen])
     failed = 0
     print(f"triton {triton.__version__}")
     for r in results:
