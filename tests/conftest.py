@@ -1,10 +1,18 @@
-"""Real data and the real model: found, or the test skips and says why; `PTUNE_REQUIRE_DATA=1` makes that a failure."""
+"""What all tests share: Triton's interpreter where there is no GPU, real data and a real model.
+
+Real data is found, or the test skips and says why; `PTUNE_REQUIRE_DATA=1` makes that a failure.
+"""
 
 import importlib.util
 import os
 from pathlib import Path
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Triton reads this when its functions are decorated, so it must be set before anything imports triton.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -7,10 +7,6 @@ import zlib
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    # Triton reads this when its functions are decorated, so it must be set before anything imports triton.
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
 import ptune_kernels
 
 
