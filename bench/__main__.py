@@ -55,7 +55,8 @@ def draw(rows: list[dict[str, str]], path: Path, title: str) -> None:
     axes.axvline(1, color="black", linewidth=1)
     axes.invert_yaxis()
     axes.set_xlabel("time / ours (right of the line: slower than ours)")
-    axes.set_title(title, fontsize=9)
+    axes.margins(y=0.01)
+    figure.suptitle(title, fontsize=8)
     figure.savefig(path, dpi=120)
 
 
@@ -89,7 +90,7 @@ def main() -> None:
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()
         writer.writerows(rows)
-    draw(rows, table.with_suffix(".png"), about)
+    draw(rows, table.with_suffix(".png"), about.replace("medians", "\nmedians"))
     print(f"{about}\n{table}")
 
 

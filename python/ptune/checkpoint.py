@@ -110,11 +110,12 @@ def write(folder: str | os.PathLike[str], config: dict[str, Any], tensors: dict[
     os.makedirs(folder, exist_ok=True)
     tensors = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in tensors.items()}
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-    _replace(Path(folder, WEIGHTS_NAME), lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-    _replace(Path(folder, CONFIG_NAME), lambda path: path.write_text(text, encoding="utf-8"))
+    replace_file(Path(folder, WEIGHTS_NAME), lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    replace_file(Path(folder, CONFIG_NAME), lambda path: path.write_text(text, encoding="utf-8"))
 
 
-def _replace(path: Path, write_to: Callable[[Path], Any]) -> None:
+def replace_file(path: Path, write_to: Callable[[Path], Any]) -> None:
+    """Make the file at ``path`` what ``write_to`` writes to the scratch path it is given, whole or not at all."""
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(handle)
     try:

@@ -15,10 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
-from transformers import AutoModel, PreTrainedModel, set_seed
+from transformers import AutoModel, set_seed
 
 from . import docstrings
 from .data import Labelled, Tagged
@@ -41,11 +40,22 @@ class Question:
     title: str
     task: str
     data: Callable[[], tuple[Sequence[Any], Sequence[Any]]]
+    signs: str
 
 
 QUESTIONS = (
-    Question("Which area of the standard library is a docstring from?", "classification", docstrings.topics),
-    Question("Which words of a docstring are its function's own parameters?", "tagging", docstrings.parameters),
+    Question(
+        "Which area of the standard library is a docstring from?",
+        "classification",
+        docstrings.topics,
+        "(and what is right)",
+    ),
+    Question(
+        "Which words of a docstring are its function's own parameters?",
+        "tagging",
+        docstrings.parameters,
+        "(+found+, -missed-, ?mistaken?)",
+    ),
 )
 
 
@@ -70,7 +80,7 @@ def run_demo(console: Console, seed: int = 0, budget: float = 1.0) -> None:
         console.print(f"The base's weights are {'bit for bit what they were' if same else '[bold red]CHANGED'}.")
 
 
-def _answer(question: Question, base: str, console: Console, seed: int, budget: float) -> PreTrainedModel:
+def _answer(question: Question, base: str, console: Console, seed: int, budget: float) -> Any:
     """Learns one task in every mode and prints what came of it. Returns the last, deep, model."""
     train, held_out = question.data()
     held_out = random.Random(seed).sample(held_out, min(max(SHOWN, round(budget * SCORED)), len(held_out)))
@@ -80,12 +90,13 @@ def _answer(question: Question, base: str, console: Console, seed: int, budget: 
     steps = max(1, round(budget * STEPS))
     console.print(f"{steps} steps on {len(train)} docstrings, scored on {len(held_out)} of other modules")
 
-    table = Table("tuned", *(metric.replace("_", " ") for metric in task.metrics), "trained parameters", "seconds")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    table.add_row("nothing (majority class)", *_cells(task, _majority(task, train, held_out)), "0", "0")
-    with Live(table, console=console):
-        for title, mode in MODES.items():
+    table = Table("tuned", *(metric.replace("_", " ") for metric in task.metrics), "parameters", "seconds")
+    for column in table.columns:
+        column.no_wrap = True
+        column.justify = "left" if column.header == "tuned" else "right"
+    table.add_row("majority class", *_cells(task, _majority(task, train, held_out)), "0", "0")
+    for title, mode in MODES.items():
+        with console.status(f"training {title}"):
             start = time.perf_counter()
             set_seed(seed)
             model = new_model(
@@ -93,14 +104,15 @@ def _answer(question: Question, base: str, console: Console, seed: int, budget: 
             )
             fit(model, task, train, steps=steps, learning_rate=LEARNING_RATES[mode], seed=seed, quiet=True)
             cells = _cells(task, evaluate(model, task, held_out))
-            table.add_row(
-                title, *cells, f"{model.num_parameters(only_trainable=True):,}", f"{time.perf_counter() - start:.0f}"
-            )
+            seconds = time.perf_counter() - start
+        table.add_row(title, *cells, f"{model.num_trainable_parameters():,}", f"{seconds:.0f}")
 
-    console.print("Held-out docstrings as the last model reads them:")
-    shown = held_out[:SHOWN]
+    console.print(table)
+    console.print(f"Held-out docstrings, as the deep prompts read them {question.signs}:")
+    shown = [example for example in held_out if kind.stratum(example)][:SHOWN]  # in tagging, those with a parameter
     for example, answer in zip(shown, task.predict(model, [task.text_of(example) for example in shown]), strict=True):
-        console.print("  " + (_marked(example, answer) if isinstance(example, Tagged) else _labelled(example, answer)))
+        line = _marked(example, answer) if isinstance(example, Tagged) else _labelled(example, answer)
+        console.print(f"  {line}", no_wrap=True, overflow="ellipsis")
     return model
 
 
@@ -118,13 +130,13 @@ def _cells(task: Task, scores: dict[str, float]) -> list[str]:
 
 def _labelled(example: Labelled, answer: dict[str, Any]) -> str:
     verdict = "right" if answer["label"] == example.label else f"no, {example.label}"
-    return f"[cyan]{answer['label']}[/] ({verdict}): {escape(example.text[:90])}"
+    return f"[cyan]{answer['label']}[/] ({verdict}): {escape(example.text)}"
 
 
 def _marked(example: Tagged, answer: dict[str, Any]) -> str:
-    """The docstring's words: found parameters in green, missed ones in yellow, false ones in red."""
-    words = []
-    for word, gold, tag in zip(example.words, example.tags, answer["tags"], strict=True):
-        colour = {("O", "O"): None, (tag, tag): "green", (gold, "O"): "yellow"}.get((gold, tag), "red")
-        words.append(f"[{colour}]{escape(word)}[/]" if colour else escape(word))
-    return " ".join(words[:25])
+    """The docstring's words, those that are parameters or were taken for one between signs."""
+    styles = {(True, True): "[green]+{}+[/]", (True, False): "[yellow]-{}-[/]", (False, True): "[red]?{}?[/]"}
+    return " ".join(
+        styles.get((gold != "O", tag != "O"), "{}").format(escape(word))
+        for word, gold, tag in zip(example.words, example.tags, answer["tags"], strict=True)
+    )

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from .checkpoint import replace_file
+
 
 def plot_log(log: Sequence[dict[str, float]], metrics: Sequence[str], path: Path) -> None:
     """Writes a PNG with the training and evaluation loss, and beside it each metric, over the steps.
@@ -26,4 +28,4 @@ def plot_log(log: Sequence[dict[str, float]], metrics: Sequence[str], path: Path
         axes.legend()
     losses.set_ylabel("loss")
     scores.set_ylabel("metric")
-    figure.savefig(path, format="png")
+    replace_file(path, lambda scratch: figure.savefig(scratch, format="png"))

@@ -6,7 +6,6 @@ log) and Trainer's checkpoints. It is written only once training has begun.
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from .auto import (
     AutoPTuneModelForSequenceClassification,
     AutoPTuneModelForTokenClassification,
 )
-from .checkpoint import WEIGHTS_NAME, read_config
+from .checkpoint import WEIGHTS_NAME, read_config, replace_file
 from .data import Columns, DataError, hold_out
 from .support import position_limit
 from .tasks import TASKS, Task
@@ -221,7 +220,7 @@ def describe(folder: Path) -> dict[str, str]:
         "task": record["task"],
         "base": prompts["base"]["name"],
         "tuning mode": str(prompts["tuning_mode"] and f"{prompts['tuning_mode']} ({prompts['deep_prompt_mode']})"),
-        "prompt rows": f"{prompts['pre_seq_len']}, of {prompts['num_layers']} blocks and width {prompts['hidden_size']}",
+        "prompt rows": str(prompts["pre_seq_len"]),
         "labels": ", ".join(prompts["id2label"].values()) if prompts["id2label"] else "none",
         "size": f"{weights.stat().st_size / 1024:.0f} KiB",
         "training": f"{record['steps']} steps of {record['batch_size']}, learning rate {record['learning_rate']:g}",
@@ -272,6 +271,5 @@ def _room(model: Any, options: Options) -> int:
 
 
 def _write_json(path: Path, content: Any) -> None:
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(scratch, path)
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    replace_file(path, lambda scratch: scratch.write_text(text, encoding="utf-8"))

@@ -73,6 +73,8 @@ def test_checkpointed_gradients_are_the_same(base_of, name, mode, where, reentra
         assert len(runs) == 2  # the hook ran in the recomputation too
     for key, value in expected.items():
         close(got[key], value, 1e-6)
+    if name in ("bert", "gpt2"):
+        blocks[1](torch.randn(1, 2, 24))  # no call is left over that its hook would take it for a part of
 
 
 def test_the_frozen_base_drops_nothing(base_of):

@@ -43,16 +43,16 @@ def test_deep_prompts_tag_wnut17_better_than_a_head_alone(minilm, data_folder):
 @pytest.mark.parametrize("mode", ["ptune", "deep_ptune"])
 def test_a_prompt_learns_stories_of_one_kind(data_folder, mode):
     base = str(data_folder / "stories260K")
-    task = Generation(load_tokenizer(base, "generation"), 96)
+    task = Generation(load_tokenizer(base, "generation"), 64)
     opening = "Once upon a time, there was a little cat named Tom. Tom was very sad because he lost his red ball."
     bare = AutoModelForCausalLM.from_pretrained(base)
     torch.manual_seed(0)
-    told = task.predict(bare, [opening] * 192, do_sample=True, top_k=0, max_new_tokens=64)
+    told = task.predict(bare, [opening] * 128, do_sample=True, top_k=0, max_new_tokens=48)
     stories = [Passage("", story["completion"]) for story in told]
-    train, held_out = stories[:128], stories[128:]
+    train, held_out = stories[:96], stories[96:]
     before = evaluate(bare, task, held_out)["perplexity"]
-    model = new_model("generation", base, tuning_mode=mode, pre_seq_len=16, init_text=[s.completion for s in train])
-    fit(model, task, train, steps=100, learning_rate=LEARNING_RATES[mode], batch_size=16, quiet=True)
+    model = new_model("generation", base, tuning_mode=mode, pre_seq_len=8, init_text=[s.completion for s in train])
+    fit(model, task, train, steps=60, learning_rate=LEARNING_RATES[mode], batch_size=16, quiet=True)
     after = evaluate(model, task, held_out)["perplexity"]
     assert after < 0.9 * before
     with model.disable_prompts():
