@@ -196,6 +196,17 @@ def test_values_of_a_placement(target, op, field, change, value):
 
 
 @on_targets
+@pytest.mark.parametrize("op", ["overwrite", "overwrite_"])
+def test_overwriting_beyond_the_last_row(target, op):
+    """A column where prepend could put the prompt, but where two rows do not fit."""
+    if target.device != "cpu":
+        pytest.skip("values are not read on a GPU")
+    arguments = good(op, target.device) | {"placement": placement(target.device, column=(0, N - 1))}
+    message = assert_refused(op, arguments, IndexError, "placement.column", ("expected",))
+    assert re.search(rf"got.* ({N - 1}|{N + 1})\b", message), message
+
+
+@on_targets
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("wrong", [-1, V, 2**31 - 1])
 def test_ids(target, wrong, dtype):
