@@ -30,14 +30,14 @@ def test_deep_prompts_learn_sms_spam(minilm, data_folder):
     assert scores["accuracy"] >= 0.97
 
 
-def test_deep_prompts_tag_wnut17_better_than_a_head_alone(minilm, data_folder):
+def test_prompts_tag_wnut17_better_than_a_head_alone(minilm, data_folder):
     train = random.Random(0).sample(read_tagged(data_folder / "wnut17" / "train.conll"), 800)
     test = random.Random(0).sample(read_tagged(data_folder / "wnut17" / "dev.conll"), 400)
-    head, deep = (
+    head, prompted = (
         tuned_score(minilm, "tagging", mode, train, test, steps=60, max_length=48)["entity_f1"]
-        for mode in (None, "deep_ptune")
+        for mode in (None, "ptune")
     )
-    assert deep > head + 0.1
+    assert prompted > head + 0.1
 
 
 @pytest.mark.parametrize("mode", ["ptune", "deep_ptune"])
