@@ -13,7 +13,6 @@ import datetime
 import platform
 import random
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +39,7 @@ FULL = {
     "tagging": AutoModelForTokenClassification,
 }
 FULL_LEARNING_RATE = 1e-4
-FIELDS = ("data", "method", "seed", "metric", "value", "trained_parameters", "steps", "train_seconds")
+FIELDS = ("data", "method", "seed", "metric", "value", "trained_parameters", "steps")
 
 
 @dataclass(frozen=True)
@@ -89,9 +88,7 @@ def run(name: str, method: str, seed: int, data: Path) -> dict[str, Any]:
         texts = [task.text_of(example) for example in train]
         model = new_model(benchmark.task, base, labels, tuning_mode=mode, pre_seq_len=PRE_SEQ_LEN, init_text=texts)
         rate = LEARNING_RATES[mode]
-    start = time.perf_counter()
     fit(model, task, train, steps=benchmark.steps, learning_rate=rate, seed=seed, quiet=True)
-    seconds = time.perf_counter() - start
     return {
         "data": name,
         "method": method,
@@ -100,7 +97,6 @@ def run(name: str, method: str, seed: int, data: Path) -> dict[str, Any]:
         "value": evaluate(model, task, test)[benchmark.metric],
         "trained_parameters": model.num_parameters(only_trainable=True),
         "steps": benchmark.steps,
-        "train_seconds": round(seconds, 1),
     }
 
 
