@@ -21,8 +21,8 @@ from triton.runtime import JITFunction
 from . import schema
 
 _TILE = 2048  # elements: with 4 warps, two to four accesses of 128 bits for each thread
-OPTIONS = {"enable_fp_fusion": False}  # a * b + c is rounded twice, as the other backends do
 _SUM_TILE = 512  # with 1 warp: a sum has few output rows, and small tiles spread them over more of the GPU
+OPTIONS = {"enable_fp_fusion": False}  # a * b + c is rounded twice, as the other backends do
 
 
 class _View(NamedTuple):
