@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.masking_utils import create_masks_for_generate
 
 
 class PromptGeneration:
@@ -20,17 +19,12 @@ class PromptGeneration:
         is_first_iteration: bool | None = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        if (
-            self.prompts_enabled
-            and is_first_iteration
-            and next_sequence_length is not None
-            and past_key_values is not None
-        ):
+        if is_first_iteration and next_sequence_length is not None and past_key_values is not None:
             # a conversation goes on: what is new was counted as all text less all columns of the cache
             text = input_ids if inputs_embeds is None else inputs_embeds
             seen = int(past_key_values.get_seq_length())
             if seen > 0 and next_sequence_length == text.shape[1] - seen:
-                next_sequence_length += self.ptune_config.pre_seq_len
+                next_sequence_length += self.prompt_columns
         return super().prepare_inputs_for_generation(  # type: ignore[misc]
             input_ids,
             next_sequence_length=next_sequence_length,
@@ -51,22 +45,10 @@ class PromptGeneration:
         **kwargs: Any,
     ) -> Any:
         """A static cache's mask, [b, n] rather than 4-D: the body adds the prompt's columns and makes the rest."""
-        if not self.prompts_enabled:
-            stock = getattr(super(), "create_masks_for_generate", create_masks_for_generate)
-            return stock(
-                config=config,
-                inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
-                past_key_values=past_key_values,
-                is_first_iteration=is_first_iteration,
-                **kwargs,
-            )
-        if is_first_iteration:
-            return attention_mask
-        if isinstance(past_key_values.get_seq_length(), int):
+        if is_first_iteration or isinstance(past_key_values.get_seq_length(), int):
             return attention_mask
         # as wide at every step, or a compiled decoding step would be compiled again for each
-        columns = past_key_values.get_max_length() - self.ptune_config.pre_seq_len
+        columns = past_key_values.get_max_length() - self.prompt_columns
         if attention_mask is None:
             return torch.ones(inputs_embeds.shape[0], columns, dtype=torch.long, device=inputs_embeds.device)
         return nn.functional.pad(attention_mask, (0, max(0, columns - attention_mask.shape[1])))
@@ -79,8 +61,6 @@ class PromptGeneration:
         batch_size: int,
         max_cache_length: int,
     ) -> Any:
-        if self.prompts_enabled:
-            max_cache_length += self.ptune_config.pre_seq_len
         return super()._prepare_cache_for_generation(  # type: ignore[misc]
-            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length + self.prompt_columns
         )

@@ -85,6 +85,11 @@ class PTuneMixin:
         """Whether calls bear prompt rows."""
         return self.prompt_embeddings is not None and not self.prompts_disabled
 
+    @property
+    def prompt_columns(self: Any) -> int:
+        """How many columns before the text a call takes, and a cache holds."""
+        return self.ptune_config.pre_seq_len if self.prompts_enabled else 0
+
     @contextmanager
     def disable_prompts(self: Any) -> Iterator[None]:
         """Inside the block the model is its bare base, dropout included; not thread-safe, as modules are changed."""
@@ -188,8 +193,7 @@ class PTuneMixin:
 
     def _set_head(self: Any, names: Iterable[str]) -> None:
         parameters = dict(self.named_parameters())
-        tied = {id(self.get_input_embeddings().weight)}
-        self._head = sorted(name for name in names if name in parameters and id(parameters[name]) not in tied)
+        self._head = sorted(name for name in names if name in parameters)  # a tied weight goes by its first name alone
         for name in self._head:
             parameters[name].data = parameters[name].data.float()
 

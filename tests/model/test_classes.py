@@ -92,6 +92,8 @@ def test_class_and_config_alone(base_of):
     config.num_labels = 4
     model = ptune.models.PTuneLlamaForSequenceClassification(config)
     assert [n for n, p in model.named_parameters() if p.requires_grad] == ["score.weight", "prompt_embeddings.weight"]
+    language_model = ptune.models.PTuneLlamaForCausalLM(config)
+    assert [n for n, p in language_model.named_parameters() if p.requires_grad] == ["prompt_embeddings.weight"]
     loaded = ptune.models.PTuneLlamaForCausalLM.from_pretrained(base_of("llama").folder, **settings_for("overwrite"))
     assert type(loaded) is ptune.models.PTuneLlamaForCausalLM
     auto = ptune.AutoPTuneModelForSequenceClassification.from_config(config)
@@ -114,6 +116,9 @@ def test_transformers_sees_the_base_class(base_of):
     assert model(ids, output_attentions=True).attentions[0] is not None
     assert base.tuned(attn_implementation="eager").config._attn_implementation == "eager"
     assert model._no_split_modules == stock._no_split_modules
+    for name in ("llama", "bloom"):  # Bloom cannot
+        tuned, stock = base_of(name).tuned(**settings_for("shallow")), base_of(name).stock()
+        assert tuned._can_set_attn_implementation() == stock._can_set_attn_implementation() == (name == "llama")
 
 
 def test_loading_information(base_of):

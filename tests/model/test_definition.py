@@ -183,6 +183,18 @@ def test_disabled_prompts_are_the_bare_base(base_of, name):
     assert not torch.equal(model(input_ids=ids, attention_mask=mask)[0], stock(input_ids=ids, attention_mask=mask)[0])
 
 
+def test_a_call_that_failed_leaves_nothing_behind(base_of):
+    base = base_of("llama")
+    stock, model = base.stock(), base.tuned(**settings_for("overwrite"))
+    ids = torch.randint(3, 61, (2, 5))
+    failing = model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(input_ids=ids)
+    failing.remove()
+    with model.disable_prompts():
+        assert torch.equal(model(input_ids=ids)[0], stock(input_ids=ids)[0])
+
+
 def test_oracle_hears_every_prompt(base_of):
     """The oracle itself: each of its prompt rows moves its output."""
     base = base_of("llama")

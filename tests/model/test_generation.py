@@ -110,6 +110,16 @@ def test_a_conversation_goes_on_from_its_cache(pair, given, padded):
         assert second[row, -NEW:].tolist() == tokens.tolist()
 
 
+def test_a_static_cache_serves_again(base_of):
+    model = base_of("llama").tuned(ptune.AutoPTuneModelForCausalLM, **settings_for("overwrite"))
+    cache = transformers.StaticCache(config=model.config, max_cache_len=32)
+    for padding in ("left", "none"):
+        ids, mask = pad(texts_for(padding), padding, 0)
+        how = {"attention_mask": mask, "pad_token_id": 0, **GREEDY}
+        assert model.generate(ids, past_key_values=cache, **how).tolist() == model.generate(ids, **how).tolist()
+        cache.reset()
+
+
 def test_steps_by_hand_need_no_positions(pair):
     """A caller's own loop: the cache and the text's mask are enough, or no mask at all."""
     family, stock, model = pair
@@ -140,9 +150,10 @@ def test_bare_base_generates_as_stock(base_of):
     base = base_of("llama")
     stock = base.stock(transformers.AutoModelForCausalLM)
     model = base.tuned(ptune.AutoPTuneModelForCausalLM, **settings_for("overwrite"))
-    ids, mask = pad(texts_for("left"), "left", 0)
-    for cache in ("dynamic", "static"):
-        how = {**GREEDY, "cache_implementation": cache, "pad_token_id": 0}
-        with model.disable_prompts():
-            got = model.generate(ids, attention_mask=mask, **how)
-        assert got.tolist() == stock.generate(ids, attention_mask=mask, **how).tolist()
+    for padding in ("none", "left"):
+        ids, mask = pad(texts_for(padding), padding, 0)
+        for cache in ("dynamic", "static"):
+            how = {"attention_mask": mask, "cache_implementation": cache, "pad_token_id": 0, **GREEDY}
+            with model.disable_prompts():
+                got = model.generate(ids, **how)
+            assert got.tolist() == stock.generate(ids, **how).tolist()

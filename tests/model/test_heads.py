@@ -76,6 +76,13 @@ def test_decoders_classify_by_the_last_real_token(base_of, name, mode, padding, 
     close(model(inputs_embeds=embedded, attention_mask=mask).logits, expected)
 
 
+def test_disabled_prompts_bring_the_stock_pooling_back(base_of):
+    base = base_of("llama")
+    model = base.tuned(ptune.AutoPTuneModelForSequenceClassification, pad_token_id=None, **settings_for("overwrite"))
+    with model.disable_prompts(), pytest.raises(ValueError, match="no padding token is defined"):
+        model(torch.randint(3, 61, (2, 5)))
+
+
 def test_a_head_alone_pools_by_the_mask_too(base_of):
     base = base_of("llama")
     model = base.tuned(ptune.AutoPTuneModelForSequenceClassification, num_labels=LABELS, pad_token_id=None)

@@ -91,15 +91,15 @@ def test_the_frozen_base_drops_nothing(base_of):
 
 
 def test_dropout_from_the_config(base_of, tmp_path):
-    """GPT-J reads its probability from the config at every call."""
-    sizes = {"vocab_size": 61, "n_embd": 24, "n_layer": 2, "n_head": 2, "rotary_dim": 4, "attn_pdrop": 0.5}
-    config = transformers.GPTJConfig(**sizes, resid_pdrop=0.0, embd_pdrop=0.0)
+    """Falcon reads its probabilities from the config at every call."""
+    sizes = {"vocab_size": 61, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.FalconConfig(**sizes, hidden_dropout=0.5)
     model = ptune.AutoPTuneModel.from_config(config, **settings_for("shallow"))
     model.train()
     ids = torch.randint(3, 61, (2, 6))
     assert torch.equal(model(input_ids=ids)[0], model(input_ids=ids)[0])
     model.save_pretrained(tmp_path, save_base=True)
-    assert json.loads((tmp_path / "base" / "config.json").read_text())["attn_pdrop"] == 0.5
+    assert json.loads((tmp_path / "base" / "config.json").read_text())["hidden_dropout"] == 0.5
 
 
 def test_base_dropout_can_be_kept(base_of):

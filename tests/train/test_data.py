@@ -134,6 +134,7 @@ def test_hold_out_keeps_shares_and_order():
     assert held == sorted(held)
     assert Counter(name for name, _ in held) == {"a": 8, "b": 2}
     assert hold_out(examples, 0.2, lambda example: example[0], seed=4)[1] != held
+    assert ("c", 0) in hold_out(examples, 0.9, lambda example: example[0], seed=3)[0]
 
 
 def test_hold_out_refuses_what_leaves_a_part_empty():

@@ -61,6 +61,13 @@ def test_tags_stand_at_first_pieces_and_lost_words_count():
     }
 
 
+def test_a_word_of_many_pieces_is_tagged_at_the_first():
+    task = Tagging(word_tokenizer(), 20, ["O", "B-per"])
+    features = task.encode(Tagged(("Ann-Bob", "in"), ("B-per", "O")))
+    assert features["input_ids"] == [CLS, WORD["Ann"], UNK, WORD["Bob"], WORD["in"], SEP]
+    assert features["labels"] == [IGNORED, 1, IGNORED, IGNORED, 0, IGNORED]
+
+
 def test_entities_are_whole():
     task = Tagging(word_tokenizer(), 20, ["O", "B-per", "I-per"])
     example = Tagged(("Ann", "Bob", "in"), ("B-per", "I-per", "O"))

@@ -2,7 +2,7 @@
 
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
@@ -28,10 +28,10 @@ WORDS = [
 
 
 def word_tokenizer(template: str = "[CLS] $A [SEP]") -> PreTrainedTokenizerFast:
-    """A token per word of WORDS; SPECIAL frame it as `template` says."""
+    """A token per word of WORDS and per run of punctuation; SPECIAL frame it as `template` says."""
     vocabulary = {token: index for index, token in enumerate(SPECIAL + WORDS)}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = WhitespaceSplit()
+    tokenizer.pre_tokenizer = Whitespace()
     tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
     names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "bos_token": "[CLS]", "eos_token": "[SEP]"}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
