@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ptune_kernels import embed_and_prepend, overwrite_
 
-WIDTH, HEADS, LAYERS, LENGTH, PROMPT, BATCH = 128, 4, 3, 64, 16, 32
+WIDTH, HEADS, LAYERS, LENGTH, PROMPT, BATCH = 64, 4, 2, 48, 16, 32
 
 
 class Block(nn.Module):
@@ -98,13 +98,13 @@ def train(parameters, loss, steps: int, learning_rate: float) -> None:
         optimizer.step()
 
 
-def main(pretrain_steps: int = 150, tune_steps: int = 100) -> tuple[float, float]:
+def main(pretrain_steps: int = 200, tune_steps: int = 150) -> tuple[float, float]:
     """Returns the loss on held-out prose before and after tuning."""
     torch.manual_seed(0)
     code, prose = corpora()
     prose, held_out = prose[: len(prose) * 4 // 5], prose[len(prose) * 4 // 5 :]
     model = LanguageModel()
-    train(model.parameters(), lambda: loss_of(model, batch_of(code)), pretrain_steps, 2e-3)
+    train(model.parameters(), lambda: loss_of(model, batch_of(code)), pretrain_steps, 4e-3)
     model.requires_grad_(False)
 
     # Real text's own states at each layer, where prompts learn best from.
@@ -119,7 +119,7 @@ def main(pretrain_steps: int = 150, tune_steps: int = 100) -> tuple[float, float
     prompts = nn.Parameter(torch.stack(states))
 
     before = score(model, held_out)
-    train([prompts], lambda: loss_of(model, batch_of(prose), prompts), tune_steps, 1e-2)
+    train([prompts], lambda: loss_of(model, batch_of(prose), prompts), tune_steps, 1e-1)
     after = score(model, held_out, prompts)
     print(f"held-out prose, nats per byte: {before:.3f} frozen, {after:.3f} with {prompts.numel():,} trained numbers")
     return before, after

@@ -9,5 +9,5 @@ def test_own_model_learns():
     spec = importlib.util.spec_from_file_location("own_model", path)
     own_model = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(own_model)
-    before, after = own_model.main(pretrain_steps=60, tune_steps=100)
+    before, after = own_model.main(pretrain_steps=100, tune_steps=50)
     assert after < before - 0.1
