@@ -6,6 +6,7 @@ from typing import Any
 
 TUNING_MODES = (None, "ptune", "deep_ptune")
 DEEP_PROMPT_MODES = ("overwrite", "add")
+PREFIX_SHARINGS = ("auto", True, False)
 PROMPT_INITS = ("random", "vocab", "text")
 
 InitText = str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]]
@@ -25,6 +26,8 @@ class PTuneConfig:
         prompt_init_text: what ``"text"`` starts from. One text (a string, or its token ids) is read row by row; several
             (a list of either: the training data) are sampled.
         base_dropout: keep the frozen base's dropout in training.
+        prefix_sharing: ``"auto"`` (prompt rows are computed once for the whole batch, where that is exact), ``False``
+            (with every row), or ``True`` (as ``"auto"``, but an error where they cannot be shared).
 
     Raises `ValueError` or `TypeError`, naming the argument, for anything else.
     """
@@ -35,10 +38,12 @@ class PTuneConfig:
     prompt_init: str | None = None
     prompt_init_text: InitText | None = None
     base_dropout: bool = False
+    prefix_sharing: str | bool = "auto"
 
     def __post_init__(self) -> None:
         _check_choice("tuning_mode", self.tuning_mode, TUNING_MODES)
         _check_choice("deep_prompt_mode", self.deep_prompt_mode, DEEP_PROMPT_MODES)
+        _check_choice("prefix_sharing", self.prefix_sharing, PREFIX_SHARINGS)
         if isinstance(self.pre_seq_len, bool) or not isinstance(self.pre_seq_len, int):
             raise TypeError(f"pre_seq_len: expected an int, got {self.pre_seq_len!r}")
         if self.tuning_mode is None and self.pre_seq_len != 0:

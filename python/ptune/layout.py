@@ -51,6 +51,15 @@ class Layout:
         """[b, n] → [b, m + n]: prompt rows have the type of the token they stand before."""
         return types.gather(1, self._slots(types.shape[1])[0])
 
+    def columns_of_keys(self, length: int) -> Tensor | None:
+        """[b, m + n]: the columns above of the keys of ``[prompt ; text]``; ``None`` where these are in that order."""
+        if not self.padded or (not torch.compiler.is_compiling() and not bool(self.column.any())):
+            return None
+        text = torch.arange(length, device=self.column.device)
+        column = self.column[:, None].long()
+        prompt = torch.arange(self.num_prompts, device=self.column.device) + column
+        return torch.cat([prompt, torch.where(text < column, text, text + self.num_prompts)], 1)
+
     def first_token(self, text: Tensor) -> Tensor:
         """[b, n, d] → [b, d], each row's first real token."""
         return text[torch.arange(text.shape[0], device=text.device), self.column.long()]

@@ -60,6 +60,7 @@ def load_model(
         given = kwargs.get("config")
         prompts = PTuneConfig(**(settings_on(given) if isinstance(given, PreTrainedConfig) else carried) | settings)
     else:
+        sharing = settings.pop("prefix_sharing", PTuneConfig.prefix_sharing)
         _check_same(settings, saved)
         if "config" not in kwargs:
             kwargs = _saved_overrides(saved, own) | kwargs
@@ -71,6 +72,7 @@ def load_model(
     if saved is None:
         model.init_prompts(prompts, tokenizer)
     else:
+        model.ptune_config.prefix_sharing = sharing
         model.load_prompts(path)
     return (model, info) if output_loading_info else model
 

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from ptune_kernels import prepend
 
 from . import checkpoint
-from .concat import CheckpointWithCall, ConcatPath
+from .call import CheckpointWithCall
 from .config import PTuneConfig, take_settings
 from .dropout import FrozenDropout
+from .hooks import PromptHooks
 from .initialise import Tokenise, initial_prompts
 from .loading import load_model, origin_of, tokenizer_of
+from .plan import Plan, make_plan, obstacle
 from .support import check_base, find_blocks
 
 _PROMPTS = ("prompt_embeddings.weight", "intermediate_prompt_embeddings.weight")
@@ -56,6 +58,8 @@ class PTuneMixin:
         if settings.tuning_mode is not None:
             if settings.deep:
                 find_blocks(self.base_model, self.config)
+            if settings.prefix_sharing is True and (reason := obstacle(self, settings)) is not None:
+                raise ValueError(f"prefix_sharing: True, but {type(self).__name__} cannot share prompts: {reason}")
             tokenise = _tokenise_with(tokenizer or (lambda: tokenizer_of(self.origin.name)))
             with self.disable_prompts(), _evaluating(self):
                 shallow, deep = initial_prompts(self, settings, tokenise)
@@ -70,8 +74,7 @@ class PTuneMixin:
             return None, None
         dtype = self.get_input_embeddings().weight.dtype
         shallow, deep = (
-            None if table is None else _expanded(table.weight, batch_size, dtype)
-            for table in (self.prompt_embeddings, self.intermediate_prompt_embeddings)
+            None if table is None else _expanded(table.weight, batch_size, dtype) for table in self._tables()
         )
         return shallow, deep
 
@@ -102,6 +105,26 @@ class PTuneMixin:
             if not self._disabled and not self.ptune_config.base_dropout:
                 self._dropout.freeze()
 
+    @property
+    def prefix_plan(self: Any) -> Plan:
+        """Which path prompts take through the model, and why."""
+        return Plan("none", "no prompts") if self._hooks is None else self._hooks.prefix.plan
+
+    def compile_prompts(self: Any) -> None:
+        """Keep the keys and values of the prompt rows, so that calls without gradients no longer run these rows.
+
+        They are computed at the next such call, and again when the prompts have changed. Raises `ValueError` where the
+        prompts are not shared.
+        """
+        if self.prefix_plan.path != "prefix":
+            raise ValueError(f"compile_prompts: prompts are not shared here: {self.prefix_plan.reason}")
+        self._hooks.prefix.keep_compiled = True
+
+    def set_attn_implementation(self: Any, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
+        """transformers' own; where prompts are shared, the model then has the counterpart that takes a prefix."""
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)  # type: ignore[misc]
+        self._plan()
+
     def num_trainable_parameters(self: Any) -> int:
         """How many numbers train: prompts and head."""
         return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
@@ -117,6 +140,7 @@ class PTuneMixin:
         """
         saved, tensors = checkpoint.read_config(folder), checkpoint.read_tensors(folder)
         settings = checkpoint.settings_of(saved)
+        settings.prefix_sharing = self.ptune_config.prefix_sharing
         self._check_fit(saved, tensors)
         self._set_head(saved["head"])
         with torch.no_grad():
@@ -158,7 +182,7 @@ class PTuneMixin:
         self.origin = origin_of(self.config)
         self.ptune_config = PTuneConfig()
         self._disabled = 0
-        self._concat: ConcatPath | None = None
+        self._hooks: PromptHooks | None = None
         self._dropout = FrozenDropout(self.base_model)
         self.prompt_embeddings = self.intermediate_prompt_embeddings = None
         if "_old_forward" in vars(self):
@@ -168,12 +192,23 @@ class PTuneMixin:
         self._cast_to_head()
 
     def _install(self: Any, settings: PTuneConfig, shallow: Tensor | None, deep: Tensor | None) -> None:
-        if self._concat is not None:
-            self._concat.remove()
+        before = self.ptune_config, *(t if t is None else t.weight.detach() for t in self._tables())
+        try:
+            self._put(settings, shallow, deep)
+        except ValueError:  # prefix_sharing=True, and the check found that they cannot be shared
+            self._put(*before)
+            raise
+
+    def _tables(self: Any) -> tuple[nn.Embedding | None, nn.Embedding | None]:
+        return self.prompt_embeddings, self.intermediate_prompt_embeddings
+
+    def _put(self: Any, settings: PTuneConfig, shallow: Tensor | None, deep: Tensor | None) -> None:
+        if self._hooks is not None:
+            self._hooks.remove()
         self.ptune_config = settings
         self.prompt_embeddings = _table(shallow, self.get_input_embeddings())
         self.intermediate_prompt_embeddings = _table(deep, self.get_input_embeddings())
-        self._concat = ConcatPath(self) if settings.tuning_mode is not None else None
+        self._hooks = PromptHooks(self) if settings.tuning_mode is not None else None
         own = set(self._own_names())
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name in own)
@@ -183,6 +218,12 @@ class PTuneMixin:
             self._dropout.restore()
         else:
             self._dropout.freeze()
+        self._plan()
+
+    def _plan(self: Any) -> None:
+        if self._hooks is not None:
+            with _evaluating(self):
+                self._hooks.prefix.plan = make_plan(self._hooks)
 
     def fresh_head(self: Any) -> list[str]:
         """The head of a model made without a checkpoint: all outside the body, but for the table of output words."""
@@ -208,7 +249,7 @@ class PTuneMixin:
                 module.register_forward_pre_hook(_cast_inputs)
 
     def _own_names(self: Any) -> list[str]:
-        prompts = zip(_PROMPTS, (self.prompt_embeddings, self.intermediate_prompt_embeddings), strict=True)
+        prompts = zip(_PROMPTS, self._tables(), strict=True)
         return [name for name, table in prompts if table is not None] + self._head
 
     def _description(self: Any, base_name: str) -> dict[str, Any]:

@@ -32,9 +32,9 @@ def settings_for(mode: str, count: int = COUNT, **rest: Any) -> dict[str, Any]:
     return {"tuning_mode": "deep_ptune", "pre_seq_len": count, "deep_prompt_mode": mode, **rest}
 
 
-def set_prompts(model: Any, mode: str) -> Prompt:
+def set_prompts(model: Any, mode: str, **rest: Any) -> Prompt:
     """Fresh random prompts on ``model``, returned as the oracle's leaves."""
-    model.init_prompts(ptune.PTuneConfig(**settings_for(mode)))
+    model.init_prompts(ptune.PTuneConfig(**settings_for(mode, **rest)))
     with torch.no_grad():
         for table in (model.prompt_embeddings, model.intermediate_prompt_embeddings):
             if table is not None:

@@ -111,10 +111,12 @@ def test_transformers_sees_the_base_class(base_of):
     assert model.is_custom_code() == stock.is_custom_code()
     assert model.loss_type == stock.loss_type == "ForCausalLM"
     model.set_attn_implementation("eager")
-    assert model.config._attn_implementation == "eager"
+    assert model.config._attn_implementation == "ptune_eager"  # eager's counterpart that takes a prefix
     ids = torch.randint(3, 61, (1, 5))
     assert model(ids, output_attentions=True).attentions[0] is not None
-    assert base.tuned(attn_implementation="eager").config._attn_implementation == "eager"
+    own = settings_for("shallow", prefix_sharing=False)
+    for settings in ({}, own):
+        assert base.tuned(attn_implementation="eager", **settings).config._attn_implementation == "eager"
     assert model._no_split_modules == stock._no_split_modules
     for name in ("llama", "bloom"):  # Bloom cannot
         tuned, stock = base_of(name).tuned(**settings_for("shallow")), base_of(name).stock()

@@ -19,11 +19,18 @@ def pair(request, base_of):
     return base.family, base.stock(), base.tuned(**settings_for("shallow"))
 
 
+@pytest.fixture(params=["auto", False], ids=["shared", "concat"])
+def sharing(request):
+    return request.param
+
+
 @pytest.mark.parametrize("padding", PADDINGS)
 @pytest.mark.parametrize("mode", MODES)
-def test_states_and_gradients(pair, mode, padding):
+def test_states_and_gradients(pair, mode, padding, sharing):
     family, stock, model = pair
-    prompt, texts = set_prompts(model, mode), texts_for(padding)
+    prompt, texts = set_prompts(model, mode, prefix_sharing=sharing), texts_for(padding)
+    if sharing and model.prefix_plan.path == "concat":
+        pytest.skip(f"nothing is shared: {model.prefix_plan.reason}")
     ids, mask = pad(texts, padding, model.config.pad_token_id)
     expected = [run_row(stock, family.blocks(stock), prompt, text).states for text in texts]
     output = model(input_ids=ids, attention_mask=mask, output_hidden_states=True)
@@ -47,11 +54,11 @@ def test_states_and_gradients(pair, mode, padding):
 
 @pytest.mark.parametrize("name", CORE)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-def test_half_precision_errs_no_more_than_twice_torch(base_of, name, dtype):
+def test_half_precision_errs_no_more_than_twice_torch(base_of, name, dtype, sharing):
     base = base_of(name)
     exact, rough = base.stock(), base.stock(dtype=dtype)
     model = base.tuned(dtype=dtype, **settings_for("overwrite"))
-    prompt, texts = set_prompts(model, "overwrite"), texts_for("left", (12, 7, 9, 3, 11, 5))
+    prompt, texts = set_prompts(model, "overwrite", prefix_sharing=sharing), texts_for("left", (12, 7, 9, 3, 11, 5))
     ids, mask = pad(texts, "left", model.config.pad_token_id)
     output = real(model(input_ids=ids, attention_mask=mask).last_hidden_state, mask)
     assert output[0].dtype == dtype
@@ -75,7 +82,7 @@ def test_eager_attention_records_text_queries(base_of, name):
     stock, model = (
         make(attn_implementation="eager", **kw) for make, kw in ((base.stock, {}), (base.tuned, settings_for("add")))
     )
-    assert model.config._attn_implementation == "eager"
+    assert model.config._attn_implementation in ("eager", "ptune_eager")
     prompt, texts = set_prompts(model, "add"), texts_for("left")
     ids, mask = pad(texts, "left", 0)
     output = model(input_ids=ids, attention_mask=mask, output_attentions=True)

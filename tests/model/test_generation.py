@@ -35,12 +35,15 @@ def pair(request, base_of):
 @pytest.mark.parametrize("padding", ["none", "left"])
 @pytest.mark.parametrize("mode", ["shallow", "overwrite", "add"])
 @pytest.mark.parametrize("cache", ["dynamic", "static", "none"])
+@pytest.mark.parametrize("sharing", ["auto", False], ids=["shared", "concat"])
 @torch.no_grad()
-def test_greedy(pair, mode, padding, cache):
+def test_greedy(pair, mode, padding, cache, sharing):
     family, stock, model = pair
+    if sharing and family.name == "bloom":
+        pytest.skip("Bloom shares nothing")
     if family.name == "bloom" and cache == "static":
         cache = "dynamic"  # stock Bloom cannot take a static one
-    prompt, texts = set_prompts(model, mode), texts_for(padding)
+    prompt, texts = set_prompts(model, mode, prefix_sharing=sharing), texts_for(padding)
     ids, mask = pad(texts, padding, 0)
     how = {"use_cache": False} if cache == "none" else {"cache_implementation": cache}
     output = model.generate(

@@ -1,0 +1,190 @@
+"""Attention whose keys and values begin with a prefix that all rows of a batch share.
+
+One attention function and one mask function for each implementation of transformers', registered beside it. The prefix
+travels as the keyword argument ``ptune_prefix`` through the model's own forward; without it a pair is the stock one.
+"""
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ptune_kernels import prepend_kv
+
+from .call import current_call
+
+KEYWORD = "ptune_prefix"
+
+# Not by the stock names: "sdpa", "flash" or "flex_attention" within a name makes transformers do further things.
+_NAMES = {
+    "sdpa": "ptune_torch",
+    "eager": "ptune_eager",
+    "flex_attention": "ptune_flex",
+    "flash_attention_2": "ptune_fa2",
+    "flash_attention_3": "ptune_fa3",
+}
+_STOCK = {ours: stock for stock, ours in _NAMES.items()}
+
+
+def sharing_name(implementation: str | None) -> str | None:
+    """The pair of ours for one of transformers' implementations (or for ours itself); ``None`` if there is none."""
+    return implementation if implementation in _STOCK else _NAMES.get(implementation or "")
+
+
+def stock_name(implementation: str) -> str:
+    """The implementation that a pair of ours stands for."""
+    return _STOCK.get(implementation, implementation)
+
+
+class Prefix:
+    """Keys and values [h, m, head_dim] of prompt rows at every attention, by depth in execution order."""
+
+    def __init__(self, layers: list[tuple[Tensor, Tensor]]) -> None:
+        self.layers = layers
+
+    def attend(
+        self,
+        stock: Callable[..., Any],
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Any,
+        **kwargs: Any,
+    ) -> Any:
+        prefix_k, prefix_v = self.layers[module.ptune_depth]
+        key, value = prepend_kv(prefix_k, prefix_v, key, value)
+        if stock is ALL_ATTENTION_FUNCTIONS["sdpa"]:
+            stock = _sdpa
+        return stock(module, query, key, value, mask, **kwargs)
+
+
+class Capture:
+    """Takes what `Prefix` holds from prompt rows that run alone, as a batch of one."""
+
+    def __init__(self) -> None:
+        self.modules: list[nn.Module] = []
+        self.layers: list[tuple[Tensor, Tensor]] = []
+
+    def prefix(self) -> Prefix:
+        return Prefix(self.layers)
+
+    def attend(
+        self,
+        stock: Callable[..., Any],
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Any,
+        **kwargs: Any,
+    ) -> Any:
+        self.modules.append(module)
+        self.layers.append((key[0], value[0]))
+        return stock(module, query, key, value, mask, **kwargs)
+
+
+def _attention(
+    name: str, module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+) -> Any:
+    stock = _eager_of(module) if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
+    prefix = kwargs.pop(KEYWORD, None)
+    if prefix is None:
+        return stock(module, query, key, value, attention_mask, **kwargs)
+    return prefix.attend(stock, module, query, key, value, attention_mask, **kwargs)
+
+
+def _eager_of(module: Any) -> Callable[..., Any]:
+    """The eager attention of the file that ``module``'s class is written in: each has its own."""
+    for ancestor in type(module).__mro__:
+        function = getattr(sys.modules[ancestor.__module__], "eager_attention_forward", None)
+        if function is not None:
+            return function
+    raise NotImplementedError(f"{type(module).__name__}: its file has no eager_attention_forward")
+
+
+def _sdpa(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Stock sdpa, where no mask means causal with the triangle at the lower right, and heads are grouped natively."""
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    bias: Any = mask
+    if mask is None and causal and query.shape[2] > 1:
+        size = query.shape[2], key.shape[2]
+        if query.device.type == "cpu" or torch.compiler.is_compiling():
+            bias = torch.ones(size, dtype=torch.bool, device=query.device).tril(size[1] - size[0])
+        else:
+            bias = causal_lower_right(*size)
+    grouped = query.shape[1] != key.shape[1]
+    if grouped and bias is mask is not None and query.device.type != "cpu":
+        # a GPU has no fused kernel for grouped heads and a mask
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+        grouped = False
+    output = nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=bias, dropout_p=dropout, scale=scaling, enable_gqa=grouped
+    )
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _mask(
+    name: str,
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: Any = 0,
+    kv_offset: Any = 0,
+    mask_function: Any = None,
+    attention_mask: Tensor | None = None,
+    **kwargs: Any,
+) -> Any:
+    """The stock mask, and in a call that injects a prefix, its rows of text over prefix and text."""
+    stock = ALL_MASK_ATTENTION_FUNCTIONS[name]
+    call = current_call()
+    if call is not None and call.injected:
+        q_offset, columns = q_offset + call.injected, call.columns
+        if columns is not None:
+            mask_function = partial(_by_column, mask_function, columns)
+        if name == "sdpa" and not call.padded:
+            window = kwargs.get("local_size")
+            skip = kwargs.get("allow_is_causal_skip", True) or kwargs.get("allow_is_bidirectional_skip", False)
+            if skip and (window is None or kv_length < window):
+                return None
+        kwargs |= {"allow_is_causal_skip": False}
+    return stock(
+        batch_size=batch_size,
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        **kwargs,
+    )
+
+
+def _by_column(mask_function: Any, columns: Tensor, batch: Any, head: Any, query: Any, key: Any) -> Any:
+    return mask_function(batch, head, query, columns[batch, key])
+
+
+def _register() -> None:
+    for stock, ours in _NAMES.items():
+        if stock == "eager" or stock in ALL_ATTENTION_FUNCTIONS:
+            ALL_ATTENTION_FUNCTIONS.register(ours, partial(_attention, stock))
+            ALL_MASK_ATTENTION_FUNCTIONS.register(ours, partial(_mask, stock))
+
+
+_register()

@@ -1,0 +1,87 @@
+"""One call of a body that bears prompts: what its hooks, masks and recomputations need to know of it.
+
+It travels in a thread-local, never on modules.
+"""
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from ptune_kernels import Placement
+
+from .layout import Layout
+
+
+@dataclass
+class Call:
+    """A running call.
+
+    Attributes:
+        layout: where prompts stand.
+        length: columns of text, n; 0 while a prefix is captured.
+        placement: for the ops on ``[prompt ; text]``.
+        as_tuple: whether the caller wants a tuple.
+        capturing: prompt rows run alone, for their keys and values.
+        injected: how many rows of a prefix the attention functions prepend; 0 where none do.
+        padded: whether there is padding among the injected call's text.
+        columns: [b, m + n], the column of ``[pad ; prompt ; text]`` of each key in ``[prefix ; text]``, where these
+            differ.
+        cache: the cache that the caller gave, where a `PrefixedCache` stands in for it.
+        depth: how many blocks have had their deep prompts.
+    """
+
+    layout: Layout
+    length: int
+    placement: Placement | None = None
+    as_tuple: bool = False
+    capturing: bool = False
+    prefix: bool = False
+    injected: int = 0
+    padded: bool = False
+    columns: Tensor | None = None
+    cache: Any = None
+    depth: int = 0
+
+
+# Not a subclass with defaults: torch.compile reads those where an instance has its own.
+_thread = threading.local()
+
+
+def current_call() -> Call | None:
+    return getattr(_thread, "call", None)
+
+
+def set_call(call: Call | None) -> None:
+    _thread.call = call
+
+
+class CheckpointWithCall:
+    """A checkpoint function under which a block's recomputation sees the call that it first ran in.
+
+    Whether a block's hooks lie inside the recomputed region differs between versions of transformers. What is captured
+    of a prefix is not recomputed.
+    """
+
+    def __init__(self, checkpoint: Callable[..., Any]) -> None:
+        self.checkpoint = checkpoint
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if (call := current_call()) is not None:
+            if call.capturing:
+                return function(*args)
+            function = partial(_run_in, call, call.depth, function)
+        return self.checkpoint(function, *args, **kwargs)
+
+
+def _run_in(call: Call, depth: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    outer, inner = current_call(), replace(call, depth=depth)
+    set_call(inner)
+    try:
+        return function(*args, **kwargs)
+    finally:
+        call.depth = max(call.depth, inner.depth)
+        set_call(outer)

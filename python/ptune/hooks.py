@@ -1,0 +1,173 @@
+"""The hooks by which a stock model bears prompts: around its body, and before its blocks.
+
+Each call of the body takes one of two paths, which mean the same: `ConcatPath` or `PrefixPath`.
+"""
+
+import inspect
+import threading
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.utils import ModelOutput
+
+from ptune_kernels import overwrite
+
+from .call import current_call, set_call
+from .concat import ConcatPath, matching
+from .layout import Layout, positions_of
+from .prefix import PrefixPath
+from .support import check_inputs, find_blocks, find_body, position_limit
+
+_thread = threading.local()
+
+
+class PromptHooks:
+    """Hooks on the body of ``model`` (a `PTuneMixin` with prompts) and on its blocks, removable together."""
+
+    def __init__(self, model: Any) -> None:
+        body = find_body(model)
+        self.model = model
+        self.body = body
+        self.parameters = tuple(inspect.signature(body.forward).parameters)
+        self.first_position, self.position_limit = position_limit(body)
+        self.num_prompts = model.ptune_config.pre_seq_len
+        self.num_layers = model.config.num_hidden_layers
+        self.concat = ConcatPath(model, self.parameters, self.first_position)
+        self.prefix = PrefixPath(model, body, self.parameters, self.first_position)
+        self.handles = [
+            body.register_forward_pre_hook(self.before_body, with_kwargs=True),
+            body.register_forward_hook(self.after_body),
+        ]
+        if body is not model:
+            self.handles += [
+                model.register_forward_pre_hook(self.before_model),
+                model.register_forward_hook(self.after_model),
+            ]
+        if model.ptune_config.deep:
+            blocks = find_blocks(body, model.config)
+            self.handles += [block.register_forward_pre_hook(self.before_block, with_kwargs=True) for block in blocks]
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def before_body(self, body: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        if (call := current_call()) is not None and call.capturing:
+            return None
+        set_call(None)
+        _thread.reached = True
+        if not self.model.prompts_enabled:
+            return None
+        arguments = dict(zip(self.parameters, args, strict=False)) | kwargs
+        check_inputs(arguments)
+        text = arguments["inputs_embeds"] if arguments.get("input_ids") is None else arguments["input_ids"]
+        mask = arguments.get("attention_mask")
+        layout = Layout(self.num_prompts, text.shape[0], mask, text.device)
+        past = arguments.get("past_key_values")
+        if past is not None and _is_resumed(past, mask, text.shape[1]):
+            # the prompt is in the cache: only what is said about the text's place changes
+            self._check_resumed(past, mask, text.shape[1])
+            return (), arguments | self._resumed_positions(layout, arguments, text.shape[1])
+        self._check_length(self.num_prompts + text.shape[1])
+        if (return_dict := arguments.get("return_dict")) is None:
+            return_dict = getattr(body.config, "return_dict", True)
+        path = self.prefix if self.prefix.serves(arguments, layout, text) else self.concat
+        call, arguments = path.enter(body, arguments, layout, text)
+        call.as_tuple = not return_dict
+        set_call(call)
+        return (), arguments | {"return_dict": True}
+
+    def before_block(
+        self, block: nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]] | None:
+        if (call := current_call()) is None or call.prefix:
+            return None
+        hidden = args[0] if args else kwargs["hidden_states"]
+        expected = (call.layout.column.shape[0], self.num_prompts + call.length)
+        if hidden.dim() != 3 or hidden.shape[:2] != expected:
+            raise NotImplementedError(
+                f"{type(block).__name__}: deep prompts need block inputs of shape [{expected[0]}, {expected[1]}, d], "
+                f"got {tuple(hidden.shape)}"
+            )
+        # read from the leaf: a recomputing checkpoint must see the parameter, not a view made outside it
+        rows = slice(call.depth * self.num_prompts, (call.depth + 1) * self.num_prompts)
+        prompts = self.model.intermediate_prompt_embeddings.weight[rows]
+        mode = "add" if call.depth == 0 else self.model.ptune_config.deep_prompt_mode
+        call.depth += 1
+        hidden = overwrite(hidden, matching(prompts, hidden), call.placement, mode)
+        return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
+
+    def after_body(self, body: nn.Module, args: tuple, output: Any) -> Any:
+        if (call := current_call()) is None or call.capturing:
+            return None
+        set_call(None)
+        if not isinstance(output, ModelOutput):
+            raise NotImplementedError(f"{type(body).__name__}: expected a ModelOutput, got {type(output).__name__}")
+        if call.prefix:
+            self.prefix.leave(call, output)
+        else:
+            if self.model.ptune_config.deep and call.depth != self.num_layers:
+                raise RuntimeError(f"{type(body).__name__}: expected {self.num_layers} blocks to run, {call.depth} did")
+            self.concat.leave(call, output)
+        if output.get("pooler_output") is not None:
+            output["pooler_output"] = _pool(body, call.layout.first_token(output["last_hidden_state"]))
+        return output.to_tuple() if call.as_tuple else output
+
+    def before_model(self, model: nn.Module, args: tuple) -> None:
+        _thread.reached = False
+
+    def after_model(self, model: nn.Module, args: tuple, output: Any) -> None:
+        if not _thread.reached:
+            raise NotImplementedError(
+                f"{type(model).__name__}: its forward goes past the body, where prompts are put in"
+            )
+
+    def _resumed_positions(self, layout: Layout, arguments: dict[str, Any], length: int) -> dict[str, Any]:
+        """Mask and positions of text that follows what the cache holds."""
+        resumed: dict[str, Any] = {}
+        mask, positions = arguments.get("attention_mask"), arguments.get("position_ids")
+        if mask is not None:
+            resumed["attention_mask"] = layout.extend_mask(mask)
+        if "position_ids" in self.parameters:
+            if positions is None and mask is not None:
+                positions = positions_of(mask)[:, -length:] + self.first_position
+            if positions is not None:
+                resumed["position_ids"] = positions + self.num_prompts
+        return resumed
+
+    def _check_resumed(self, past: Any, mask: Tensor | None, length: int) -> None:
+        seen, static = past.get_seq_length(), past.is_compileable
+        if not isinstance(seen, int):
+            return  # a static cache counts in a tensor, which is left alone: reading it would synchronise
+        self._check_length(seen + length)
+        text_length = seen - self.num_prompts + length
+        # a static cache's mask may be as wide as the cache
+        if mask is not None and mask.shape[1] != text_length and not (static and mask.shape[1] > text_length):
+            raise ValueError(
+                f"attention_mask: expected {text_length} columns, for {text_length - length} text tokens in "
+                f"past_key_values and {length} new ones, got {mask.shape[1]}"
+            )
+
+    def _check_length(self, length: int) -> None:
+        if self.position_limit is not None and length > self.position_limit:
+            raise ValueError(
+                f"input too long: {self.num_prompts} prompt rows and the text make {length} positions, "
+                f"and {type(self.model).__name__} has learned {self.position_limit}"
+            )
+
+
+def _is_resumed(past: Any, mask: Tensor | None, length: int) -> bool:
+    """Whether the cache holds tokens already, and with them the prompt."""
+    seen = past.get_seq_length()
+    if isinstance(seen, int):
+        return seen > 0
+    # a static cache counts in a tensor: the mask, which covers the past, tells without a host synchronisation
+    return mask.shape[1] > length if mask is not None else bool(seen > 0)
+
+
+def _pool(body: Any, first: Tensor) -> Tensor:
+    """The body's own pooling of each row's first token, [b, d]."""
+    if isinstance(body.pooler, nn.Linear):
+        activation = body.pooler_activation if hasattr(body, "pooler_activation") else body.activation
+        return activation(body.pooler(first))
+    return body.pooler(first[:, None])

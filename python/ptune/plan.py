@@ -1,0 +1,188 @@
+"""Which path prompts take through a model, and why: the prefix path where it is known, and found, to be exact."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import checkpoint
+from .attention import sharing_name, stock_name
+from .config import PTuneConfig
+
+# Models whose tokens mix in their attentions alone, which hand keywords to these and honour position_ids.
+# tests/model/test_plan.py holds the two paths of each to one another.
+KNOWN = frozenset({
+    "afmoe", "apertus", "arcee", "bert", "biogpt", "bitnet", "camembert", "cohere", "cohere2", "data2vec-text",
+    "distilbert", "dots1", "electra", "ernie", "ernie4_5", "eurobert", "flex_olmo", "gemma", "gemma2",
+    "gemma3_text", "glm", "glm4", "glm4_moe", "gpt2", "gpt_bigcode", "gpt_neox", "gpt_oss", "granite", "granitemoe",
+    "helium", "hunyuan_v1_dense", "jais2", "llama", "mistral", "mixtral", "modernbert", "modernbert-decoder",
+    "nanochat", "nomic_bert", "olmo", "olmo2", "olmo3", "olmoe", "opt", "persimmon", "phi", "phi3", "phimoe",
+    "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "roberta", "roberta-prelayernorm", "seed_oss", "smollm3",
+    "starcoder2", "vaultgemma", "xlm-roberta", "xlm-roberta-xl",
+})  # fmt: skip
+
+_STATIC_ROPE = {"default", "linear", "llama3", "yarn", "proportional"}
+
+
+@dataclass
+class Plan:
+    """How calls of a model bear its prompts.
+
+    Attributes:
+        path: ``"prefix"`` or ``"concat"``.
+        reason: why.
+        causal: whether text is read from left to right.
+        limit: how many positions, prompt and text together, the path serves; longer calls take the concat path.
+    """
+
+    path: str
+    reason: str
+    causal: bool = True
+    limit: int | None = None
+
+    def holds_for(self, body: Any) -> bool:
+        """Whether the model still has the attention that the plan was made with."""
+        return sharing_name(body.config._attn_implementation) == body.config._attn_implementation
+
+
+def obstacle(model: Any, settings: PTuneConfig) -> str | None:
+    """Why prompts of ``settings`` on ``model`` cannot be shared, as far as its config tells."""
+    config = model.config
+    if settings.base_dropout:
+        return "the base's dropout is on, and differs from row to row"
+    if getattr(config, "is_causal", True) is False:
+        return "its attention was made bidirectional"
+    if getattr(config, "attention_chunk_size", None) is not None:
+        return "its masks are cut into chunks by column"
+    if getattr(config, "alibi", False):
+        return "its attention adds a bias for the distance of columns (ALiBi)"
+    if sharing_name(config._attn_implementation) is None:
+        return f"attn_implementation {config._attn_implementation!r} has no counterpart that takes a prefix"
+    if not model._can_set_attn_implementation():
+        return "its attention is not on transformers' attention interface"
+    return None
+
+
+def rope_limit(config: Any) -> int | None:
+    """How many positions a rotary embedding serves before its frequencies change; ``None`` if they never do."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    kinds = [parameters] if "rope_type" in parameters else [p for p in parameters.values() if isinstance(p, dict)]
+    limits = [
+        p.get("original_max_position_embeddings")
+        or getattr(config, "original_max_position_embeddings", None)
+        or config.max_position_embeddings
+        for p in kinds
+        if p.get("rope_type", "default") not in _STATIC_ROPE
+    ]
+    return min(limits, default=None)
+
+
+def _set_attention(model: Any, name: str | None) -> None:
+    model.base_class.set_attn_implementation(model, name)  # the mixin's own would plan again
+
+
+_checked: dict[tuple, str | None] = {}
+
+
+def make_plan(hooks: Any) -> Plan:
+    """The plan for the prompts that ``hooks`` (`PromptHooks`) are for; where these share, the attention is set to ours.
+
+    Raises `ValueError` where ``prefix_sharing=True`` cannot be had.
+    """
+    model = hooks.model
+    settings, kind = model.ptune_config, model.config.model_type
+    if settings.prefix_sharing is False:
+        return Plan("concat", "prefix_sharing=False")
+    reason = obstacle(model, settings)
+    if reason is None and settings.prefix_sharing == "auto" and kind not in KNOWN:
+        reason = f"{kind!r} is not among the models known to share; prefix_sharing=True tries it"
+    if reason is None:
+        reason = _try(hooks)
+    if reason is None:
+        return hooks.prefix.plan
+    if settings.prefix_sharing is True:
+        raise ValueError(f"prefix_sharing: True, but {type(model).__name__} cannot share prompts: {reason}")
+    return Plan("concat", reason)
+
+
+def _try(hooks: Any) -> str | None:
+    """Why both paths do not agree, and all is as it was; or ``None``, and attention and plan are those of sharing."""
+    model, path = hooks.model, hooks.prefix
+    config = model.config
+    implementation = config._attn_implementation
+    path.plan = Plan("prefix", "prompt rows never read the text", limit=rope_limit(config))
+    with torch.no_grad():
+        # flex attention would be compiled for the check alone
+        _set_attention(model, sharing_name("eager" if "flex" in implementation else implementation))
+        reason = _reach(hooks) or _agree(hooks)
+    _set_attention(model, sharing_name(implementation) if reason is None else stock_name(implementation))
+    if reason is not None:
+        path.plan = Plan("concat", reason)
+    return reason
+
+
+def _reach(hooks: Any) -> str | None:
+    """Number the attentions, if the prefix reaches each of them, once, and does not depend on the text there."""
+    if "position_ids" not in hooks.parameters:
+        return "its forward takes no position_ids"
+    if not hooks.prefix.plan.holds_for(hooks.body):
+        return "its attention implementation cannot be set"
+    try:
+        modules = hooks.prefix.discover()
+    except (TypeError, NotImplementedError) as error:
+        return f"its forward does not hand the prefix to its attention ({error})"
+    if len({id(module) for module in modules}) != hooks.num_layers or len(modules) != hooks.num_layers:
+        return f"the prefix reached {len(modules)} attentions, of {hooks.num_layers} layers"
+    if any(getattr(module, "layer_idx", depth) not in (None, depth) for depth, module in enumerate(modules)):
+        return "its layers do not run in the order of layer_idx"
+    hooks.prefix.plan.causal = all(getattr(module, "is_causal", True) for module in modules)
+    settings = hooks.model.ptune_config
+    if not hooks.prefix.plan.causal and not (settings.deep and settings.deep_prompt_mode == "overwrite"):
+        return "in an encoder prompt rows read the text, unless deep prompts overwrite them"
+    return None
+
+
+def _agree(hooks: Any) -> str | None:
+    """Compare the paths on two random rows, one of them padded; once for each kind of model and of prompts."""
+    model, settings = hooks.model, hooks.model.ptune_config
+    weight = model.get_input_embeddings().weight
+    if weight.is_meta:
+        return None
+    described = checkpoint.fingerprint(checkpoint.base_config(model.config))
+    key = (
+        type(model), described, settings.tuning_mode, settings.deep_prompt_mode, settings.pre_seq_len,
+        model.config._attn_implementation, weight.dtype, weight.device.type,
+    )  # fmt: skip
+    if key not in _checked:
+        length = min(6, (hooks.position_limit or 6 + hooks.num_prompts) - hooks.num_prompts)
+        _checked[key] = _compare(hooks, length, weight) if length > 1 else None
+    return _checked[key]
+
+
+def _compare(hooks: Any, length: int, weight: Tensor) -> str | None:
+    path, plan = hooks.prefix, hooks.prefix.plan
+    ids = torch.randint(weight.shape[0], (2, length), generator=torch.Generator().manual_seed(0)).to(weight.device)
+    mask = torch.ones_like(ids)
+    mask[1, 0 if plan.causal else -1] = 0
+
+    def run() -> Tensor:
+        states = hooks.body(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        if not plan.causal:
+            return states[mask.bool()].float()
+        past = hooks.body(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], use_cache=True).past_key_values
+        last = hooks.body(input_ids=ids[:, -1:], attention_mask=mask, past_key_values=past).last_hidden_state
+        return torch.cat([states[mask.bool()], last[:, 0]]).float()
+
+    try:
+        shared = run()
+        path.plan = Plan("concat", "for comparison")
+        whole = run()
+    except Exception as failure:
+        first_line = str(failure).partition("\n")[0]
+        return f"a check on random rows failed with {type(failure).__name__}: {first_line}"
+    finally:
+        path.plan = plan
+    error = ((shared - whole).norm(dim=-1) / whole.norm(dim=-1)).max().item()
+    bound = 1e-3 if weight.dtype in (torch.float32, torch.float64) else 0.1
+    return None if error <= bound else f"a check on random rows found it {error:.1e} off the concat path"
