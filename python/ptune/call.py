@@ -25,7 +25,8 @@ class Call:
         length: columns of text, n; 0 while a prefix is captured.
         placement: for the ops on ``[prompt ; text]``.
         as_tuple: whether the caller wants a tuple.
-        capturing: prompt rows run alone, for their keys and values.
+        capture: what takes the keys and values of prompt rows that run alone.
+        prefix: whether the prompt is a prefix, of text that is run alone.
         injected: how many rows of a prefix the attention functions prepend; 0 where none do.
         padded: whether there is padding among the injected call's text.
         columns: [b, m + n], the column of ``[pad ; prompt ; text]`` of each key in ``[prefix ; text]``, where these
@@ -38,7 +39,7 @@ class Call:
     length: int
     placement: Placement | None = None
     as_tuple: bool = False
-    capturing: bool = False
+    capture: Any = None
     prefix: bool = False
     injected: int = 0
     padded: bool = False
@@ -71,7 +72,7 @@ class CheckpointWithCall:
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if (call := current_call()) is not None:
-            if call.capturing:
+            if call.capture is not None:
                 return function(*args)
             function = partial(_run_in, call, call.depth, function)
         return self.checkpoint(function, *args, **kwargs)

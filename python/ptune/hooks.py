@@ -40,7 +40,7 @@ class PromptHooks:
         ]
         if body is not model:
             self.handles += [
-                model.register_forward_pre_hook(self.before_model),
+                model.register_forward_pre_hook(self.before_model, with_kwargs=True),
                 model.register_forward_hook(self.after_model),
             ]
         if model.ptune_config.deep:
@@ -52,7 +52,7 @@ class PromptHooks:
             handle.remove()
 
     def before_body(self, body: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-        if (call := current_call()) is not None and call.capturing:
+        if (call := current_call()) is not None and call.capture is not None:
             return None
         set_call(None)
         _thread.reached = True
@@ -89,6 +89,8 @@ class PromptHooks:
                 f"{type(block).__name__}: deep prompts need block inputs of shape [{expected[0]}, {expected[1]}, d], "
                 f"got {tuple(hidden.shape)}"
             )
+        if call.capture is not None:
+            hidden = call.capture.before_block(hidden)
         # read from the leaf: a recomputing checkpoint must see the parameter, not a view made outside it
         rows = slice(call.depth * self.num_prompts, (call.depth + 1) * self.num_prompts)
         prompts = self.model.intermediate_prompt_embeddings.weight[rows]
@@ -98,7 +100,7 @@ class PromptHooks:
         return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
 
     def after_body(self, body: nn.Module, args: tuple, output: Any) -> Any:
-        if (call := current_call()) is None or call.capturing:
+        if (call := current_call()) is None or call.capture is not None:
             return None
         set_call(None)
         if not isinstance(output, ModelOutput):
@@ -113,8 +115,14 @@ class PromptHooks:
             output["pooler_output"] = _pool(body, call.layout.first_token(output["last_hidden_state"]))
         return output.to_tuple() if call.as_tuple else output
 
-    def before_model(self, model: nn.Module, args: tuple) -> None:
+    def before_model(self, model: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         _thread.reached = False
+        mask, labels = kwargs.get("attention_mask"), kwargs.get("labels")
+        if not model.can_generate() or mask is None or labels is None or not model.prompts_enabled:
+            return None
+        # the column before a row's first token is the prompt's, or padding: nothing there predicts that token
+        first = Layout(self.num_prompts, labels.shape[0], mask, labels.device).column[:, None].long()
+        return args, kwargs | {"labels": labels.scatter(1, first, -100)}
 
     def after_model(self, model: nn.Module, args: tuple, output: Any) -> None:
         if not _thread.reached:

@@ -12,7 +12,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from transformers import Cache, DynamicCache
 
-from ptune_kernels import Placement, prepend, prepend_kv
+from ptune_kernels import Placement, prepend
 
 from .attention import KEYWORD, Capture, Prefix
 from .call import Call, current_call, set_call
@@ -107,7 +107,8 @@ class PrefixPath:
         prompts = self.model.prompt_embeddings.weight
         device = prompts.device
         none = torch.empty(1, 0, prompts.shape[1], dtype=self._dtype(), device=device)
-        capture = Capture()
+        settings = self.model.ptune_config
+        capture = Capture(overwritten=settings.deep and settings.deep_prompt_mode == "overwrite")
         arguments: dict[str, Any] = {
             "inputs_embeds": prepend(matching(prompts, none), none),
             "attention_mask": torch.ones(1, count, dtype=torch.long, device=device),
@@ -123,9 +124,10 @@ class PrefixPath:
         if "use_cache" in self.parameters:
             arguments["use_cache"] = False
         outer = current_call()
-        set_call(Call(Layout(count, 1, None, device), 0, capturing=True))
+        set_call(Call(Layout(count, 1, None, device), 0, capture=capture))
         try:
-            body(**arguments)
+            with capture.skipping():
+                body(**arguments)
         finally:
             set_call(outer)
         return capture
@@ -180,7 +182,7 @@ class PrefixedCache(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        key, value = prepend_kv(*self.prefix.layers[layer_idx], key_states, value_states, self.placement)
+        key, value = self.prefix.before(layer_idx, key_states, value_states, self.placement)
         return self.cache.update(key, value, layer_idx, *args, **kwargs)
 
     def get_seq_length(self, layer_idx: int = 0) -> Any:

@@ -1,0 +1,277 @@
+"""The prefix path beside the concat path: heads, dtypes, ways of training, and which rows are run."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+import ptune
+
+from .common import COUNT, MODES, PADDINGS, close, set_prompts, settings_for, texts_for
+from .families import FAMILIES, VOCABULARY
+from .oracle import pad
+
+CORE = [name for name, family in FAMILIES.items() if family.core]
+LOADERS = {
+    "generation": ptune.AutoPTuneModelForCausalLM,
+    "classification": ptune.AutoPTuneModelForSequenceClassification,
+    "tagging": ptune.AutoPTuneModelForTokenClassification,
+}
+TASKS = [
+    (name, task)
+    for name in CORE
+    for task in LOADERS
+    if (task != "generation" or FAMILIES[name].causal) and (name, task) != ("gemma3", "tagging")
+]
+
+
+def plan(model, path):
+    model._hooks.prefix.plan.path = path
+
+
+def batch(padding, task, pad_id):
+    texts = texts_for(padding, (11, 3, 9, 1))
+    ids, mask = pad(texts, padding, pad_id)
+    if task == "classification":
+        labels = torch.randint(3, (len(ids),))
+    else:
+        labels = torch.randint(3, ids.shape) if task == "tagging" else ids.clone()
+        if mask is not None:
+            labels[mask == 0] = -100
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def outcome(model, inputs, path):
+    """Logits where there is text, and the gradients of prompts and head."""
+    plan(model, path)
+    model.zero_grad()
+    output = model(**inputs)
+    output.loss.backward()
+    logits, mask = output.logits, inputs["attention_mask"]
+    if mask is not None and logits.dim() == 3:
+        logits = logits[mask.bool()]
+    return logits.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def alike(got, want, tolerance=1e-5):
+    torch.testing.assert_close(got, want, rtol=0, atol=tolerance * want.abs().max().item())
+
+
+@pytest.fixture
+def tuned(base_of):
+    def make(name, task, mode, **rest):
+        torch.manual_seed(0)
+        labels = {} if task == "generation" else {"num_labels": 3}
+        model = base_of(name).tuned(LOADERS[task], **labels, **settings_for(mode), **rest)
+        if not FAMILIES[name].causal and mode != "overwrite":
+            pytest.skip("prompt rows of an encoder read the text")
+        assert model.prefix_plan.path == "prefix", model.prefix_plan.reason
+        set_prompts(model, mode)
+        return model
+
+    return make
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("name", "task"), TASKS)
+def test_paths_agree(tuned, name, task, mode, padding):
+    model = tuned(name, task, mode)
+    inputs = batch(padding, task, model.config.pad_token_id)
+    logits, gradients = outcome(model, inputs, "prefix")
+    expected, wanted = outcome(model, inputs, "concat")
+    close(logits, expected)
+    assert gradients.keys() == wanted.keys()
+    for key, gradient in wanted.items():
+        assert gradient.abs().max() > 0
+        alike(gradients[key], gradient, 2e-5 if key in ("score.weight", "classifier.bias") else 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", CORE)
+def test_half_precision_errs_no_more_than_twice_concat(tuned, name, mode, dtype):
+    """Against float32: outputs and prompt gradients of the shared path, beside those of torch's own half run."""
+    task = "tagging" if name != "gemma3" else "generation"
+    exact = tuned(name, task, mode)
+    rough = tuned(name, task, mode, dtype=dtype)
+    rough.load_state_dict({k: v.clone() for k, v in exact.state_dict().items()})
+    inputs = batch("left", task, exact.config.pad_token_id)
+    truth = outcome(exact, inputs, "concat")
+    shared, whole = (outcome(rough, inputs, path) for path in ("prefix", "concat"))
+
+    def error(run):
+        parts = [run[0] - truth[0], *(run[1][k] - truth[1][k] for k in truth[1] if "prompt" in k)]
+        return torch.cat([part.float().flatten().square() for part in parts]).mean().sqrt()
+
+    assert error(shared) <= 2 * error(whole)
+
+
+def test_gradients_accumulate(tuned):
+    model = tuned("llama", "generation", "add")
+    batches = [batch("left", "generation", 0) for _ in range(2)]
+    expected = [outcome(model, inputs, "concat")[1] for inputs in batches]
+    for recompute in (False, True):
+        if recompute:
+            model.train().gradient_checkpointing_enable({"use_reentrant": True})
+        plan(model, "prefix")
+        model.zero_grad()
+        for inputs in batches:
+            model(**inputs).loss.backward()
+        for key, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                alike(parameter.grad, expected[0][key] + expected[1][key])
+
+
+def test_one_graph_can_be_run_backward_twice(tuned):
+    model = tuned("llama", "generation", "overwrite").train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    loss = model(**batch("right", "generation", 0)).loss
+    loss.backward(retain_graph=True)
+    once = model.prompt_embeddings.weight.grad.clone()
+    loss.backward()
+    alike(model.prompt_embeddings.weight.grad, 2 * once)
+
+
+@pytest.mark.parametrize("name", ["llama", "modernbert"])
+def test_autocast(tuned, name):
+    """Keys and values are captured under the autocast of the text."""
+    model = tuned(name, "tagging", "overwrite")
+    inputs = batch("left", "tagging", model.config.pad_token_id)
+    truth = outcome(model, inputs, "concat")
+    with torch.autocast("cpu", torch.bfloat16):
+        shared, whole = (outcome(model, inputs, path) for path in ("prefix", "concat"))
+    for key in (0, *truth[1]):
+        of = (lambda run: run[0]) if key == 0 else (lambda run, key=key: run[1][key])
+        assert (of(shared) - of(truth)).norm() <= 2 * (of(whole) - of(truth)).norm()
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "bert"])
+def test_compiled_training_step(tuned, name):
+    task = "classification" if name == "bert" else "generation"
+    model = tuned(name, task, "overwrite").train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):  # the head's own
+            module.p = 0.0
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    inputs = batch("right", task, 0)
+    _, expected = outcome(model, inputs, "prefix")
+    model.zero_grad()
+    compiled(**inputs).loss.backward()
+    for key, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            alike(parameter.grad, expected[key])
+
+
+def test_token_types_of_the_rows_first_tokens(base_of):
+    """Prompt rows have the type of the token that they stand before: shared where that is one, else with every row."""
+    model = base_of("bert").tuned(**settings_for("overwrite"))
+    ids, mask = pad(texts_for("left"), "left", 0)
+    rows = counted(model)
+    for kind, shares in ((0, True), (1, True), (None, False)):
+        types = torch.randint(0, 2, ids.shape) if kind is None else torch.full_like(ids, kind)
+        if kind is None:
+            types[torch.arange(4), mask.argmax(1)] = torch.tensor([0, 1, 0, 1])
+        rows.clear()
+        output = model(input_ids=ids, attention_mask=mask, token_type_ids=types)[0]
+        assert (rows[0] == (1, COUNT)) == shares
+        plan(model, "concat")
+        close(output[mask.bool()], model(input_ids=ids, attention_mask=mask, token_type_ids=types)[0][mask.bool()])
+        plan(model, "prefix")
+
+
+def counted(model):
+    """The batch and length of each run of the model's first block from now on."""
+    rows = []
+    blocks = next(
+        family for family in FAMILIES.values() if family.config().model_type == model.config.model_type
+    ).blocks
+    blocks(model.base_model).__getitem__(0).register_forward_pre_hook(
+        lambda _, args: rows.append(tuple(args[0].shape[:2]))
+    )
+    return rows
+
+
+class TestCompiledPrompts:
+    """`compile_prompts`: after the first call no prompt row is run, until the prompts change."""
+
+    @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+    @pytest.mark.parametrize("cache", ["dynamic", "static", "none"])
+    def test_generate_runs_text_alone(self, tuned, context, cache):
+        model = tuned("gemma3", "generation", "add").eval()
+        ids, mask = pad(texts_for("left"), "left", 0)
+        how = {"use_cache": False} if cache == "none" else {"cache_implementation": cache}
+        how |= {"attention_mask": mask, "max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+        plan(model, "concat")
+        expected = model.generate(ids, **how)
+        plan(model, "prefix")
+        model.compile_prompts()
+        rows = counted(model)
+        with context():
+            assert torch.equal(model.generate(ids, **how), expected)
+            assert rows.pop(0) == (1, COUNT)
+            assert torch.equal(model.generate(ids, **how), expected)
+        assert sum(length for size, length in rows if size == 1) == 0
+        first, *later = [length for _, length in rows[: len(rows) // 2]]
+        assert first == ids.shape[1]
+        assert set(later) == ({1} if cache != "none" else set(range(first + 1, first + 6)))
+
+    def test_changed_prompts_are_compiled_again(self, tuned):
+        model = tuned("llama", "generation", "overwrite")
+        model.compile_prompts()
+        ids = torch.randint(3, VOCABULARY, (2, 5))
+        rows = counted(model)
+
+        def runs():
+            rows.clear()
+            with torch.no_grad():
+                logits = model(ids, use_cache=False).logits
+            plan(model, "concat")
+            with torch.no_grad():
+                close(logits, model(ids, use_cache=False).logits)
+            plan(model, "prefix")
+            return (1, COUNT) in rows
+
+        assert runs()
+        assert not runs()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        model(ids, labels=ids).loss.backward()
+        assert not runs()
+        optimizer.step()
+        assert runs()
+        assert not runs()
+        state = {name: tensor + 1 for name, tensor in model.state_dict().items() if "prompt" in name}
+        model.load_state_dict(state, strict=False)
+        assert runs()
+        model.double()
+        assert runs()
+        assert not runs()
+
+    def test_training_sees_the_prompts_themselves(self, tuned):
+        model = tuned("llama", "generation", "overwrite")
+        inputs = batch("right", "generation", 0)
+        expected = outcome(model, inputs, "prefix")[1]
+        model.compile_prompts()
+        with torch.no_grad():
+            model(**inputs)
+        gradients = outcome(model, inputs, "prefix")[1]
+        assert all(torch.equal(gradients[key], expected[key]) for key in expected)
+
+    def test_copies_compile_their_own(self, tuned):
+        model = tuned("llama", "generation", "shallow").eval()
+        model.compile_prompts()
+        ids = torch.randint(3, VOCABULARY, (2, 5))
+        with torch.no_grad():
+            expected = model(ids).logits
+            for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+                close(twin(ids).logits, expected)
+                twin.prompt_embeddings.weight.mul_(2)
+                assert not torch.equal(twin(ids).logits, expected)
+            close(model(ids).logits, expected)
+
+    def test_refused_where_nothing_is_shared(self, base_of):
+        model = base_of("bert").tuned(**settings_for("shallow"))
+        with pytest.raises(ValueError, match="compile_prompts: prompts are not shared here: in an encoder"):
+            model.compile_prompts()
