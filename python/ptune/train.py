@@ -6,14 +6,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, SequentialSampler
+from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalPrediction
 
 from .tasks import Task
 
 
+class _ByLength(LengthGroupedSampler):
+    """Batches of like length, in an order of the seed and the epoch alone: a resumed run sees what it would have."""
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int):
+        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
+        self.seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.generator.manual_seed(self.seed + epoch)
+
+
 class _Trainer(Trainer):
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
+        data: Any = self.train_dataset if train_dataset is None else train_dataset
+        lengths = [len(features["input_ids"]) for features in data]
+        return _ByLength(self.args.train_batch_size, lengths, self.args.seed)
+
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """In the order of the data set, which scoring relies on (Trainer's own follows the training sampler)."""
         data: Any = self.eval_dataset if eval_dataset is None else eval_dataset
@@ -101,7 +119,6 @@ def fit(
             learning_rate=learning_rate,
             warmup_steps=round(warmup * steps),
             per_device_train_batch_size=batch_size,
-            train_sampling_strategy="group_by_length",
             eval_strategy="steps" if evaluation else "no",
             eval_steps=every,
             save_strategy="steps" if checkpoints else "no",
