@@ -90,7 +90,7 @@ def _answer(question: Question, base: str, console: Console, seed: int, budget: 
     steps = max(1, round(budget * STEPS))
     console.print(f"{steps} steps on {len(train)} docstrings, scored on {len(held_out)} of other modules")
 
-    table = Table("tuned", *(metric.replace("_", " ") for metric in task.metrics), "parameters", "seconds")
+    table = Table("tuned", *(metric.replace("_", "\n") for metric in task.metrics), "parameters", "seconds")
     for column in table.columns:
         column.no_wrap = True
         column.justify = "left" if column.header == "tuned" else "right"

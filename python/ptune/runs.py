@@ -23,14 +23,14 @@ from .checkpoint import WEIGHTS_NAME, read_config, replace_file
 from .data import Columns, DataError, hold_out
 from .support import position_limit
 from .tasks import TASKS, Task
-from .train import fit
+from .train import HEAD_LEARNING_RATE, fit
 
 MODELS = {
     "classification": AutoPTuneModelForSequenceClassification,
     "tagging": AutoPTuneModelForTokenClassification,
     "generation": AutoPTuneModelForCausalLM,
 }
-LEARNING_RATES = {None: 1e-1, "ptune": 3e-2, "deep_ptune": 1e-2}
+LEARNING_RATES = {None: HEAD_LEARNING_RATE, "ptune": 3e-2, "deep_ptune": 1e-2}
 EPOCHS = 3
 MIN_STEPS = 150
 MIN_ROOM = 8  # tokens of text beside the prompt
@@ -57,6 +57,7 @@ class Options:
     steps: int | None = None
     batch_size: int = 32
     learning_rate: float | None = None
+    head_learning_rate: float = HEAD_LEARNING_RATE
     dtype: str = "auto"
     seed: int = 0
     resume: bool = False
@@ -89,6 +90,7 @@ class Run:
             self.evaluation,
             steps=self.steps,
             learning_rate=self.learning_rate,
+            head_learning_rate=options.head_learning_rate,
             batch_size=options.batch_size,
             seed=options.seed,
             checkpoints=checkpoints,
@@ -102,6 +104,7 @@ class Run:
             "steps": self.steps,
             "batch_size": options.batch_size,
             "learning_rate": self.learning_rate,
+            "head_learning_rate": options.head_learning_rate,
             "seed": options.seed,
             "metrics": self._best(log),
             "log": log,
@@ -246,6 +249,8 @@ def _check(options: Options) -> None:
         raise ValueError(f"tuning_mode: expected one of {modes}, got {options.tuning_mode!r}")
     if options.learning_rate is not None and not options.learning_rate > 0:
         raise ValueError(f"learning_rate: expected a positive number, got {options.learning_rate}")
+    if not options.head_learning_rate > 0:
+        raise ValueError(f"head_learning_rate: expected a positive number, got {options.head_learning_rate}")
     out = options.out
     if out.exists() and not out.is_dir():
         raise ValueError(f"out: {out} is a file")

@@ -6,14 +6,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, SequentialSampler
+from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalPrediction
 
 from .tasks import Task
 
+HEAD_LEARNING_RATE = 1e-1  # a head starts from nothing: at the rate of prompts, which start from real states, it lags
+
+
+class _ByLength(LengthGroupedSampler):
+    """Batches of like length, in an order of the seed and the epoch alone: a resumed run sees what it would have."""
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int):
+        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
+        self.seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.generator.manual_seed(self.seed + epoch)
+
 
 class _Trainer(Trainer):
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
+        data: Any = self.train_dataset if train_dataset is None else train_dataset
+        lengths = [len(features["input_ids"]) for features in data]
+        return _ByLength(self.args.train_batch_size, lengths, self.args.seed)
+
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """In the order of the data set, which scoring relies on (Trainer's own follows the training sampler)."""
         data: Any = self.eval_dataset if eval_dataset is None else eval_dataset
@@ -57,6 +77,18 @@ def _trainer(
     return trainer
 
 
+def parameter_groups(model: PreTrainedModel, learning_rate: float, head_learning_rate: float) -> list[dict[str, Any]]:
+    """What of `model` requires grad, for an optimizer; see `fit` for the rates."""
+    prompts: list[torch.nn.Parameter] = []
+    others: list[torch.nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (prompts if name.endswith("prompt_embeddings.weight") else others).append(parameter)
+    if not prompts:
+        return [{"params": others, "lr": learning_rate}]
+    return [{"params": prompts, "lr": learning_rate}, {"params": others, "lr": head_learning_rate}]
+
+
 def fit(
     model: PreTrainedModel,
     task: Task,
@@ -65,6 +97,7 @@ def fit(
     *,
     steps: int,
     learning_rate: float,
+    head_learning_rate: float = HEAD_LEARNING_RATE,
     batch_size: int = 32,
     warmup: float = 0.1,
     evaluations: int = 5,
@@ -78,7 +111,9 @@ def fit(
     Args:
         train, evaluation: the task's examples; evaluation may be empty.
         steps: optimizer steps in all, each of `batch_size` examples.
-        warmup: the share of steps in which the learning rate rises; it then falls linearly to 0.
+        learning_rate: of the prompts, or of all that trains where there are none.
+        head_learning_rate: of what trains beside prompts.
+        warmup: the share of steps in which the learning rates rise; they then fall linearly to 0.
         evaluations: how often to evaluate and save, spread evenly over the steps.
         checkpoints: a folder for Trainer's checkpoints. With evaluation examples, `model` then ends with the best one's
             weights; else with the last.
@@ -98,10 +133,8 @@ def fit(
             quiet,
             output_dir=str(checkpoints or scratch),
             max_steps=steps,
-            learning_rate=learning_rate,
             warmup_steps=round(warmup * steps),
             per_device_train_batch_size=batch_size,
-            train_sampling_strategy="group_by_length",
             eval_strategy="steps" if evaluation else "no",
             eval_steps=every,
             save_strategy="steps" if checkpoints else "no",
@@ -113,6 +146,8 @@ def fit(
             logging_steps=max(1, steps // 20),
             seed=seed,
         )
+        groups = parameter_groups(model, learning_rate, head_learning_rate)
+        trainer.optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     return trainer.state.log_history
 

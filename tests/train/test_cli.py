@@ -139,6 +139,10 @@ def test_generation_round_trip(tiny_llama, tmp_path):
     assert alone == answers[1]
 
 
+def losses(out: Path) -> list[float]:
+    return [entry["loss"] for entry in json.loads((out / "train.json").read_text())["log"] if "loss" in entry]
+
+
 def test_an_interrupted_run_resumes_to_the_same_weights(tiny_bert, tmp_path):
     out = tmp_path / "out"
     arguments = [
@@ -152,7 +156,7 @@ def test_an_interrupted_run_resumes_to_the_same_weights(tiny_bert, tmp_path):
         out,
     ]
     succeed("train", *arguments, "--steps", 20)
-    finished = load_file(out / "model.safetensors")
+    finished, log = load_file(out / "model.safetensors"), losses(out)
     checkpoints = sorted((out / "checkpoints").iterdir(), key=lambda path: int(path.name.split("-")[1]))
     assert checkpoints[-1].name == "checkpoint-20"
     shutil.rmtree(checkpoints[-1])
@@ -163,6 +167,7 @@ def test_an_interrupted_run_resumes_to_the_same_weights(tiny_bert, tmp_path):
     assert other_prompts.exit_code == 2
     assert "pre_seq_len" in other_prompts.stderr
     succeed("train", *arguments, "--steps", 20, "--resume")
+    assert losses(out) == pytest.approx(log, abs=1e-6)
     resumed = load_file(out / "model.safetensors")
     assert resumed.keys() == finished.keys()
     for name, tensor in finished.items():
@@ -190,7 +195,7 @@ def test_overwrite_replaces_a_run_and_leaves_other_files(tiny_bert, tmp_path):
     assert (out / "model.safetensors").read_bytes() == before
     succeed("train", *arguments, "--steps", 4, "--overwrite", "--seed", 1)
     assert (out / "model.safetensors").read_bytes() != before
-    assert {path.name for path in (out / "checkpoints").iterdir()} <= {"checkpoint-3", "checkpoint-4"}
+    assert {path.name for path in (out / "checkpoints").iterdir()} <= {f"checkpoint-{step}" for step in range(1, 5)}
     assert (out / "notes.txt").read_text() == "mine"
 
 

@@ -44,8 +44,9 @@ def test_parameters_are_the_functions_own(monkeypatch, tmp_path):
 
 def test_demo_prints_a_table_for_each_task(minilm):
     output = io.StringIO()
-    run_demo(Console(file=output, width=120), budget=0.01)
+    run_demo(Console(file=output, width=80), budget=0.01)
     lines = output.getvalue().splitlines()
+    assert not any("…" in line for line in lines if line.startswith(("┃", "│")))
     for row in ("majority class", "head only", "shallow prompts", "deep prompts"):
         assert sum(f"│ {row} " in line for line in lines) == 2, output.getvalue()
     # 16 rows for the text and for each of 6 blocks, of width 384, and a head for six areas
