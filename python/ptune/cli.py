@@ -218,11 +218,13 @@ def _quieten() -> None:
 
 
 def _read_texts(path: Path) -> list[str]:
+    from .data import decode, read_text, split_lines
+
     if str(path) != "-":
-        return path.read_text(encoding="utf-8").split("\n")
+        return split_lines(read_text(path))
     if sys.stdin.isatty():
         raise ValueError("no text to predict: give one, or lines on standard input or in --file")
-    return sys.stdin.read().split("\n")
+    return split_lines(decode(sys.stdin.buffer.read(), "standard input"))
 
 
 def _print_metrics(metrics: dict[str, float], title: str) -> None:

@@ -28,7 +28,7 @@ TAG = re.compile(r"O|[BIES]-\S+")
 class DataError(ValueError):
     """A file that cannot be used as training data. The message names the file, and the line where there is one."""
 
-    def __init__(self, path: Path, line: int | None, problem: str):
+    def __init__(self, path: Path | str, line: int | None, problem: str):
         super().__init__(f"{path}:{line}: {problem}" if line else f"{path}: {problem}")
 
 
@@ -96,7 +96,7 @@ def read_passages(path: Path, columns: Columns = Columns()) -> list[Passage]:
 def read_tagged(path: Path) -> list[Tagged]:
     """Reads a CoNLL file: a word per line, its tag in the last column, a blank line between sentences.
 
-    Columns are split at tabs where a line has one, else at white space. `-DOCSTART-` lines are skipped.
+    Columns are split at tabs where a line has one, else at spaces. `-DOCSTART-` lines are skipped.
     Raises: DataError for a file or line that cannot be used.
     """
     sentences = []
@@ -108,12 +108,13 @@ def read_tagged(path: Path) -> list[Tagged]:
                 sentences.append(Tagged(tuple(words), tuple(tags)))
             words, tags = [], []
             continue
-        cells = line.split("\t") if "\t" in line else line.split()
+        # Words may hold other white space (U+00A0, U+3000), so only ASCII's separates.
+        cells = line.split("\t") if "\t" in line else re.split(" +", line.strip(" "))
         if cells[0] == "-DOCSTART-":
             continue
         if len(cells) < 2:
             raise DataError(path, number, f"expected a word and its tag, got {line!r}")
-        word, tag = cells[0].strip(), cells[-1].strip()
+        word, tag = cells[0].strip(" "), cells[-1].strip(" ")
         if not word:
             raise DataError(path, number, "the word is empty")
         if not TAG.fullmatch(tag):
@@ -147,24 +148,31 @@ def hold_out(
     return kept, [examples[index] for index in sorted(held)]
 
 
-def _read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yields (number from 1, line without its end). Only \\n and \\r\\n end lines: texts may hold other separators."""
-    text = _read_text(path)
-    for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):
-        yield number, line.removesuffix("\r")
-
-
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file. Raises: DataError if there is none."""
     if not path.is_file():
         raise DataError(path, None, "no such file")
-    content = path.read_bytes()
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(path, content.count(b"\n", 0, error.start) + 1, "not UTF-8") from None
+    text = decode(path.read_bytes(), path)
     if not text.strip():
         raise DataError(path, None, "the file is empty")
     return text
+
+
+def decode(content: bytes, source: Path | str) -> str:
+    """UTF-8 text, without its byte order mark. Raises: DataError that names `source` and the line."""
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(source, content.count(b"\n", 0, error.start) + 1, "not UTF-8") from None
+
+
+def split_lines(text: str) -> list[str]:
+    """The lines without their ends. Only \\n and \\r\\n end lines: texts may hold other separators."""
+    return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
+
+
+def _read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    return enumerate(split_lines(read_text(path)), 1)
 
 
 def _read_table(path: Path) -> tuple[list[str], Rows]:
@@ -180,7 +188,7 @@ def _read_table(path: Path) -> tuple[list[str], Rows]:
 
 def _read_csv(path: Path) -> tuple[list[str], Rows]:
     # newline="" leaves line ends inside quoted cells to the csv reader; `line_num` then points at a record's last line.
-    reader = csv.reader(io.StringIO(_read_text(path), newline=""), strict=True)
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
     try:
         header = next(reader)
         records = [(reader.line_num, cells) for cells in reader if cells]
@@ -214,6 +222,8 @@ def _read_jsonl(path: Path) -> tuple[list[str], Rows]:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise DataError(path, number, f"not JSON: {error.msg} at column {error.colno}") from None
+        except (ValueError, RecursionError) as error:  # a number too long, brackets too deep
+            raise DataError(path, number, f"JSON that cannot be read: {error}") from None
         if not isinstance(row, dict):
             raise DataError(path, number, f"expected a JSON object, got {type(row).__name__}")
         rows.append((number, row))
@@ -252,4 +262,8 @@ def _cell(path: Path, line: int, row: dict[str, object], column: str) -> str:
     text = value if isinstance(value, str) else json.dumps(value)
     if not text.strip():
         raise DataError(path, line, f"column {column!r} is empty")
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # JSON can escape one half of a pair
+        raise DataError(path, line, f"column {column!r} holds half a surrogate pair, which is no text") from None
     return text

@@ -84,7 +84,10 @@ def test_classification_round_trip(tiny_bert, tmp_path):
     assert record["metrics"]["accuracy"] > 0.9
     assert f"{record['metrics']['accuracy']:.4f}" in succeed("eval", out, "--data", held_out)
 
-    lines = succeed("predict", out, text="good red\n\nbad one two\n").splitlines()
+    texts = tmp_path / "texts.txt"
+    texts.write_bytes(b"\xef\xbb\xbfgood red\r\n\r\nbad one two\r\n")  # as some editors save: marked, with CR LF
+    lines = succeed("predict", out, "--file", texts).splitlines()
+    assert succeed("predict", out, text="good red\n\nbad one two\n").splitlines() == lines
     answers = [json.loads(line) for line in lines]
     assert [(answer["text"], answer["label"]) for answer in answers] == [("good red", "yes"), ("bad one two", "no")]
     assert all(0.5 < answer["score"] <= 1 for answer in answers)
@@ -243,6 +246,16 @@ def test_folders_that_are_no_run(tmp_path):
         assert result.exit_code == 2
         assert str(tmp_path) in result.stderr.replace("\n", "")
         assert result.stderr.startswith("Error: ")
+
+
+def test_predict_names_the_text_that_is_not_utf8(tmp_path):
+    file = tmp_path / "latin.txt"
+    file.write_bytes("one\ncafé\n".encode("latin-1"))
+    from_file = ptune("predict", tmp_path, "--file", file)
+    from_input = CliRunner().invoke(app, ["predict", str(tmp_path)], input=file.read_bytes())
+    assert [from_file.exit_code, from_input.exit_code] == [2, 2]
+    assert f"{file}:2: not UTF-8" in from_file.stderr
+    assert "standard input:2: not UTF-8" in from_input.stderr
 
 
 def test_generation_needs_prompts(tiny_llama, tmp_path):

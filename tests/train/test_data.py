@@ -76,6 +76,14 @@ def test_columns_are_found(tmp_path, header, columns, text, label):
         ("a.jsonl", '{"text": "a", "label": "b"}\n{"text": "a"\n', Columns(), ":2: not JSON"),
         ("a.jsonl", '{"text": "a", "label": "b"}\n[1]\n', Columns(), ":2: expected a JSON object, got list"),
         ("a.jsonl", '{"text": "a", "label": "b"}\n{"text": "c"}\n', Columns(), ":2: column 'label': expected text"),
+        (
+            "a.jsonl",
+            '{"text": "a", "label": "b"}\n{"text": "\\ud83d", "label": "b"}\n',
+            Columns(),
+            ":2: column 'text' holds",
+        ),
+        ("a.jsonl", '{"text": "a", "label": "b"}\n' + "[" * 100_000, Columns(), ":2: JSON that cannot be read"),
+        ("a.jsonl", '{"text": "a", "label": ' + "1" * 5_000 + "}", Columns(), ":1: JSON that cannot be read"),
         ("a.txt", "text\n", Columns(), "expected a .csv, .tsv, .jsonl file"),
     ],
 )
@@ -103,10 +111,11 @@ def test_passages_are_pairs_or_whole_texts(tmp_path):
 
 def test_conll(tmp_path):
     content = "-DOCSTART- -X- O\n\nNew NNP B-place\nYork NNP I-place\n\n\n# O\nwith space\tX\tS-odd\r\n"
+    content += "10\u00a0000  O\n\u3000\tO\n"
     path = written(tmp_path, "a.conll", content)
     assert read_tagged(path) == [
         Tagged(("New", "York"), ("B-place", "I-place")),
-        Tagged(("#", "with space"), ("O", "S-odd")),
+        Tagged(("#", "with space", "10\u00a0000", "\u3000"), ("O", "S-odd", "O", "O")),
     ]
 
 
