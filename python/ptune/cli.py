@@ -123,11 +123,11 @@ def train(
             ),
             notes.print,
         )
-    record = run.fit(quiet=not sys.stderr.isatty())
-    if plot:
-        from .plot import plot_log
+        record = run.fit(quiet=not sys.stderr.isatty())
+        if plot:
+            from .plot import plot_log
 
-        plot_log(record["log"], run.task.metrics, plot)
+            plot_log(record["log"], run.task.metrics, plot)
     _print_metrics(record["metrics"], f"{out}, on {len(run.evaluation)} evaluation examples")
 
 
@@ -150,7 +150,8 @@ def evaluate(
         model, task = load_run(folder)
         examples = task.read(data, Columns(text_column, label_column, prompt_column, completion_column))
         check_labels(type(task), examples, task.labels, data)
-    _print_metrics(score(model, task, examples), f"{folder}, on {len(examples)} examples of {data}")
+        scores = score(model, task, examples)
+    _print_metrics(scores, f"{folder}, on {len(examples)} examples of {data}")
 
 
 @app.command()
@@ -169,8 +170,8 @@ def predict(
         from .runs import load_run
 
         model, task = load_run(folder)
-    for prediction in task.predict(model, [text for text in texts if text.strip()], max_new_tokens=max_new_tokens):
-        typer.echo(json.dumps(prediction, ensure_ascii=False))
+        for prediction in task.predict(model, [text for text in texts if text.strip()], max_new_tokens=max_new_tokens):
+            typer.echo(json.dumps(prediction, ensure_ascii=False))
 
 
 @app.command()

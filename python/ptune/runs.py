@@ -6,13 +6,15 @@ log) and Trainer's checkpoints. It is written only once training has begun.
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from .auto import (
     AutoPTuneModelForCausalLM,
@@ -139,6 +141,8 @@ def prepare(options: Options, say: Callable[[str], None]) -> Run:
         train, evaluation = hold_out(train, options.hold_out, kind.stratum, options.seed)
         say(f"No --eval-data: {len(evaluation)} of {len(train) + len(evaluation)} examples are held out for it.")
 
+    if options.task == "generation":
+        _check_decoder(options.model)
     tokenizer = load_tokenizer(options.model, options.task)
     set_seed(options.seed)  # the head and random prompts are drawn in loading
     model = new_model(
@@ -181,12 +185,16 @@ def new_model(
 
 
 def load_tokenizer(base: str, task: str) -> PreTrainedTokenizerBase:
-    """The base's tokenizer, with a padding token, and able to take words where the task is tagging."""
+    """The base's tokenizer, with a padding token, and what else the task needs of it. Raises: ValueError without."""
     tokenizer = AutoTokenizer.from_pretrained(base, **({"add_prefix_space": True} if task == "tagging" else {}))
     if task == "tagging" and not tokenizer.is_fast:
         raise ValueError(f"model: tagging needs a fast tokenizer, and {base} has none")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.pad_token is None:
+        raise ValueError(f"model: the tokenizer of {base} has no token to pad with; save one with a pad_token")
+    if task == "generation" and tokenizer.eos_token_id is None:
+        raise ValueError(f"model: generation learns where to end, and the tokenizer of {base} has no eos_token")
     return tokenizer
 
 
@@ -252,9 +260,14 @@ def _check(options: Options) -> None:
     if not options.head_learning_rate > 0:
         raise ValueError(f"head_learning_rate: expected a positive number, got {options.head_learning_rate}")
     out = options.out
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"out: {out} is a file")
-    if out.is_dir() and any(out.iterdir()) and not (options.resume or options.overwrite):
+    nearest = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise ValueError(f"out: {nearest} is a file")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ValueError(f"out: no permission to write to {nearest}")
+    # What failed before its first checkpoint leaves an empty folder for them, which is nothing to lose.
+    filled = out.is_dir() and any(path.name != CHECKPOINTS or any(path.iterdir()) for path in out.iterdir())
+    if filled and not (options.resume or options.overwrite):
         raise ValueError(f"out: {out} is not empty; choose another folder, --resume its run, or --overwrite it")
     if options.resume:
         saved = read_config(latest_checkpoint(out))
@@ -262,6 +275,15 @@ def _check(options: Options) -> None:
             value = 0 if name == "pre_seq_len" and options.tuning_mode is None else getattr(options, name)
             if saved[name] != value:
                 raise ValueError(f"{name}: the run to resume has {saved[name]!r}, got {value!r}")
+
+
+def _check_decoder(base: str) -> None:
+    """Raises ValueError for a base that does not read from left to right, though it may have a class that could."""
+    config = AutoConfig.from_pretrained(base)
+    kind = config.model_type
+    encoder = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+    if encoder or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ValueError(f"task: generation needs a decoder, and {base} ({kind}) is none")
 
 
 def _room(model: Any, options: Options) -> int:

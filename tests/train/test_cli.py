@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import Trainer
 from typer.testing import CliRunner
 
 from ptune.cli import app
@@ -218,6 +219,8 @@ def test_overwrite_replaces_a_run_and_leaves_other_files(tiny_bert, tmp_path):
         ({"--plot": "curves.pdf"}, "expected a .png file"),
         ({"--resume": None}, "nothing to resume"),
         ({"--pre-seq-len": "40"}, "40 rows leave no room"),
+        ({"--out": "empty.tsv/a/b"}, "empty.tsv is a file"),
+        ({"--task": "generation"}, "(bert) is none"),
     ],
 )
 def test_what_is_wrong_takes_one_line(tiny_bert, tmp_path, monkeypatch, changes, problem):
@@ -256,6 +259,66 @@ def test_predict_names_the_text_that_is_not_utf8(tmp_path):
     assert [from_file.exit_code, from_input.exit_code] == [2, 2]
     assert f"{file}:2: not UTF-8" in from_file.stderr
     assert "standard input:2: not UTF-8" in from_input.stderr
+
+
+@pytest.mark.parametrize(
+    ("task", "lost", "problem"),
+    [
+        ("generation", ["eos_token"], "has no eos_token"),
+        ("classification", ["pad_token", "eos_token", "unk_token"], "has no token to pad with"),
+    ],
+)
+def test_a_tokenizer_without_the_tokens_a_task_needs(tiny_llama, tmp_path, task, lost, problem):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_llama, base)
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    (base / "tokenizer_config.json").write_text(json.dumps(settings | dict.fromkeys(lost)))
+    data = generation_file(tmp_path) if task == "generation" else classification_file(tmp_path)
+    result = ptune("train", "--model", base, "--task", task, "--data", data, "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert problem in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_fails_says_so_in_one_line_and_can_be_tried_again(tiny_bert, tmp_path, monkeypatch):
+    out, data = tmp_path / "out", classification_file(tmp_path)
+    arguments = ["train", "--model", tiny_bert, "--task", "classification", "--data", data, "--out", out, "--steps", 4]
+
+    def full(*arguments, **options):
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "training_step", full)
+        failed = ptune(*arguments)
+    assert failed.exit_code == 2
+    assert failed.stderr.endswith("Error: No space left on device\n")
+    assert (out / "checkpoints").is_dir()
+    succeed(*arguments)
+
+
+def test_too_long_prompts_take_one_line(tiny_llama, tmp_path):
+    out, data = tmp_path / "out", generation_file(tmp_path)
+    succeed(
+        "train",
+        "--model",
+        tiny_llama,
+        "--task",
+        "generation",
+        "--data",
+        data,
+        "--out",
+        out,
+        "--max-length",
+        12,
+        "--steps",
+        2,
+    )
+    long = " ".join(["red"] * 20)
+    data.write_text(json.dumps({"prompt": long, "completion": "one"}))
+    for command in (["predict", out, long], ["eval", out, "--data", data]):
+        result = ptune(*command)
+        assert result.exit_code == 2
+        assert result.stderr.startswith("Error: max_length: 12 tokens leave no room after the prompt")
 
 
 def test_generation_needs_prompts(tiny_llama, tmp_path):
