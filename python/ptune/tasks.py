@@ -5,10 +5,12 @@ metrics need, and scores an evaluation set from that. Gold labels are taken from
 tensors, so what truncation cut off counts against the model.
 """
 
+import logging
 import math
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -19,6 +21,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .data import Columns, Labelled, Passage, Tagged, read_labelled, read_passages, read_tagged
+from .support import position_limit
+
+logger = logging.getLogger(__name__)
 
 Example = TypeVar("Example")
 Features = dict[str, list[int]]
@@ -292,19 +297,43 @@ class Generation(Task[Passage]):
         return {"perplexity": math.exp(loss / count)}
 
     @torch.inference_mode()
-    def predict(self, model: Any, texts: Sequence[str], **options: Any) -> Iterator[dict[str, Any]]:
-        """`options` go to `model.generate`; the default is greedy."""
+    def predict(
+        self, model: Any, texts: Sequence[str], max_new_tokens: int = 64, **options: Any
+    ) -> Iterator[dict[str, Any]]:
+        """`options` go to `model.generate`; the default is greedy.
+
+        Where a table of positions leaves less room than `max_new_tokens`, completions end there, and a warning says so.
+        """
         model.eval()
-        for start in range(0, len(texts), PREDICT_BATCH):
-            prompts = texts[start : start + PREDICT_BATCH]
-            batch = self._pad([self._encode_prompt(prompt) for prompt in prompts], left=True)
-            batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-            ids = model.generate(**batch, pad_token_id=self.tokenizer.pad_token_id, **{"do_sample": False, **options})
-            completions = self.tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-            yield from ({"prompt": p, "completion": c} for p, c in zip(prompts, completions, strict=True))
+        prompts = [self._encode_prompt(text) for text in texts]
+        limits = [min(max_new_tokens, _room_after(model, prompt)) for prompt in prompts]
+        short = sum(limit < max_new_tokens for limit in limits)
+        if short:
+            logger.warning(
+                f"max_new_tokens: the model's positions leave room for fewer than {max_new_tokens} after {short} of "
+                f"{len(texts)} prompts, which are completed up to there"
+            )
+        # What a row may be completed by must not depend on its neighbours, so those of a batch may the same.
+        for limit, group in groupby(range(len(texts)), key=limits.__getitem__):
+            indices = list(group)
+            for start in range(0, len(indices), PREDICT_BATCH):
+                chosen = indices[start : start + PREDICT_BATCH]
+                completions = self._complete(model, [prompts[i] for i in chosen], max_new_tokens=limit, **options)
+                yield from ({"prompt": texts[i], "completion": c} for i, c in zip(chosen, completions, strict=True))
+
+    def _complete(self, model: Any, prompts: Sequence[list[int]], **options: Any) -> list[str]:
+        batch = {name: tensor.to(model.device) for name, tensor in self._pad(prompts, left=True).items()}
+        ids = model.generate(**batch, pad_token_id=self.tokenizer.pad_token_id, **{"do_sample": False, **options})
+        return self.tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 TASKS: dict[str, type[Task]] = {task.name: task for task in (Classification, Tagging, Generation)}
+
+
+def _room_after(model: Any, prompt: Sequence[int]) -> float:
+    """How many tokens may follow a prompt where the model has a table of positions: the last needs none."""
+    _, positions = position_limit(model.base_model)
+    return math.inf if positions is None else positions - getattr(model, "prompt_columns", 0) - len(prompt) + 1
 
 
 def _pad(rows: Sequence[list[int]], value: int, left: bool = False) -> Tensor:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from .tiny import SPECIAL, WORDS, word_tokenizer
 
@@ -41,6 +41,24 @@ def tiny_llama(tmp_path_factory) -> Path:
         eos_token_id=3,
     )
     return _saved(LlamaForCausalLM(config), word_tokenizer("[CLS] $A"), tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt2(tmp_path_factory) -> Path:
+    """Has a table of 24 positions, where rotary embeddings know no end."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=len(SPECIAL + WORDS),
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        n_positions=24,
+        initializer_range=0.3,
+        pad_token_id=0,
+        bos_token_id=2,
+        eos_token_id=3,
+    )
+    return _saved(GPT2LMHeadModel(config), word_tokenizer("[CLS] $A"), tmp_path_factory.mktemp("gpt2"))
 
 
 def _saved(model, tokenizer, folder: Path) -> Path:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from ptune import AutoPTuneModelForCausalLM
 from ptune.data import Labelled, Passage, Tagged
 from ptune.tasks import IGNORED, Classification, Generation, Tagging, accuracy, macro_f1
 
@@ -87,6 +88,26 @@ def test_only_the_completion_and_its_end_are_learnt():
     assert Generation(task.tokenizer, 4).encode(Passage("the red", "is good"))["labels"][3:] == [WORD["is"]]
     with pytest.raises(ValueError, match="max_length: 3 tokens leave no room after the prompt 'the red'"):
         Generation(task.tokenizer, 3).encode(Passage("the red", "is good"))
+
+
+@pytest.mark.parametrize("rows", [0, 4])
+def test_completions_end_where_positions_do(tiny_gpt2, caplog, rows):
+    positions = 24
+    prompts = {"tuning_mode": "ptune", "pre_seq_len": rows} if rows else {}
+    model = AutoPTuneModelForCausalLM.from_pretrained(tiny_gpt2, **prompts)
+    task = Generation(word_tokenizer("[CLS] $A"), positions - rows)
+    texts = ["red", "the good red one", "two", "three", " ".join(["bad"] * (positions - rows - 2))]
+    words_only = {"suppress_tokens": [PAD, UNK, CLS, SEP]}
+    answers = list(task.predict(model, texts, 12, **words_only))
+    assert [answer["prompt"] for answer in answers] == texts
+    # the last token is never read, so one more fits than there is room
+    assert [len(answer["completion"].split()) for answer in answers] == [12, 12, 12, 12, 2]
+    assert caplog.messages == [
+        "max_new_tokens: the model's positions leave room for fewer than 12 after 1 of 5 prompts, "
+        "which are completed up to there"
+    ]
+    for text, answer in zip(texts, answers, strict=True):
+        assert next(task.predict(model, [text], 12, **words_only)) == answer
 
 
 def test_perplexity_weighs_every_token_alike():
