@@ -1,7 +1,7 @@
 """A training run from files to an output folder, and back from that folder to a model that predicts.
 
 The folder holds the prompts and head (`model.safetensors`, `ptune_config.json`), `train.json` (task, base, metrics and
-log) and Trainer's checkpoints. It is written only once training has begun.
+log) and, until the run has finished, Trainer's checkpoints. It is written only once training has begun.
 """
 
 import json
@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from .auto import (
     AutoPTuneModelForSequenceClassification,
     AutoPTuneModelForTokenClassification,
 )
-from .checkpoint import WEIGHTS_NAME, read_config, replace_file
+from .checkpoint import WEIGHTS_NAME, fingerprint, read_config, replace_file
 from .data import Columns, DataError, hold_out
 from .support import position_limit
 from .tasks import TASKS, Task
@@ -83,8 +84,7 @@ class Run:
         options = self.options
         checkpoints = options.out / CHECKPOINTS
         if not options.resume:
-            for stale in checkpoints.glob("checkpoint-*"):
-                shutil.rmtree(stale)
+            _remove_checkpoints(checkpoints)
         log = fit(
             self.model,
             self.task,
@@ -112,6 +112,7 @@ class Run:
             "log": log,
         }
         _write_json(options.out / RECORD, record)
+        _remove_checkpoints(checkpoints)
         return record
 
     def _best(self, log: Sequence[dict[str, float]]) -> dict[str, float]:
@@ -155,6 +156,8 @@ def prepare(options: Options, say: Callable[[str], None]) -> Run:
         deep_prompt_mode=options.deep_prompt_mode,
         dtype=options.dtype,
     )
+    if options.resume:
+        _check_same(read_config(latest_checkpoint(options.out)), model, labels)
     task = kind(tokenizer, _room(model, options), labels)
     steps = options.steps or max(MIN_STEPS, EPOCHS * math.ceil(len(train) / options.batch_size))
     rate = options.learning_rate or LEARNING_RATES[options.tuning_mode]
@@ -243,8 +246,16 @@ def latest_checkpoint(out: Path) -> Path:
     """The newest checkpoint of an output folder. Raises: ValueError if there is none."""
     found = sorted((out / CHECKPOINTS).glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
     if not found:
-        raise ValueError(f"out: nothing to resume, {out / CHECKPOINTS} holds no checkpoint")
+        reason = f"{out / CHECKPOINTS} holds no checkpoint" + ": the run has finished" * (out / RECORD).is_file()
+        raise ValueError(f"out: nothing to resume, {reason}")
     return found[-1]
+
+
+def _remove_checkpoints(folder: Path) -> None:
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    with suppress(OSError):  # there is none, or it holds what is not ours
+        folder.rmdir()
 
 
 def _check(options: Options) -> None:
@@ -275,6 +286,17 @@ def _check(options: Options) -> None:
             value = 0 if name == "pre_seq_len" and options.tuning_mode is None else getattr(options, name)
             if saved[name] != value:
                 raise ValueError(f"{name}: the run to resume has {saved[name]!r}, got {value!r}")
+
+
+def _check_same(saved: dict[str, Any], model: Any, labels: Sequence[str]) -> None:
+    """Raises ValueError unless the run to resume has the same base and labels."""
+    base, trained = saved["base"], list((saved["id2label"] or {}).values())
+    if base["name"] != model.origin.name:
+        raise ValueError(f"model: the run to resume has {base['name']}, got {model.origin.name}")
+    if base["fingerprint"] != fingerprint(model.origin.config):
+        raise ValueError(f"model: the config of {base['name']} has changed since the run to resume began")
+    if trained != list(labels):
+        raise ValueError(f"data: the run to resume has the labels {', '.join(trained)}; got {', '.join(labels)}")
 
 
 def _check_decoder(base: str) -> None:

@@ -1,5 +1,6 @@
 """The command line on tiny random models: round trips, and one line for whatever is wrong."""
 
+import itertools
 import json
 import random
 import shutil
@@ -66,18 +67,10 @@ def test_classification_round_trip(tiny_bert, tmp_path):
     assert "macro f1" in shown
     assert plot.read_bytes().startswith(b"\x89PNG")
 
-    assert sorted(path.name for path in out.iterdir()) == [
-        "checkpoints",
-        "model.safetensors",
-        "ptune_config.json",
-        "train.json",
-    ]
-    newest = max((out / "checkpoints").iterdir(), key=lambda path: int(path.name.split("-")[1]))
-    assert not (newest / "config.json").exists()
-    assert not (newest / "tokenizer.json").exists()
+    assert sorted(path.name for path in out.iterdir()) == ["model.safetensors", "ptune_config.json", "train.json"]
     rows, hidden, layers, labels = 8, 32, 2, 2
     head = hidden * labels + labels
-    tensors = load_file(newest / "model.safetensors")
+    tensors = load_file(out / "model.safetensors")
     assert sum(tensor.numel() for tensor in tensors.values()) == rows * hidden * (1 + layers) + head
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
 
@@ -147,35 +140,72 @@ def losses(out: Path) -> list[float]:
     return [entry["loss"] for entry in json.loads((out / "train.json").read_text())["log"] if "loss" in entry]
 
 
-def test_an_interrupted_run_resumes_to_the_same_weights(tiny_bert, tmp_path):
-    out = tmp_path / "out"
-    arguments = [
-        "--model",
-        tiny_bert,
-        "--task",
-        "classification",
-        "--data",
-        classification_file(tmp_path),
-        "--out",
-        out,
-    ]
-    succeed("train", *arguments, "--steps", 20)
-    finished, log = load_file(out / "model.safetensors"), losses(out)
-    checkpoints = sorted((out / "checkpoints").iterdir(), key=lambda path: int(path.name.split("-")[1]))
-    assert checkpoints[-1].name == "checkpoint-20"
-    shutil.rmtree(checkpoints[-1])
-    (out / "model.safetensors").unlink()
-    (out / "train.json").unlink()
+def interrupt(patch, *arguments, step: int) -> None:
+    """Runs `ptune train`, and presses Ctrl-C in a step of it."""
+    count, run_step = itertools.count(1), Trainer.training_step
 
-    other_prompts = ptune("train", *arguments, "--steps", 20, "--resume", "--pre-seq-len", 5)
-    assert other_prompts.exit_code == 2
-    assert "pre_seq_len" in other_prompts.stderr
-    succeed("train", *arguments, "--steps", 20, "--resume")
-    assert losses(out) == pytest.approx(log, abs=1e-6)
-    resumed = load_file(out / "model.safetensors")
+    def training_step(*arguments, **options):
+        if next(count) == step:
+            raise KeyboardInterrupt
+        return run_step(*arguments, **options)
+
+    with patch.context() as inside:
+        inside.setattr(Trainer, "training_step", training_step)
+        assert ptune("train", *arguments).exit_code != 0
+
+
+def test_an_interrupted_run_resumes_to_the_same_weights(tiny_bert, tmp_path, monkeypatch):
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    data = classification_file(tmp_path)
+    arguments = ["--model", tiny_bert, "--task", "classification", "--data", data, "--steps", 20]
+    succeed("train", *arguments, "--out", whole)
+    interrupt(monkeypatch, *arguments, "--out", out, step=18)
+    assert {path.name for path in out.iterdir()} == {"checkpoints"}
+    newest = out / "checkpoints" / "checkpoint-16"
+    assert not (newest / "config.json").exists()
+    assert not (newest / "tokenizer.json").exists()
+
+    succeed("train", *arguments, "--out", out, "--resume")
+    assert not (out / "checkpoints").exists()
+    resumed, finished = load_file(out / "model.safetensors"), load_file(whole / "model.safetensors")
+    assert losses(out) == pytest.approx(losses(whole), abs=1e-6)
     assert resumed.keys() == finished.keys()
     for name, tensor in finished.items():
         torch.testing.assert_close(resumed[name], tensor, rtol=0, atol=1e-6)
+    again = ptune("train", *arguments, "--out", out, "--resume")
+    assert again.exit_code == 2
+    assert "the run has finished" in again.stderr
+
+
+def test_a_run_is_resumed_with_what_it_began_with(tiny_bert, tmp_path, monkeypatch):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_bert, base)
+    data, others = classification_file(tmp_path), tmp_path / "others.tsv"
+    others.write_text(data.read_text().replace("yes", "aye"))
+    options = {"--model": base, "--task": "classification", "--data": data, "--out": tmp_path / "out", "--steps": 10}
+
+    def arguments(**changes):
+        return [
+            part
+            for pair in (options | {f"--{name}": value for name, value in changes.items()}).items()
+            for part in pair
+        ]
+
+    interrupt(monkeypatch, *arguments(), step=4)
+    settings = json.loads((base / "config.json").read_text())
+    for changes, problem in (
+        ({"pre-seq-len": 5}, "pre_seq_len: the run to resume has 16, got 5"),
+        ({"model": tiny_bert}, f"model: the run to resume has {base}, got {tiny_bert}"),
+        ({"data": others}, "the run to resume has the labels no, yes; got aye, no"),
+        ({}, f"the config of {base} has changed"),
+    ):
+        if not changes:
+            (base / "config.json").write_text(json.dumps(settings | {"layer_norm_eps": 1e-3}))
+        refused = ptune("train", *arguments(**changes), "--resume")
+        assert refused.exit_code == 2
+        assert problem in refused.stderr
+    (base / "config.json").write_text(json.dumps(settings))
+    succeed("train", *arguments(), "--resume")
 
 
 def test_overwrite_replaces_a_run_and_leaves_other_files(tiny_bert, tmp_path):
@@ -199,7 +229,7 @@ def test_overwrite_replaces_a_run_and_leaves_other_files(tiny_bert, tmp_path):
     assert (out / "model.safetensors").read_bytes() == before
     succeed("train", *arguments, "--steps", 4, "--overwrite", "--seed", 1)
     assert (out / "model.safetensors").read_bytes() != before
-    assert {path.name for path in (out / "checkpoints").iterdir()} <= {f"checkpoint-{step}" for step in range(1, 5)}
+    assert not (out / "checkpoints").exists()
     assert (out / "notes.txt").read_text() == "mine"
 
 
