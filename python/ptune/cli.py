@@ -123,7 +123,7 @@ def train(
             ),
             notes.print,
         )
-        record = run.fit(quiet=not sys.stderr.isatty())
+        record = run.fit(None if sys.stderr.isatty() else notes.print)
         if plot:
             from .plot import plot_log
 

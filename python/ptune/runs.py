@@ -79,8 +79,11 @@ class Run:
     steps: int
     learning_rate: float
 
-    def fit(self, quiet: bool = False) -> dict[str, Any]:
-        """Trains and writes the output folder. Returns the record that stands in its `train.json`."""
+    def fit(self, say: Callable[[str], None] | None = None) -> dict[str, Any]:
+        """Trains and writes the output folder. Returns the record that stands in its `train.json`.
+
+        `say` gets a line for each evaluation, in place of a progress bar.
+        """
         options = self.options
         checkpoints = options.out / CHECKPOINTS
         if not options.resume:
@@ -97,7 +100,8 @@ class Run:
             seed=options.seed,
             checkpoints=checkpoints,
             resume=latest_checkpoint(options.out) if options.resume else None,
-            quiet=quiet,
+            quiet=say is not None,
+            say=say,
         )
         self.model.save_pretrained(options.out)
         record = {

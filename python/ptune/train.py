@@ -1,13 +1,13 @@
 """Trains and evaluates a model on a task: transformers' Trainer does the loop, this file sets it up."""
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Sampler, SequentialSampler
-from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalPrediction
 
@@ -41,6 +41,17 @@ class _Trainer(Trainer):
             data, self.args.eval_batch_size, sampler=SequentialSampler(data), collate_fn=self.data_collator
         )
         return self.accelerator.prepare(loader)
+
+
+class _Reporter(TrainerCallback):
+    """Says in a line what each evaluation found."""
+
+    def __init__(self, task: Task, say: Callable[[str], None]):
+        self.task, self.say = task, say
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **options: Any) -> None:
+        scores = (f"{name.replace('_', ' ')} {metrics[f'eval_{name}']:.4f}" for name in ("loss", *self.task.metrics))
+        self.say(f"step {state.global_step} of {state.max_steps}: {', '.join(scores)}")
 
 
 def _trainer(
@@ -105,6 +116,7 @@ def fit(
     checkpoints: Path | None = None,
     resume: Path | None = None,
     quiet: bool = False,
+    say: Callable[[str], None] | None = None,
 ) -> list[dict[str, float]]:
     """Trains whatever of `model` requires grad.
 
@@ -118,6 +130,8 @@ def fit(
         checkpoints: a folder for Trainer's checkpoints. With evaluation examples, `model` then ends with the best one's
             weights; else with the last.
         resume: the checkpoint in that folder to go on from.
+        quiet: shows no progress bar.
+        say: gets a line for each evaluation.
     Returns: Trainer's log: a dict per logged step, with `step` and `loss` or `eval_…`.
     Raises: ValueError if nothing in the model requires grad.
     """
@@ -148,6 +162,8 @@ def fit(
         )
         groups = parameter_groups(model, learning_rate, head_learning_rate)
         trainer.optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+        if say is not None:
+            trainer.add_callback(_Reporter(task, say))
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     return trainer.state.log_history
 

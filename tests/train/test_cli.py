@@ -97,6 +97,11 @@ def test_tagging_round_trip(tiny_bert, tmp_path, mode):
     result = ptune("train", *arguments, "--tuning-mode", mode)
     assert result.exit_code == 0, result.exception
     assert "9 of 90 examples are held out" in result.stderr
+    said = [line for line in result.stderr.splitlines() if line.startswith("step ")]
+    assert [line.split(":")[0] for line in said] == [f"step {step} of 150" for step in (30, 60, 90, 120, 150)]
+    log = json.loads((out / "train.json").read_text())["log"]
+    last = [entry for entry in log if "eval_loss" in entry][-1]
+    assert f"loss {last['eval_loss']:.4f}, entity f1 {last['eval_entity_f1']:.4f}" in said[-1]
     assert json.loads((out / "train.json").read_text())["metrics"]["entity_f1"] > 0.9
     answer = json.loads(succeed("predict", out, "--file", "-", text="Ann is in Rome"))
     assert answer["tags"] == ["B-person", "O", "O", "B-place"]

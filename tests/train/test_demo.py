@@ -49,6 +49,8 @@ def test_demo_prints_a_table_for_each_task(minilm):
     assert not any("…" in line for line in lines if line.startswith(("┃", "│")))
     for row in ("majority class", "head only", "shallow prompts", "deep prompts"):
         assert sum(f"│ {row} " in line for line in lines) == 2, output.getvalue()
+    for row in ("head only", "shallow prompts", "deep prompts"):  # said as they finish: this is no terminal
+        assert sum(line.startswith(f"  {row}: ") for line in lines) == 2, output.getvalue()
     # 16 rows for the text and for each of 6 blocks, of width 384, and a head for six areas
     assert any(f"{16 * 7 * 384 + 6 * 385:,}" in line for line in lines)
     assert sum("bit for bit what they were" in line for line in lines) == 2
