@@ -178,6 +178,7 @@ def predict(
 def info(folder: RunFolder) -> None:
     """Show what an output folder holds."""
     with _one_line_errors():
+        _quieten()
         from .runs import describe
 
         rows = describe(folder)

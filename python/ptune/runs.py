@@ -22,7 +22,7 @@ from .auto import (
     AutoPTuneModelForSequenceClassification,
     AutoPTuneModelForTokenClassification,
 )
-from .checkpoint import WEIGHTS_NAME, fingerprint, read_config, replace_file
+from .checkpoint import WEIGHTS_NAME, fingerprint, is_prompt_folder, read_config, replace_file
 from .data import Columns, DataError, hold_out
 from .support import position_limit
 from .tasks import TASKS, Task
@@ -38,6 +38,14 @@ EPOCHS = 3
 MIN_STEPS = 150
 MIN_ROOM = 8  # tokens of text beside the prompt
 RECORD = "train.json"
+RECORD_KEYS: dict[str, type | tuple[type, ...]] = {
+    "task": str,
+    "max_length": int,
+    "steps": int,
+    "batch_size": int,
+    "learning_rate": (int, float),
+    "metrics": dict,
+}
 CHECKPOINTS = "checkpoints"
 
 
@@ -216,8 +224,20 @@ def read_record(folder: Path) -> dict[str, Any]:
     """What `train.json` says. Raises: ValueError if the folder is not one that a finished run has written."""
     path = folder / RECORD
     if not path.is_file():
-        raise ValueError(f"{folder} holds no {RECORD}: expected the --out folder of a finished `ptune train`")
-    return json.loads(path.read_text(encoding="utf-8"))
+        problem = f"{folder} holds no {RECORD}: expected the --out folder of a finished `ptune train`"
+        if is_prompt_folder(folder):
+            problem += "; prompts that Python saved are loaded with AutoPTuneModelFor….from_pretrained"
+        raise ValueError(problem)
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    for name, kind in RECORD_KEYS.items():
+        if not isinstance(record, dict) or not isinstance(record.get(name), kind):
+            raise ValueError(f"{path}: damaged: it has no {name}, or one that `ptune train` does not write")
+    if record["task"] not in TASKS:
+        raise ValueError(f"{path}: task: expected one of {', '.join(TASKS)}, got {record['task']!r}")
+    return record
 
 
 def load_run(folder: Path) -> tuple[PreTrainedModel, Task]:
@@ -231,7 +251,7 @@ def load_run(folder: Path) -> tuple[PreTrainedModel, Task]:
 
 
 def describe(folder: Path) -> dict[str, str]:
-    """What an output folder holds, by name, without loading the base."""
+    """What an output folder holds, by name. The base is loaded only where it is a folder, to ask it for its plan."""
     record, prompts = read_record(folder), read_config(folder)
     weights = folder / WEIGHTS_NAME
     lines = {
@@ -243,14 +263,26 @@ def describe(folder: Path) -> dict[str, str]:
         "size": f"{weights.stat().st_size / 1024:.0f} KiB",
         "training": f"{record['steps']} steps of {record['batch_size']}, learning rate {record['learning_rate']:g}",
     }
+    if prompts["tuning_mode"] and os.path.isdir(prompts["base"]["name"]):
+        lines["prefix sharing"] = _sharing(folder, record["task"])
     return lines | {name.replace("_", " "): f"{value:.4f}" for name, value in record["metrics"].items()}
+
+
+def _sharing(folder: Path, task: str) -> str:
+    """Whether prompt rows are computed once for a whole batch, and why."""
+    try:
+        plan = MODELS[task].from_pretrained(folder).prefix_plan
+    except (ValueError, OSError, NotImplementedError) as error:
+        return f"not known: {error}"
+    return f"{'yes' if plan.path == 'prefix' else 'no'}: {plan.reason}"
 
 
 def latest_checkpoint(out: Path) -> Path:
     """The newest checkpoint of an output folder. Raises: ValueError if there is none."""
     found = sorted((out / CHECKPOINTS).glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
     if not found:
-        reason = f"{out / CHECKPOINTS} holds no checkpoint" + ": the run has finished" * (out / RECORD).is_file()
+        finished = (out / RECORD).is_file()
+        reason = f"the run in {out} has finished" if finished else f"{out / CHECKPOINTS} holds no checkpoint"
         raise ValueError(f"out: nothing to resume, {reason}")
     return found[-1]
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import Trainer
 from typer.testing import CliRunner
 
+from ptune import AutoPTuneModel
 from ptune.cli import app
 
 from .tiny import WORDS
@@ -87,7 +88,9 @@ def test_classification_round_trip(tiny_bert, tmp_path):
     assert all(0.5 < answer["score"] <= 1 for answer in answers)
     one = json.loads(succeed("predict", out, "bad one two"))
     assert one["score"] == pytest.approx(answers[1]["score"], abs=1e-3)
-    assert "classification" in succeed("info", out)
+    shown = " ".join(succeed("info", out).replace("│", " ").split())
+    assert "task classification" in shown
+    assert "prefix sharing yes: prompt rows never read the text" in shown
 
 
 @pytest.mark.parametrize("mode", ["ptune", "deep_ptune"])
@@ -179,7 +182,7 @@ def test_an_interrupted_run_resumes_to_the_same_weights(tiny_bert, tmp_path, mon
         torch.testing.assert_close(resumed[name], tensor, rtol=0, atol=1e-6)
     again = ptune("train", *arguments, "--out", out, "--resume")
     assert again.exit_code == 2
-    assert "the run has finished" in again.stderr
+    assert f"the run in {out} has finished" in again.stderr
 
 
 def test_a_run_is_resumed_with_what_it_began_with(tiny_bert, tmp_path, monkeypatch):
@@ -284,6 +287,50 @@ def test_folders_that_are_no_run(tmp_path):
         assert result.exit_code == 2
         assert str(tmp_path) in result.stderr.replace("\n", "")
         assert result.stderr.startswith("Error: ")
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ('{"task": "classif', "not JSON"),
+        (b"\xff", "not JSON"),
+        ("[]", "it has no task"),
+        ('{"task": "classification"}', "it has no max_length"),
+        ("translation", "task: expected one of classification, tagging, generation, got 'translation'"),
+    ],
+)
+def test_a_damaged_record_is_named(tmp_path, content, problem):
+    record = tmp_path / "train.json"
+    if content == "translation":
+        whole = {"max_length": 8, "steps": 1, "batch_size": 1, "learning_rate": 0.1, "metrics": {}}
+        content = json.dumps({"task": content, **whole})
+    record.write_bytes(content if isinstance(content, bytes) else content.encode())
+    for command in (["predict", tmp_path, "x"], ["eval", tmp_path, "--data", tmp_path / "a.csv"], ["info", tmp_path]):
+        result = ptune(*command)
+        assert result.exit_code == 2
+        assert result.stderr.startswith(f"Error: {record}: ")
+        assert problem in result.stderr
+
+
+def test_prompts_saved_from_python_are_no_run(tiny_bert, tmp_path):
+    model = AutoPTuneModel.from_pretrained(tiny_bert, tuning_mode="ptune", pre_seq_len=2)
+    model.save_prompts(tmp_path)
+    result = ptune("predict", tmp_path, "x")
+    assert result.exit_code == 2
+    assert "prompts that Python saved are loaded with AutoPTuneModelFor" in result.stderr
+
+
+def test_info_without_the_base(tiny_bert, tmp_path):
+    base, out = tmp_path / "base", tmp_path / "out"
+    shutil.copytree(tiny_bert, base)
+    data = classification_file(tmp_path)
+    arguments = ["train", "--model", base, "--task", "classification", "--data", data, "--out", out, "--steps", 2]
+    succeed(*arguments, "--tuning-mode", "ptune")
+    assert "no: in an encoder prompt rows read the text" in succeed("info", out)
+    (base / "model.safetensors").unlink()
+    assert "not known: " in succeed("info", out)
+    shutil.rmtree(base)
+    assert "prefix sharing" not in succeed("info", out)
 
 
 def test_predict_names_the_text_that_is_not_utf8(tmp_path):
