@@ -107,7 +107,7 @@ def _answer(question: Question, base: str, console: Console, seed: int, budget: 
             seconds = time.perf_counter() - start
         if not console.is_terminal:  # where nothing turns, each row is news
             said = (f"{metric.replace('_', ' ')} {cell}" for metric, cell in zip(task.metrics, cells, strict=True))
-            console.print(f"  {title}: {', '.join(said)} ({seconds:.0f} s)")
+            console.print(f"  {title}: {', '.join(said)} ({seconds:.0f} s)", soft_wrap=True)
         table.add_row(title, *cells, f"{model.num_trainable_parameters():,}", f"{seconds:.0f}")
 
     console.print(table)
