@@ -37,6 +37,8 @@ class PromptHooks:
         self.handles = [
             body.register_forward_pre_hook(self.before_body, with_kwargs=True),
             body.register_forward_hook(self.after_body),
+            # where an exception kept `after_body` from running
+            body.register_forward_hook(_end_call, always_call=True),
         ]
         if body is not model:
             self.handles += [
@@ -165,6 +167,11 @@ class PromptHooks:
                 f"input too long: {self.num_prompts} prompt rows and the text make {length} positions, "
                 f"and {type(self.model).__name__} has learned {self.position_limit}"
             )
+
+
+def _end_call(body: nn.Module, args: tuple, output: Any) -> None:
+    if (call := current_call()) is not None and call.capture is None:
+        set_call(None)
 
 
 def _is_resumed(past: Any, mask: Tensor | None, length: int) -> bool:

@@ -12,6 +12,7 @@ import transformers as hf
 
 import ptune
 import ptune.models
+from ptune.call import current_call
 from ptune.concat import fusible_scale
 from ptune_kernels import embed_and_prepend
 
@@ -168,6 +169,21 @@ def test_threads_do_not_mix(base_of):
     with ThreadPoolExecutor(4) as pool:
         for got, want in zip(pool.map(lambda batch: model(**batch)[0], batches * 3), expected * 3, strict=True):
             assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("sharing", ["auto", False], ids=["shared", "concat"])
+def test_a_failed_call_leaves_nothing_behind(base_of, sharing):
+    """A block that is run by itself afterwards is the bare block."""
+    base = base_of("llama")
+    stock, model = base.stock(), base.tuned(**settings_for("overwrite", prefix_sharing=sharing))
+    handle = model.layers[1].register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(torch.randint(3, 61, (2, 5)))
+    handle.remove()
+    assert current_call() is None
+    states, positions = torch.randn(2, 5 + COUNT, 24), torch.arange(5 + COUNT)[None]
+    one, other = (m.layers[1](states, position_embeddings=m.rotary_emb(states, positions)) for m in (stock, model))
+    assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("loader", [ptune.AutoPTuneModel, ptune.AutoPTuneModelForCausalLM])
