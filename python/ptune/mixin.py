@@ -96,14 +96,13 @@ class PTuneMixin:
     @contextmanager
     def disable_prompts(self: Any) -> Iterator[None]:
         """Inside the block the model is its bare base, dropout included; not thread-safe, as modules are changed."""
-        self._dropout.restore()
         self._disabled += 1
+        self._set_dropout()
         try:
             yield
         finally:
             self._disabled -= 1
-            if not self._disabled and not self.ptune_config.base_dropout:
-                self._dropout.freeze()
+            self._set_dropout()
 
     @property
     def prefix_plan(self: Any) -> Plan:
@@ -214,16 +213,24 @@ class PTuneMixin:
             parameter.requires_grad_(name in own)
         # Trainer, which loads a checkpoint of prompts into the whole model, expects exactly these to be missing
         self._keys_to_ignore_on_save = set(self.state_dict()) - own
-        if settings.base_dropout:
+        self._set_dropout()
+        self._plan()
+
+    def _set_dropout(self: Any) -> None:
+        if self.prompts_disabled or self.ptune_config.base_dropout:
             self._dropout.restore()
         else:
             self._dropout.freeze()
-        self._plan()
 
     def _plan(self: Any) -> None:
-        if self._hooks is not None:
+        if self._hooks is None:
+            return
+        disabled, self._disabled = self._disabled, 0  # the plan is made by trying calls with prompts
+        try:
             with _evaluating(self):
                 self._hooks.prefix.plan = make_plan(self._hooks)
+        finally:
+            self._disabled = disabled
 
     def fresh_head(self: Any) -> list[str]:
         """The head of a model made without a checkpoint: all outside the body, but for the table of output words."""
@@ -321,8 +328,7 @@ class PTuneMixin:
         finally:
             self.__class__ = own
             self._keys_to_ignore_on_save = ignored
-            if not self.ptune_config.base_dropout:
-                self._dropout.freeze()
+            self._set_dropout()
 
     def _apply(self: Any, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Move everything, cast the base; prompts, head and their gradients keep their dtype bit for bit."""
