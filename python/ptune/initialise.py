@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import InitText, PTuneConfig
-from .support import find_blocks, position_limit
+from .support import device_of, find_blocks, position_limit
 
 _SAMPLE = 256  # tokens whose norms are measured
 _CONTEXT = 512  # tokens of a sampled text that are read
@@ -110,7 +110,7 @@ def _real_tokens(model: Any, count: int) -> Tensor:
 def _states(model: Any, ids: Tensor, deep: bool) -> tuple[Tensor, Tensor]:
     """Embeddings [n, d] of one text, and the input of every block on it [L, n, d] ([0, n, 0] if not ``deep``)."""
     embedding = model.get_input_embeddings()
-    ids = ids.to(embedding.weight.device)[None]
+    ids = ids.to(device_of(embedding))[None]
     shallow = embedding(ids)[0].float().cpu()
     if not deep:
         return shallow, torch.empty(0, ids.shape[1], 0)

@@ -19,7 +19,7 @@ from .hooks import PromptHooks
 from .initialise import Tokenise, initial_prompts
 from .loading import load_model, origin_of, tokenizer_of
 from .plan import Plan, make_plan, obstacle
-from .support import check_base, find_blocks
+from .support import check_base, device_of, find_blocks
 
 _PROMPTS = ("prompt_embeddings.weight", "intermediate_prompt_embeddings.weight")
 
@@ -376,7 +376,7 @@ class PTuneMixin:
 def _table(rows: Tensor | None, embedding: Any) -> nn.Embedding | None:
     if rows is None:
         return None
-    table = nn.Embedding.from_pretrained(rows.to(embedding.weight.device, torch.float32, copy=True), freeze=False)
+    table = nn.Embedding.from_pretrained(rows.to(device_of(embedding), torch.float32, copy=True), freeze=False)
     table._is_hf_initialized = True  # type: ignore[assignment]
     return table
 

@@ -79,6 +79,14 @@ def find_blocks(body: nn.Module, config: Any) -> nn.ModuleList:
     _refuse(type(body).__name__, f"found no list of its {count} blocks, which deep prompts need")
 
 
+def device_of(embedding: Any) -> torch.device:
+    """Where ``embedding`` looks tokens up; accelerate keeps the weight of an offloaded one elsewhere between calls."""
+    device = embedding.weight.device
+    if device.type == "meta" and hasattr(embedding, "_hf_hook"):
+        return torch.device(embedding._hf_hook.execution_device)
+    return device
+
+
 def position_limit(body: nn.Module) -> tuple[int, int | None]:
     """The first position number, and how many a learned table holds (``None`` without a table).
 

@@ -124,6 +124,20 @@ def test_transformers_sees_the_base_class(base_of):
         assert tuned._can_set_attn_implementation() == stock._can_set_attn_implementation() == (name == "llama")
 
 
+@pytest.mark.parametrize("mode", ["shallow", "overwrite"])
+def test_an_embedding_on_the_disk(base_of, tmp_path, mode):
+    """accelerate keeps its weight on the meta device between calls; prompts are where it looks tokens up."""
+    base = base_of("llama")
+    places = {"embed_tokens": "disk", "layers": "cpu", "norm": "cpu", "rotary_emb": "cpu"}
+    model = base.tuned(device_map=places, offload_folder=tmp_path, **settings_for(mode))
+    assert model.embed_tokens.weight.is_meta
+    assert {p.device.type for name, p in model.named_parameters() if "prompt" in name} == {"cpu"}
+    near = base.tuned(**settings_for(mode))
+    near.load_state_dict({n: p for n, p in model.state_dict().items() if "prompt" in n}, strict=False)
+    ids = torch.randint(3, 61, (2, 5))
+    assert torch.equal(model(ids)[0], near(ids)[0])
+
+
 def test_loading_information(base_of):
     model, information = base_of("bert").tuned(ptune.AutoPTuneModelForSequenceClassification, output_loading_info=True)
     assert "classifier.weight" in information["missing_keys"]
