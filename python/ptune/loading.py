@@ -1,5 +1,6 @@
 """From a base, or from a folder of prompts, to a model with prompts."""
 
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,6 +16,8 @@ _FOR_CONFIG = (
     "cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token", "trust_remote_code",
     "code_revision",
 )  # fmt: skip
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -71,6 +74,12 @@ def load_model(
     model.origin = _origin(base, model.config, own)
     if saved is None:
         model.init_prompts(prompts, tokenizer)
+        if model.num_trainable_parameters() == 0:
+            _logger.warning(
+                "%s: nothing will train, without prompts and without a new task head; set tuning_mode ('ptune' or "
+                "'deep_ptune') and pre_seq_len",
+                type(model).__name__,
+            )
     else:
         model.ptune_config.prefix_sharing = sharing
         model.load_prompts(path)

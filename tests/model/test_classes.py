@@ -124,6 +124,15 @@ def test_transformers_sees_the_base_class(base_of):
         assert tuned._can_set_attn_implementation() == stock._can_set_attn_implementation() == (name == "llama")
 
 
+def test_nothing_to_train_is_said(base_of, caplog):
+    base_of("llama").tuned(num_labels=2)
+    assert "tuning_mode ('ptune' or 'deep_ptune') and pre_seq_len" in caplog.text
+    caplog.clear()
+    base_of("llama").tuned(ptune.AutoPTuneModelForSequenceClassification)
+    base_of("llama").tuned(**settings_for("shallow"))
+    assert not caplog.text
+
+
 @pytest.mark.parametrize("mode", ["shallow", "overwrite"])
 def test_an_embedding_on_the_disk(base_of, tmp_path, mode):
     """accelerate keeps its weight on the meta device between calls; prompts are where it looks tokens up."""
