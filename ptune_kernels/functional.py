@@ -7,10 +7,10 @@ Dtypes: prompts are float32 over float32, float16 or bfloat16 text (float64 over
 is rounded once, to nearest even; prompt gradients are summed over the batch in float32, in a fixed order, compensated
 (Neumaier 1974). Inputs may have any strides and are never copied first; outputs are contiguous and never alias inputs.
 
-Errors: `ValueError` (shapes, dtypes, devices, layouts) or `IndexError` (values) names the argument, what was expected
-and what came, before anything is written. The values of a placement and of ``input_ids`` are checked on the CPU only:
-on a GPU that would synchronise, so there a row out of range is never read and comes out as NaN (`Placement.of` checks
-on the host, before the copy).
+Errors: `ValueError` (shapes, dtypes, devices, layouts), `IndexError` (values) or `TypeError` (another class)
+names the argument, what was expected and what came, before anything is written. The values of a placement and of
+``input_ids`` are checked on the CPU only: on a GPU that would synchronise, so there a row out of range is never read
+and comes out as NaN (`Placement.of` checks on the host, before the copy).
 """
 
 from collections.abc import Sequence
@@ -70,13 +70,15 @@ def embed_and_prepend(
     ``scale`` is rounded to that dtype first, as Gemma's embedding does. The embedding is taken as frozen; where it
     requires a gradient the look-up is torch's own.
     """
+    if not isinstance(embedding, Tensor):
+        raise TypeError(f"embedding: expected a tensor [V, d], got {type(embedding).__name__}; pass its .weight")
     if embedding.requires_grad and torch.is_grad_enabled():
         text = torch.nn.functional.embedding(input_ids, embedding)
         if scale != 1.0:
             text = text * torch.tensor(scale, dtype=text.dtype, device=text.device)
         return prepend(prompts, text, placement)
     ops = ops_for(embedding.device)
-    arguments = (input_ids, embedding, *(placement or (*_WHOLE_POOL, prompts.shape[0])), scale)
+    arguments = (input_ids, embedding, *_placed(placement, prompts.shape[0]), scale)
     if _needs_grad(prompts):
         return _EmbedAndPrepend.apply(ops, prompts, *arguments)
     return ops.embed_and_prepend(prompts, *arguments)
@@ -89,7 +91,7 @@ def prepend(prompts: Tensor, hidden: Tensor, placement: Placement | None = None)
     batch.
     """
     ops = ops_for(hidden.device)
-    where = placement or (*_WHOLE_POOL, prompts.shape[0])
+    where = _placed(placement, prompts.shape[0])
     if _needs_grad(prompts, hidden):
         return _Prepend.apply(ops, prompts, hidden, *where)
     return ops.prepend(prompts, hidden, *where)
@@ -100,10 +102,10 @@ def strip(hidden: Tensor, max_length: int, placement: Placement | None = None) -
 
     hidden [b, m + n, d] → [b, n, d]. Without a placement the first ``max_length`` rows go.
     """
-    if placement is not None and placement.max_length != max_length:
-        raise ValueError(f"max_length: expected {placement.max_length} (that of placement), got {max_length}")
+    where = _placed(placement, max_length)
+    if where[3] != max_length:
+        raise ValueError(f"max_length: expected {where[3]} (that of placement), got {max_length}")
     ops = ops_for(hidden.device)
-    where = placement or (*_WHOLE_POOL, max_length)
     if _needs_grad(hidden):
         return _Strip.apply(ops, hidden, *where)
     return ops.strip(hidden, *where, None)
@@ -117,7 +119,7 @@ def overwrite(hidden: Tensor, prompts: Tensor, placement: Placement | None = Non
     gradient of the rows that were lost.
     """
     ops = ops_for(hidden.device)
-    arguments = (*(placement or (*_WHOLE_POOL, prompts.shape[0])), _is_add(mode))
+    arguments = (*_placed(placement, prompts.shape[0]), _is_add(mode))
     if _needs_grad(prompts, hidden):
         return _Overwrite.apply(ops, hidden, prompts, *arguments)
     return ops.overwrite(hidden, prompts, *arguments)
@@ -130,7 +132,7 @@ def overwrite_(hidden: Tensor, prompts: Tensor, placement: Placement | None = No
     recomputed (gradient checkpointing) needs `overwrite`.
     """
     ops = ops_for(hidden.device)
-    arguments = (*(placement or (*_WHOLE_POOL, prompts.shape[0])), _is_add(mode))
+    arguments = (*_placed(placement, prompts.shape[0]), _is_add(mode))
     if not _needs_grad(prompts, hidden):
         ops.overwrite_(hidden, prompts, *arguments)
         torch.autograd.graph.increment_version(hidden)
@@ -151,8 +153,10 @@ def prepend_kv(
     prefix_k [h, M, hd_k], prefix_v [h, M, hd_v], key [b, h, n, hd_k], value [b, h, n, hd_v] → [b, h, m + n, hd_k] and
     [b, h, m + n, hd_v]. The prefix may be float32, float16 or bfloat16; ``dtype`` is key's unless given.
     """
+    if dtype is not None:
+        _check_dtype(dtype)
     ops = ops_for(key.device)
-    arguments = (*(placement or (*_WHOLE_POOL, prefix_k.shape[1])), dtype)
+    arguments = (*_placed(placement, prefix_k.shape[1]), dtype)
     if _needs_grad(prefix_k, prefix_v, key, value):
         return _PrependKV.apply(ops, prefix_k, prefix_v, key, value, *arguments)
     return ops.prepend_kv(prefix_k, prefix_v, key, value, *arguments)
@@ -163,6 +167,7 @@ def cast_qkv(query: Tensor, key: Tensor, value: Tensor, dtype: torch.dtype) -> t
 
     Each of 4 dimensions and any strides.
     """
+    _check_dtype(dtype)
     ops = ops_for(query.device)
     if _needs_grad(query, key, value):
         return _CastQKV.apply(ops, query, key, value, dtype)
@@ -171,6 +176,20 @@ def cast_qkv(query: Tensor, key: Tensor, value: Tensor, dtype: torch.dtype) -> t
 
 def _needs_grad(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def _placed(placement: Placement | None, rows: int) -> tuple[Tensor | None, Tensor | None, Tensor | None, int]:
+    """What the ops take for ``placement``: a whole pool of ``rows``, where there is none."""
+    if placement is None:
+        return (*_WHOLE_POOL, rows)
+    if not isinstance(placement, Placement):
+        raise TypeError(f"placement: expected a Placement or None, got {type(placement).__name__}")
+    return placement
+
+
+def _check_dtype(dtype: torch.dtype) -> None:
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype: expected a torch.dtype, got {dtype!r}")
 
 
 def _is_add(mode: str) -> bool:

@@ -31,8 +31,9 @@ class AutoPTuneModel:
             tokenizer: reads a ``prompt_init_text`` of strings; by default the base's own.
             base_model: the base of a folder of prompts, where it is no longer in its place.
 
-        All other keywords are those of transformers' ``from_pretrained``. Only prompts and the task head (what the
-        base's checkpoint did not have) require gradients; both are float32, whatever the base's dtype.
+        All other keywords are those of transformers' ``from_pretrained``; with a folder of prompts, ``dtype`` is by
+        default the one that the base had in training. Only prompts and the task head (what the base's checkpoint did
+        not have) require gradients; both are float32, whatever the base's dtype.
 
         Raises `NotImplementedError` for a base that prompts cannot be put on, and `ptune.checkpoint.MisfitError` for
         prompts that do not fit the base.

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .config import PTuneConfig
+from .config import PROMPT_INITS, PTuneConfig
 
 FORMAT_VERSION = 1
 CONFIG_NAME = "ptune_config.json"
@@ -32,9 +32,14 @@ _NOT_THE_BASE = {
 _KEYS: dict[str, type | tuple[type, ...]] = {
     "format_version": int, "base": dict, "model_class": str, "tuning_mode": (str, type(None)), "pre_seq_len": int,
     "deep_prompt_mode": str, "prompt_init": str, "base_dropout": bool, "embedding_size": int, "hidden_size": int,
-    "num_layers": int, "head": list, "id2label": (dict, type(None)),
+    "num_layers": int, "head": list, "id2label": (dict, type(None)), "problem_type": (str, type(None)),
 }  # fmt: skip
-_BASE_KEYS: dict[str, type] = {"name": str, "fingerprint": str, "config": dict, "overrides": dict}
+_BASE_KEYS: dict[str, type | tuple[type, ...]] = {
+    "name": str, "fingerprint": str, "config": dict, "overrides": dict, "dtype": (str, type(None)),
+}  # fmt: skip
+# None: a folder of before these were saved
+_DTYPES = (None, "float64", "float32", "float16", "bfloat16")
+_PROBLEM_TYPES = (None, "regression", "single_label_classification", "multi_label_classification")
 
 
 class MisfitError(ValueError):
@@ -75,7 +80,7 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     path = Path(folder, CONFIG_NAME)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON: {error}") from None
     if not isinstance(config, dict) or config.get("format_version") != FORMAT_VERSION:
         found = config.get("format_version") if isinstance(config, dict) else type(config).__name__
@@ -84,6 +89,22 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
         for name, kind in kinds.items():
             if not isinstance(part.get(name), kind):
                 raise ValueError(f"{path}: {name}: expected {kind}, got {part.get(name)!r}")
+    for part, name, choices in (
+        (config, "prompt_init", PROMPT_INITS),
+        (config, "problem_type", _PROBLEM_TYPES),
+        (config["base"], "dtype", _DTYPES),
+    ):
+        if part.get(name) not in choices:
+            raise ValueError(f"{path}: {name}: expected one of {', '.join(map(repr, choices))}, got {part[name]!r}")
+    if not all(isinstance(name, str) for name in config["head"]):
+        raise ValueError(f"{path}: head: expected names of parameters, got {config['head']!r}")
+    labels = config["id2label"] or {}
+    if not all(number.isdecimal() and isinstance(label, str | int) for number, label in labels.items()):
+        raise ValueError(f"{path}: id2label: expected labels by their numbers, got {labels!r}")
+    try:
+        settings_of(config)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
     return config
 
 
@@ -100,9 +121,13 @@ def read_tensors(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
     path = Path(folder, WEIGHTS_NAME)
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except SafetensorError as error:
         raise ValueError(f"{path}: not a safetensors file: {error}") from None
+    for name, tensor in tensors.items():
+        if tensor.dtype != torch.float32:
+            raise ValueError(f"{path}: {name}: expected float32, got {str(tensor.dtype).removeprefix('torch.')}")
+    return tensors
 
 
 def write(folder: str | os.PathLike[str], config: dict[str, Any], tensors: dict[str, Tensor]) -> None:

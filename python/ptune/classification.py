@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
-from .layout import roll_rows
+from .layout import ones_and_zeros, roll_rows
+from .support import check_mask
 
 _TEXT = ("input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "position_ids")
 
@@ -29,11 +30,12 @@ def pooled_forward(base: type) -> Callable[..., Any]:
         if self.prompts_disabled:
             return stock(self, *args, **kwargs)
         arguments = dict(zip(names, args, strict=False)) | kwargs
-        if _pools_last_token(self):
-            return _classify_last_token(self, arguments)
         mask = arguments.get("attention_mask")
         if not isinstance(mask, Tensor) or mask.dim() != 2:
-            return stock(self, **arguments)
+            return _classify_last_token(self, arguments) if _pools_last_token(self) else stock(self, **arguments)
+        arguments["attention_mask"] = mask = ones_and_zeros(mask)
+        if _pools_last_token(self):
+            return _classify_last_token(self, arguments)
         return _classify_padded_right(self, stock, arguments, mask)
 
     return forward
@@ -72,6 +74,7 @@ def _classify_last_token(model: Any, arguments: dict[str, Any]) -> Any:
 
 def _classify_padded_right(model: Any, stock: Callable[..., Any], arguments: dict[str, Any], mask: Tensor) -> Any:
     """The stock forward on rows rolled to start at their first real token; recorded states are rolled back."""
+    check_mask(arguments)
     shift = mask.to(torch.int32).argmax(-1)
     for name in _TEXT:
         if (value := arguments.get(name)) is not None:

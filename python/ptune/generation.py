@@ -9,6 +9,18 @@ from torch import Tensor, nn
 class PromptGeneration:
     """What `generate` must know of the m columns that the prompt takes in a cache."""
 
+    def _prefill(
+        self: Any, input_ids: Tensor, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any
+    ) -> Any:
+        chunked, mask = generation_config.prefill_chunk_size is not None, model_kwargs.get("attention_mask")
+        if chunked and self.prompts_enabled and mask is not None and bool((mask == 0).any()):
+            # a first chunk may be padding alone, and the prompt belongs before the first token of a later one
+            raise NotImplementedError(
+                "prefill_chunk_size: not supported for padded batches with prompts; leave it out, or generate for "
+                "texts of one length"
+            )
+        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
+
     def prepare_inputs_for_generation(
         self: Any,
         input_ids: Tensor,

@@ -14,7 +14,7 @@ from ptune_kernels import overwrite
 
 from .call import current_call, set_call
 from .concat import ConcatPath, matching
-from .layout import Layout, positions_of
+from .layout import Layout, ones_and_zeros, positions_of
 from .prefix import PrefixPath
 from .support import check_inputs, find_blocks, find_body, position_limit
 
@@ -37,6 +37,8 @@ class PromptHooks:
         self.handles = [
             body.register_forward_pre_hook(self.before_body, with_kwargs=True),
             body.register_forward_hook(self.after_body),
+            # where an exception kept `after_body` from running
+            body.register_forward_hook(_end_call, always_call=True),
         ]
         if body is not model:
             self.handles += [
@@ -59,9 +61,10 @@ class PromptHooks:
         if not self.model.prompts_enabled:
             return None
         arguments = dict(zip(self.parameters, args, strict=False)) | kwargs
-        check_inputs(arguments)
+        check_inputs(arguments, self.parameters)
         text = arguments["inputs_embeds"] if arguments.get("input_ids") is None else arguments["input_ids"]
-        mask = arguments.get("attention_mask")
+        if (mask := arguments.get("attention_mask")) is not None:
+            mask = arguments["attention_mask"] = ones_and_zeros(mask)
         layout = Layout(self.num_prompts, text.shape[0], mask, text.device)
         past = arguments.get("past_key_values")
         if past is not None and _is_resumed(past, mask, text.shape[1]):
@@ -120,8 +123,10 @@ class PromptHooks:
         mask, labels = kwargs.get("attention_mask"), kwargs.get("labels")
         if not model.can_generate() or mask is None or labels is None or not model.prompts_enabled:
             return None
+        if not isinstance(mask, Tensor) or mask.shape != labels.shape:
+            return None  # the body refuses it
         # the column before a row's first token is the prompt's, or padding: nothing there predicts that token
-        first = Layout(self.num_prompts, labels.shape[0], mask, labels.device).column[:, None].long()
+        first = Layout(self.num_prompts, labels.shape[0], ones_and_zeros(mask), labels.device).column[:, None].long()
         return args, kwargs | {"labels": labels.scatter(1, first, -100)}
 
     def after_model(self, model: nn.Module, args: tuple, output: Any) -> None:
@@ -164,6 +169,11 @@ class PromptHooks:
             )
 
 
+def _end_call(body: nn.Module, args: tuple, output: Any) -> None:
+    if (call := current_call()) is not None and call.capture is None:
+        set_call(None)
+
+
 def _is_resumed(past: Any, mask: Tensor | None, length: int) -> bool:
     """Whether the cache holds tokens already, and with them the prompt."""
     seen = past.get_seq_length()
@@ -175,6 +185,8 @@ def _is_resumed(past: Any, mask: Tensor | None, length: int) -> bool:
 
 def _pool(body: Any, first: Tensor) -> Tensor:
     """The body's own pooling of each row's first token, [b, d]."""
+    if getattr(body, "pooler", None) is None:
+        raise NotImplementedError(f"{type(body).__name__}: prompts are not supported, because it pools in its forward")
     if isinstance(body.pooler, nn.Linear):
         activation = body.pooler_activation if hasattr(body, "pooler_activation") else body.activation
         return activation(body.pooler(first))

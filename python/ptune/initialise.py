@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import InitText, PTuneConfig
-from .support import find_blocks, position_limit
+from .support import device_of, find_blocks, position_limit
 
 _SAMPLE = 256  # tokens whose norms are measured
 _CONTEXT = 512  # tokens of a sampled text that are read
@@ -42,8 +42,7 @@ def initial_prompts(model: Any, settings: PTuneConfig, tokenise: Tokenise | None
 
 
 def _random(model: Any, settings: PTuneConfig) -> tuple[Tensor, Tensor]:
-    _, limit = position_limit(model.base_model)
-    ids = _real_tokens(model, min(_SAMPLE, limit or _SAMPLE))
+    ids = _real_tokens(model, _readable(model, _SAMPLE))
     shallow, layers = _states(model, ids, settings.deep)
     count = settings.pre_seq_len
     rows = [_of_norm(shallow, count)] + [_of_norm(layer, count) for layer in layers]
@@ -87,8 +86,14 @@ def _token_ids(model: Any, text: Any, tokenise: Tokenise | None, *, special_toke
     vocabulary = model.get_input_embeddings().num_embeddings
     if not all(isinstance(token, int) and 0 <= token < vocabulary for token in ids):
         raise ValueError(f"prompt_init_text: expected token ids from 0 to {vocabulary - 1}, got {ids!r}")
-    _, limit = position_limit(model.base_model)
-    return ids[: min(_CONTEXT, limit or _CONTEXT)]
+    return ids[: _readable(model, _CONTEXT)]
+
+
+def _readable(model: Any, count: int) -> int:
+    """``count``, or as many tokens as the model has positions for, learned or computed in advance."""
+    _, learned = position_limit(model.base_model)
+    limits = [learned, getattr(model.config, "max_position_embeddings", None)]
+    return min([count, *(limit for limit in limits if limit is not None and limit > 0)])
 
 
 def _real_tokens(model: Any, count: int) -> Tensor:
@@ -105,7 +110,7 @@ def _real_tokens(model: Any, count: int) -> Tensor:
 def _states(model: Any, ids: Tensor, deep: bool) -> tuple[Tensor, Tensor]:
     """Embeddings [n, d] of one text, and the input of every block on it [L, n, d] ([0, n, 0] if not ``deep``)."""
     embedding = model.get_input_embeddings()
-    ids = ids.to(embedding.weight.device)[None]
+    ids = ids.to(device_of(embedding))[None]
     shallow = embedding(ids)[0].float().cpu()
     if not deep:
         return shallow, torch.empty(0, ids.shape[1], 0)

@@ -15,7 +15,7 @@ class Layout:
     Args:
         num_prompts: m.
         batch_size: b.
-        mask: [b, n], non-zero for real tokens; ``None`` where every token is real.
+        mask: [b, n], 1 for real tokens, else 0; ``None`` where every token is real.
         device: of the batch.
     """
 
@@ -74,6 +74,11 @@ class Layout:
 
     def _is_prompt(self, offset: Tensor) -> Tensor:
         return (offset >= 0) & (offset < self.num_prompts)
+
+
+def ones_and_zeros(mask: Tensor) -> Tensor:
+    """A mask whose real tokens are 1, in its dtype: where the first of them stands is read off the greatest value."""
+    return (mask != 0).to(mask.dtype)
 
 
 def positions_of(mask: Tensor) -> Tensor:

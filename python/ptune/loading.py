@@ -1,12 +1,15 @@
 """From a base, or from a folder of prompts, to a model with prompts."""
 
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
+import torch
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, modeling_utils
 
 from . import checkpoint
 from .config import PTuneConfig, settings_on, take_settings
@@ -15,6 +18,8 @@ _FOR_CONFIG = (
     "cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token", "trust_remote_code",
     "code_revision",
 )  # fmt: skip
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -64,13 +69,22 @@ def load_model(
         _check_same(settings, saved)
         if "config" not in kwargs:
             kwargs = _saved_overrides(saved, own) | kwargs
-    model, info = loader.from_pretrained(base, *args, output_loading_info=True, **kwargs)
+        kwargs = _saved_defaults(saved, kwargs) | kwargs
+    with _reporting_all_but([] if saved is None else saved["head"]) as loading:
+        model, info = loader.from_pretrained(base, *args, output_loading_info=True, **kwargs)
+        loading.append(info)
     take_settings(model.config)
     model.__class__ = class_for(type(model))
     model.adopt(_missing(info))
     model.origin = _origin(base, model.config, own)
     if saved is None:
         model.init_prompts(prompts, tokenizer)
+        if model.num_trainable_parameters() == 0:
+            _logger.warning(
+                "%s: nothing will train, without prompts and without a new task head; set tuning_mode ('ptune' or "
+                "'deep_ptune') and pre_seq_len",
+                type(model).__name__,
+            )
     else:
         model.ptune_config.prefix_sharing = sharing
         model.load_prompts(path)
@@ -100,6 +114,10 @@ def _base_of(path: Any, saved: dict[str, Any] | None, base_model: Any) -> str:
         base = base_model
     else:
         base = saved["base"]["name"]
+        if not base:
+            raise ValueError(
+                f"base_model: expected one, since the base of {path} was made from a config, and was not saved with it"
+            )
         if base == checkpoint.BASE_FOLDER and (inside := Path(path, base)).is_dir():
             base = inside
     # absolute, so that what is saved can be found from another directory
@@ -113,7 +131,45 @@ def _saved_overrides(saved: dict[str, Any], own: Any) -> dict[str, Any]:
     if saved["id2label"] is not None:
         overrides["id2label"] = {int(i): label for i, label in saved["id2label"].items()}
         overrides["label2id"] = {label: i for i, label in overrides["id2label"].items()}
+    if saved.get("problem_type") is not None:
+        overrides["problem_type"] = saved["problem_type"]
     return overrides
+
+
+def _saved_defaults(saved: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """How a base is loaded for a folder of prompts, unless told otherwise."""
+    defaults: dict[str, Any] = {}
+    if saved["head"]:
+        defaults["ignore_mismatched_sizes"] = True  # the head may have replaced one of the checkpoint's
+    if (dtype := saved["base"].get("dtype")) is not None and "torch_dtype" not in given:
+        defaults["dtype"] = getattr(torch, dtype)
+    return defaults
+
+
+@contextmanager
+def _reporting_all_but(head: list[str]) -> Iterator[list[dict[str, Any]]]:
+    """Keep transformers from reporting that ``head`` is new and needs training: it comes from the folder of prompts.
+
+    The loading information is to be appended to the list; where more than ``head`` is new, it is reported after all.
+    """
+    held: list[logging.LogRecord] = []
+    loading: list[dict[str, Any]] = []
+
+    def hold(record: logging.LogRecord) -> bool:
+        report = bool(head) and "LOAD REPORT" in record.getMessage()
+        if report:
+            held.append(record)
+        return not report
+
+    logger = logging.getLogger(modeling_utils.__name__)
+    logger.addFilter(hold)
+    try:
+        yield loading
+    finally:
+        logger.removeFilter(hold)
+        if not (loading and set() < _missing(loading[0]) <= set(head)):
+            for record in held:
+                logger.handle(record)
 
 
 def _check_same(settings: dict[str, Any], saved: dict[str, Any]) -> None:

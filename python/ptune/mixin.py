@@ -17,9 +17,9 @@ from .config import PTuneConfig, take_settings
 from .dropout import FrozenDropout
 from .hooks import PromptHooks
 from .initialise import Tokenise, initial_prompts
-from .loading import load_model, origin_of, tokenizer_of
+from .loading import Origin, load_model, origin_of, tokenizer_of
 from .plan import Plan, make_plan, obstacle
-from .support import check_base, find_blocks
+from .support import check_base, device_of, find_blocks
 
 _PROMPTS = ("prompt_embeddings.weight", "intermediate_prompt_embeddings.weight")
 
@@ -96,14 +96,13 @@ class PTuneMixin:
     @contextmanager
     def disable_prompts(self: Any) -> Iterator[None]:
         """Inside the block the model is its bare base, dropout included; not thread-safe, as modules are changed."""
-        self._dropout.restore()
         self._disabled += 1
+        self._set_dropout()
         try:
             yield
         finally:
             self._disabled -= 1
-            if not self._disabled and not self.ptune_config.base_dropout:
-                self._dropout.freeze()
+            self._set_dropout()
 
     @property
     def prefix_plan(self: Any) -> Plan:
@@ -164,23 +163,31 @@ class PTuneMixin:
         """
         if push_to_hub:
             raise ValueError("push_to_hub: expected False; upload the saved folder instead")
-        state = self.state_dict() if state_dict is None else state_dict
-        base_name = self.origin.name
+        origin, vocabulary = self.origin, self.get_input_embeddings().num_embeddings
         if save_base:
-            base_name = checkpoint.BASE_FOLDER
-            folder = os.path.join(save_directory, base_name)
+            # as it is now: its config may have been changed since it was loaded
+            origin = Origin(checkpoint.BASE_FOLDER, checkpoint.base_config(self.config))
+        elif vocabulary != self._loaded_vocabulary:
+            raise ValueError(
+                f"vocab_size: expected {self._loaded_vocabulary}, as it was loaded, got {vocabulary}; a folder of "
+                "prompts does not hold resized embeddings: save with save_base=True"
+            )
+        state = self.state_dict() if state_dict is None else state_dict
+        if save_base:
+            folder = os.path.join(save_directory, checkpoint.BASE_FOLDER)
             base_state = {name: tensor for name, tensor in state.items() if name not in _PROMPTS}
             with self._as_base():
                 self.save_pretrained(folder, is_main_process=is_main_process, state_dict=base_state, **kwargs)
         if is_main_process:
             tensors = {name: state[name] for name in self._own_names()}
-            checkpoint.write(save_directory, self._description(base_name), tensors)
+            checkpoint.write(save_directory, self._description(origin), tensors)
 
     def adopt(self: Any, head: Iterable[str]) -> None:
         """Make a stock model that has just become one of this class ready for prompts, with ``head`` to train."""
         check_base(self)
         self.origin = origin_of(self.config)
         self.ptune_config = PTuneConfig()
+        self._loaded_vocabulary = self.get_input_embeddings().num_embeddings
         self._disabled = 0
         self._hooks: PromptHooks | None = None
         self._dropout = FrozenDropout(self.base_model)
@@ -214,16 +221,24 @@ class PTuneMixin:
             parameter.requires_grad_(name in own)
         # Trainer, which loads a checkpoint of prompts into the whole model, expects exactly these to be missing
         self._keys_to_ignore_on_save = set(self.state_dict()) - own
-        if settings.base_dropout:
+        self._set_dropout()
+        self._plan()
+
+    def _set_dropout(self: Any) -> None:
+        if self.prompts_disabled or self.ptune_config.base_dropout:
             self._dropout.restore()
         else:
             self._dropout.freeze()
-        self._plan()
 
     def _plan(self: Any) -> None:
-        if self._hooks is not None:
+        if self._hooks is None:
+            return
+        disabled, self._disabled = self._disabled, 0  # the plan is made by trying calls with prompts
+        try:
             with _evaluating(self):
                 self._hooks.prefix.plan = make_plan(self._hooks)
+        finally:
+            self._disabled = disabled
 
     def fresh_head(self: Any) -> list[str]:
         """The head of a model made without a checkpoint: all outside the body, but for the table of output words."""
@@ -252,15 +267,16 @@ class PTuneMixin:
         prompts = zip(_PROMPTS, self._tables(), strict=True)
         return [name for name, table in prompts if table is not None] + self._head
 
-    def _description(self: Any, base_name: str) -> dict[str, Any]:
-        settings, origin = self.ptune_config, self.origin
+    def _description(self: Any, origin: Origin) -> dict[str, Any]:
+        settings = self.ptune_config
         return {
             "format_version": checkpoint.FORMAT_VERSION,
             "base": {
-                "name": base_name,
+                "name": origin.name,
                 "fingerprint": checkpoint.fingerprint(origin.config),
                 "config": origin.config,
                 "overrides": origin.overrides,
+                "dtype": str(self.get_input_embeddings().weight.dtype).removeprefix("torch."),
             },
             "model_class": self.base_class.__name__,
             "tuning_mode": settings.tuning_mode,
@@ -273,16 +289,18 @@ class PTuneMixin:
             "num_layers": self.config.num_hidden_layers,
             "head": list(self._head),
             "id2label": {str(i): label for i, label in self.config.id2label.items()} if self._head else None,
+            "problem_type": self.config.problem_type if self._head else None,
         }
 
     def _check_fit(self: Any, saved: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        here = self._description(self.origin.name)
+        here = self._description(self.origin)
         reasons = [
             f"{name}: expected {saved[name]} (the prompts'), got {here[name]} (the base's)"
             for name in ("embedding_size", "hidden_size", "num_layers")
             if saved[name] != here[name]
         ]
-        if saved["base"]["fingerprint"] != here["base"]["fingerprint"]:
+        now = checkpoint.fingerprint(checkpoint.base_config(self.config))
+        if saved["base"]["fingerprint"] not in (here["base"]["fingerprint"], now):
             reasons += checkpoint.differences(saved["base"]["config"], here["base"]["config"])
         parameters = dict(self.named_parameters())
         lacking = [name for name in saved["head"] if name not in parameters]
@@ -321,8 +339,7 @@ class PTuneMixin:
         finally:
             self.__class__ = own
             self._keys_to_ignore_on_save = ignored
-            if not self.ptune_config.base_dropout:
-                self._dropout.freeze()
+            self._set_dropout()
 
     def _apply(self: Any, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Move everything, cast the base; prompts, head and their gradients keep their dtype bit for bit."""
@@ -370,7 +387,7 @@ class PTuneMixin:
 def _table(rows: Tensor | None, embedding: Any) -> nn.Embedding | None:
     if rows is None:
         return None
-    table = nn.Embedding.from_pretrained(rows.to(embedding.weight.device, torch.float32, copy=True), freeze=False)
+    table = nn.Embedding.from_pretrained(rows.to(device_of(embedding), torch.float32, copy=True), freeze=False)
     table._is_hf_initialized = True  # type: ignore[assignment]
     return table
 

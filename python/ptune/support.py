@@ -7,11 +7,23 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-_ROW_MIXERS = {
+_MIXES = "it mixes neighbouring columns outside attention, padding with text"
+_BY_COLUMN = "it approximates attention over all columns, padding included"
+_UNSUITED = {
     "xlnet": "its blocks take the sequence before the batch",
     "reformer": "it hashes and chunks the sequence by column",
     "funnel": "it shortens the sequence between blocks",
+    "convbert": _MIXES,
+    "mobilebert": _MIXES,
+    "nystromformer": _BY_COLUMN,
+    "yoso": _BY_COLUMN,
+    "mra": _BY_COLUMN,
+    "rwkv": "its state takes in padding, whatever the attention_mask",
+    "ibert": "its modules hand on scaling factors beside states",
+    "tipsv2_text_model": "it pools inside its own forward",
+    "dpr": "it returns no states of its tokens",
 }
+_TEXT = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids")
 _POSITION_TABLES = ("position_embeddings", "embed_positions", "wpe", "positions_embed")
 _POOLS_BY_PAD_ID = ("CTRLForSequenceClassification", "ModernBertDecoderForSequenceClassification")
 
@@ -40,8 +52,10 @@ def check_base(model: Any) -> None:
         _refuse(name, "an encoder-decoder has two sequences, and the definition places a prompt in one")
     if model.main_input_name != "input_ids" or config.get_text_config() is not config:
         _refuse(name, f"a multimodal model ({config.model_type}) builds its input from more than token ids")
-    if config.model_type in _ROW_MIXERS:
-        _refuse(name, _ROW_MIXERS[config.model_type])
+    if config.model_type in _UNSUITED:
+        _refuse(name, _UNSUITED[config.model_type])
+    if config.model_type == "big_bird" and config.attention_type == "block_sparse":
+        _refuse(name, "its block-sparse attention cuts texts by column; load it with attention_type='original_full'")
     if name.removeprefix("PTune") in _POOLS_BY_PAD_ID:
         _refuse(name, "it pools by pad_token_id, inside its own forward")
     parameters = inspect.signature(body.forward).parameters
@@ -65,6 +79,14 @@ def find_blocks(body: nn.Module, config: Any) -> nn.ModuleList:
     _refuse(type(body).__name__, f"found no list of its {count} blocks, which deep prompts need")
 
 
+def device_of(embedding: Any) -> torch.device:
+    """Where ``embedding`` looks tokens up; accelerate keeps the weight of an offloaded one elsewhere between calls."""
+    device = embedding.weight.device
+    if device.type == "meta" and hasattr(embedding, "_hf_hook"):
+        return torch.device(embedding._hf_hook.execution_device)
+    return device
+
+
 def position_limit(body: nn.Module) -> tuple[int, int | None]:
     """The first position number, and how many a learned table holds (``None`` without a table).
 
@@ -77,8 +99,11 @@ def position_limit(body: nn.Module) -> tuple[int, int | None]:
     return 0, None
 
 
-def check_inputs(arguments: dict[str, Any]) -> None:
-    """Raises `ValueError` or `NotImplementedError` for a call of the body that prompts do not cover."""
+def check_inputs(arguments: dict[str, Any], parameters: tuple[str, ...]) -> None:
+    """Raises `ValueError` or `NotImplementedError` for a call of the body that prompts do not cover.
+
+    ``parameters``: the names of the body's own; others in ``arguments`` are for the loss.
+    """
     ids, embeds = arguments.get("input_ids"), arguments.get("inputs_embeds")
     if (ids is None) == (embeds is None):
         raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
@@ -91,8 +116,17 @@ def check_inputs(arguments: dict[str, Any]) -> None:
         raise NotImplementedError(
             f"attention_mask: expected [b, n], got {got}; a mask made for text has no prompt columns"
         )
+    check_mask(arguments)
     if positions is not None and positions.dim() != 2:
         raise NotImplementedError(f"position_ids: expected [b, n], got shape {tuple(positions.shape)}")
+    size = (arguments["inputs_embeds"] if ids is None else ids).shape[:2]
+    for name in parameters:
+        value = arguments.get(name)
+        # the sequence of a cross-attention may be as long by chance
+        if not isinstance(value, Tensor) or name in _TEXT or name.startswith("encoder_"):
+            continue
+        if value.shape[:2] == size or name == "lengths":
+            raise NotImplementedError(f"{name}: not supported, because it describes the text, and not the prompt")
     packed = [name for name in arguments if name.startswith("cu_seq_lens") and arguments[name] is not None]
     if packed:
         raise NotImplementedError(
@@ -103,6 +137,21 @@ def check_inputs(arguments: dict[str, Any]) -> None:
             "position_ids: packed batches (positions that restart, without an attention_mask) are not supported, for "
             "each packed text needs its own prompt"
         )
+
+
+def check_mask(arguments: dict[str, Any]) -> None:
+    """Raises `ValueError` for a two-dimensional attention_mask of another shape than the text's."""
+    mask, past = arguments.get("attention_mask"), arguments.get("past_key_values")
+    ids = arguments.get("input_ids")
+    text = arguments.get("inputs_embeds") if ids is None else ids
+    if mask is None or text is None:
+        return
+    # with text in a cache (or in a static one, perhaps) the mask covers that too: see the hooks
+    seen = 0 if past is None else past.get_seq_length()
+    resumed = not isinstance(seen, int) or seen > 0
+    if mask.shape[0] != text.shape[0] or (not resumed and mask.shape[1] != text.shape[1]):
+        columns = "at least " * resumed + str(text.shape[1])
+        raise ValueError(f"attention_mask: expected shape ({text.shape[0]}, {columns}), got {tuple(mask.shape)}")
 
 
 def _restarts(positions: Tensor) -> bool:

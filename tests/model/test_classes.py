@@ -12,6 +12,7 @@ import transformers as hf
 
 import ptune
 import ptune.models
+from ptune.call import current_call
 from ptune.concat import fusible_scale
 from ptune_kernels import embed_and_prepend
 
@@ -123,6 +124,29 @@ def test_transformers_sees_the_base_class(base_of):
         assert tuned._can_set_attn_implementation() == stock._can_set_attn_implementation() == (name == "llama")
 
 
+def test_nothing_to_train_is_said(base_of, caplog):
+    base_of("llama").tuned(num_labels=2)
+    assert "tuning_mode ('ptune' or 'deep_ptune') and pre_seq_len" in caplog.text
+    caplog.clear()
+    base_of("llama").tuned(ptune.AutoPTuneModelForSequenceClassification)
+    base_of("llama").tuned(**settings_for("shallow"))
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("mode", ["shallow", "overwrite"])
+def test_an_embedding_on_the_disk(base_of, tmp_path, mode):
+    """accelerate keeps its weight on the meta device between calls; prompts are where it looks tokens up."""
+    base = base_of("llama")
+    places = {"embed_tokens": "disk", "layers": "cpu", "norm": "cpu", "rotary_emb": "cpu"}
+    model = base.tuned(device_map=places, offload_folder=tmp_path, **settings_for(mode))
+    assert model.embed_tokens.weight.is_meta
+    assert {p.device.type for name, p in model.named_parameters() if "prompt" in name} == {"cpu"}
+    near = base.tuned(**settings_for(mode))
+    near.load_state_dict({n: p for n, p in model.state_dict().items() if "prompt" in n}, strict=False)
+    ids = torch.randint(3, 61, (2, 5))
+    assert torch.equal(model(ids)[0], near(ids)[0])
+
+
 def test_loading_information(base_of):
     model, information = base_of("bert").tuned(ptune.AutoPTuneModelForSequenceClassification, output_loading_info=True)
     assert "classifier.weight" in information["missing_keys"]
@@ -168,6 +192,21 @@ def test_threads_do_not_mix(base_of):
     with ThreadPoolExecutor(4) as pool:
         for got, want in zip(pool.map(lambda batch: model(**batch)[0], batches * 3), expected * 3, strict=True):
             assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("sharing", ["auto", False], ids=["shared", "concat"])
+def test_a_failed_call_leaves_nothing_behind(base_of, sharing):
+    """A block that is run by itself afterwards is the bare block."""
+    base = base_of("llama")
+    stock, model = base.stock(), base.tuned(**settings_for("overwrite", prefix_sharing=sharing))
+    handle = model.layers[1].register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(torch.randint(3, 61, (2, 5)))
+    handle.remove()
+    assert current_call() is None
+    states, positions = torch.randn(2, 5 + COUNT, 24), torch.arange(5 + COUNT)[None]
+    one, other = (m.layers[1](states, position_embeddings=m.rotary_emb(states, positions)) for m in (stock, model))
+    assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("loader", [ptune.AutoPTuneModel, ptune.AutoPTuneModelForCausalLM])

@@ -52,6 +52,18 @@ def test_states_and_gradients(pair, mode, padding, sharing):
     assert all(p.grad is None for name, p in model.named_parameters() if "prompt_embeddings" not in name)
 
 
+@pytest.mark.parametrize("loader", [ptune.AutoPTuneModel, ptune.AutoPTuneModelForSequenceClassification])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "modernbert"])
+def test_any_mask_value_but_0_is_a_real_token(base_of, name, loader, sharing):
+    model = base_of(name).tuned(loader, pad_token_id=0, **settings_for("overwrite", prefix_sharing=sharing))
+    ids, mask = pad(texts_for("left"), "left", 0)
+    expected = model(ids, attention_mask=mask)[0]
+    marked = mask * torch.randint(1, 5, mask.shape)
+    marked[:, -1] = 9
+    for given in (marked, mask.bool(), mask.float() * 0.3):
+        assert torch.equal(model(ids, attention_mask=given)[0], expected)
+
+
 @pytest.mark.parametrize("name", CORE)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_half_precision_errs_no_more_than_twice_torch(base_of, name, dtype, sharing):

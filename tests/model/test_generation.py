@@ -88,6 +88,16 @@ def test_every_way_of_generating_follows_the_text(prompted, how):
     assert model.generate(text, **common).tolist() == expected[:, COUNT:].tolist()
 
 
+def test_chunked_prefill_of_a_padded_batch_is_refused(prompted):
+    stock, model, _ = prompted
+    ids, mask = pad(texts_for("left"), "left", 0)
+    how = {**GREEDY, "attention_mask": mask, "pad_token_id": 0, "prefill_chunk_size": 2}
+    with pytest.raises(NotImplementedError, match="prefill_chunk_size: not supported for padded batches"):
+        model.generate(ids, **how)
+    with model.disable_prompts():
+        assert torch.equal(model.generate(ids, **how), stock.generate(ids, **how))
+
+
 @pytest.mark.parametrize("given", ["all text", "new text"])
 @pytest.mark.parametrize("padded", [False, True], ids=["unpadded", "padded"])
 def test_a_conversation_goes_on_from_its_cache(pair, given, padded):

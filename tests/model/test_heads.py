@@ -36,6 +36,8 @@ def test_causal_language_model(base_of, name, padding):
         close(got, stock.lm_head(row))
     predicted = torch.cat([stock.lm_head(row[:-1]) for row in states])
     close(output.loss, cross_entropy(predicted, torch.cat([text[1:] for text in texts])))
+    marked = mask * torch.arange(1, ids.shape[1] + 1)
+    assert torch.equal(model(input_ids=ids, attention_mask=marked, labels=labels).loss, output.loss)
     kept = model(input_ids=ids, attention_mask=mask, logits_to_keep=2).logits
     close(kept, output.logits[:, -2:])
 

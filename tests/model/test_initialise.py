@@ -119,6 +119,16 @@ def test_the_global_seed_decides(base_of):
         assert not torch.equal(made[0], made[2])
 
 
+@pytest.mark.parametrize("kind", [transformers.GPTJConfig, transformers.CodeGenConfig, transformers.CTRLConfig])
+def test_a_model_reads_no_more_than_its_positions(kind):
+    """These compute their tables in advance, for so many positions and no more."""
+    sizes = {"vocab_size": 61, "n_embd": 24, "n_layer": 2, "n_head": 4, "n_positions": 16, "dff": 24, "rotary_dim": 2}
+    long = {"prompt_init_text": [list(range(3, 43))]}
+    for init in ({}, long):
+        model = ptune.AutoPTuneModel.from_config(kind(**sizes), **settings_for("overwrite", **init))
+        assert model.intermediate_prompt_embeddings.weight.isfinite().all()
+
+
 def test_strings_are_read_by_the_bases_tokenizer(minilm):
     text = "Classify the message as spam or ham"
     model = ptune.AutoPTuneModel.from_pretrained(minilm, **settings_for("overwrite", 8, prompt_init_text=text))

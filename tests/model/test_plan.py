@@ -191,6 +191,10 @@ def test_the_check_finds_a_model_that_mixes_rows():
     model.layers[1].mlp.register_forward_hook(lambda module, args, output: output + args[0].cumsum(1))
     with pytest.raises(ValueError, match=r"a check on random rows found it .* off the concat path"):
         model.init_prompts(ptune.PTuneConfig(**settings_for("shallow", count=5, prefix_sharing=True)))
+    # prompts off, both paths would be the bare base
+    with model.disable_prompts(), pytest.raises(ValueError, match="a check on random rows found it"):
+        model.init_prompts(ptune.PTuneConfig(**settings_for("shallow", count=6, prefix_sharing=True)))
+    assert model.ptune_config.pre_seq_len == COUNT
 
 
 @pytest.mark.parametrize("padding", PADDINGS)

@@ -5,6 +5,7 @@ import torch
 import transformers as hf
 
 import ptune
+from ptune.hooks import _pool
 
 from .common import COUNT, settings_for
 
@@ -41,6 +42,15 @@ def test_settings(values, error):
         (lambda: hf.FNetConfig(**SMALL), "FNetModel.forward takes no attention_mask"),
         (lambda: hf.MambaConfig(vocab_size=61, hidden_size=16, num_hidden_layers=2), "no key-value cache"),
         (lambda: hf.XLNetConfig(vocab_size=61, d_model=16, n_layer=2, n_head=2, d_inner=16), "sequence before"),
+        (lambda: hf.ConvBertConfig(**SMALL, embedding_size=16, head_ratio=1), "mixes neighbouring columns"),
+        (lambda: hf.MobileBertConfig(**SMALL, embedding_size=16, intra_bottleneck_size=16), "mixes neighbouring"),
+        (lambda: hf.NystromformerConfig(**SMALL), "approximates attention over all columns"),
+        (lambda: hf.YosoConfig(**SMALL), "approximates attention over all columns"),
+        (lambda: hf.MraConfig(**SMALL), "approximates attention over all columns"),
+        (lambda: hf.RwkvConfig(vocab_size=61, hidden_size=16, num_hidden_layers=2), "its state takes in padding"),
+        (lambda: hf.BigBirdConfig(**SMALL), "cuts texts by column; load it with attention_type='original_full'"),
+        (lambda: hf.IBertConfig(**SMALL), "scaling factors"),
+        (lambda: hf.DPRConfig(**SMALL), "no states of its tokens"),
         (
             lambda: hf.Gemma3nTextConfig(
                 **SMALL | {"intermediate_size": [16, 16]}, num_key_value_heads=1, head_dim=8, num_kv_shared_layers=0,
@@ -50,7 +60,10 @@ def test_settings(values, error):
             r"inputs are not \[b, n, d\]",
         ),
     ],
-    ids=["T5", "ViT", "FNet", "Mamba", "XLNet", "Gemma 3n"],
+    ids=[
+        "T5", "ViT", "FNet", "Mamba", "XLNet", "ConvBERT", "MobileBERT", "Nystromformer", "YOSO", "MRA", "RWKV",
+        "BigBird", "I-BERT", "DPR", "Gemma 3n",
+    ],
 )  # fmt: skip
 def test_bases(config, reason):
     with pytest.raises(NotImplementedError, match=reason):
@@ -98,6 +111,14 @@ def model(base_of):
             NotImplementedError,
             "position_ids: packed batches",
         ),
+        *(
+            (
+                {"input_ids": torch.ones(2, 5, dtype=torch.long), "attention_mask": torch.ones(shape)},
+                ValueError,
+                rf"attention_mask: expected shape \(2, 5\), got \({shape[0]}, {shape[1]}\)",
+            )
+            for shape in ((1, 5), (2, 4), (2, 6))
+        ),
         (
             {"input_ids": torch.ones(1, 5, dtype=torch.long), "cu_seq_lens_q": torch.tensor([0, 3, 5])},
             NotImplementedError,
@@ -109,13 +130,59 @@ def model(base_of):
             "input too long: 4 prompt rows and the text make 65 positions, and PTuneGPT2LMHeadModel has learned 64",
         ),
     ],
-    ids=["no token", "embeddings", "nothing", "4-D mask", "mask mapping", "packed", "cu_seq_lens", "too long"],
+    ids=[
+        "no token",
+        "embeddings",
+        "nothing",
+        "4-D mask",
+        "mask mapping",
+        "packed",
+        "one mask for all",
+        "short mask",
+        "long mask",
+        "cu_seq_lens",
+        "too long",
+    ],
 )
 def test_inputs(model, inputs, kind, error):
     with pytest.raises(kind, match=error):
         model(**inputs)
+    if "attention_mask" in inputs:
+        with pytest.raises(kind, match=error):
+            model(**inputs, labels=inputs["input_ids"])
     ids = torch.randint(3, 61, (1, 60))
     model(input_ids=ids)  # the longest that fits, and no state left over
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "value"),
+    [
+        (hf.XLMConfig(vocab_size=61, emb_dim=16, n_layers=2, n_heads=2), "langs", torch.ones(2, 5, dtype=torch.long)),
+        (hf.XLMConfig(vocab_size=61, emb_dim=16, n_layers=2, n_heads=2), "lengths", torch.tensor([5, 3])),
+        (hf.LongformerConfig(**SMALL, attention_window=4), "global_attention_mask", torch.ones(2, 5)),
+        (hf.LayoutLMConfig(**SMALL), "bbox", torch.ones(2, 5, 4, dtype=torch.long)),
+    ],
+    ids=["langs", "lengths", "global_attention_mask", "bbox"],
+)
+def test_what_describes_the_text_alone(config, name, value):
+    model = ptune.AutoPTuneModel.from_config(config, **settings_for("shallow"))
+    ids = torch.randint(3, 61, (2, 5))
+    model(ids)
+    with pytest.raises(NotImplementedError, match=f"{name}: not supported"):
+        model(ids, **{name: value})
+
+
+def test_what_is_for_the_loss_alone(base_of):
+    """The head hands the loss's arguments to its body too, which ignores them."""
+    model = base_of("llama").tuned(ptune.AutoPTuneModelForCausalLM, **settings_for("shallow"))
+    ids = torch.randint(3, 61, (2, 5))
+    later = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
+    assert torch.equal(model(ids, labels=ids, shift_labels=later).loss, model(ids, labels=ids).loss)
+
+
+def test_bodies_that_pool_in_their_forward():
+    with pytest.raises(NotImplementedError, match=r"Identity: .* because it pools in its forward"):
+        _pool(torch.nn.Identity(), torch.ones(2, 3))
 
 
 def test_generating_past_the_learned_positions(model):

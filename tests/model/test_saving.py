@@ -1,6 +1,7 @@
 """Folders of prompts: what they hold, what loads them, and what they do not fit."""
 
 import json
+import logging
 import os
 
 import pytest
@@ -12,7 +13,7 @@ import ptune
 from ptune.checkpoint import CONFIG_NAME, WEIGHTS_NAME, MisfitError, read_config
 
 from .common import COUNT, set_prompts, settings_for
-from .families import LAYERS
+from .families import FAMILIES, LAYERS
 
 CLASSIFIER = ptune.AutoPTuneModelForSequenceClassification
 
@@ -93,6 +94,119 @@ def test_with_the_base_inside(model, tmp_path):
     with model.disable_prompts():
         ids = torch.randint(3, 61, (2, 5))
         assert torch.equal(stock(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("given", "change"),
+    [
+        ({}, lambda model: setattr(model.config, "pad_token_id", 7)),
+        ({"rms_norm_eps": 0.5}, lambda model: None),
+        ({}, lambda model: model.resize_token_embeddings(70)),
+    ],
+    ids=["set later", "set on loading", "resized"],
+)
+def test_a_changed_base_inside(base_of, tmp_path, given, change):
+    model = base_of("llama").tuned(ptune.AutoPTuneModelForCausalLM, **given, **settings_for("overwrite")).eval()
+    change(model)
+    model.save_pretrained(tmp_path, save_base=True)
+    loaded = ptune.AutoPTuneModelForCausalLM.from_pretrained(tmp_path)
+    assert same(state(loaded), state(model))
+    assert (loaded.config.pad_token_id, loaded.config.rms_norm_eps) == (
+        model.config.pad_token_id,
+        model.config.rms_norm_eps,
+    )
+    ids = torch.randint(3, model.config.vocab_size, (2, 5))
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    loaded.save_prompts(tmp_path / "again")
+    assert same(state(ptune.AutoPTuneModelForCausalLM.from_pretrained(tmp_path / "again")), state(model))
+    model.load_prompts(tmp_path)
+
+
+def test_a_resized_vocabulary_is_not_dropped(base_of, tmp_path):
+    model = base_of("llama").tuned(ptune.AutoPTuneModelForCausalLM, **settings_for("shallow"))
+    model.resize_token_embeddings(70)
+    with pytest.raises(ValueError, match="vocab_size: expected 61, as it was loaded, got 70"):
+        model.save_prompts(tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_base_without_a_name(tmp_path):
+    model = ptune.AutoPTuneModel.from_config(FAMILIES["llama"].config(), **settings_for("shallow"))
+    model.save_prompts(tmp_path)
+    with pytest.raises(ValueError, match="base_model: expected one"):
+        ptune.AutoPTuneModel.from_pretrained(tmp_path)
+
+
+def test_a_head_that_replaced_the_checkpoints(base_of, tmp_path, reports):
+    trained = base_of("bert").stock(transformers.AutoModelForSequenceClassification, num_labels=2)
+    trained.save_pretrained(tmp_path / "base")
+    settings = settings_for("shallow", num_labels=3, ignore_mismatched_sizes=True)
+    model = CLASSIFIER.from_pretrained(tmp_path / "base", **settings)
+    assert model.classifier.weight.requires_grad
+    model.save_prompts(tmp_path / "prompts")
+    reports.clear()
+    assert same(state(CLASSIFIER.from_pretrained(tmp_path / "prompts")), state(model))
+    assert not reports
+
+
+@pytest.fixture
+def reports():
+    """What transformers reports of what it loads."""
+    handler, records = logging.Handler(), []
+    handler.emit = records.append
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addHandler(handler)
+    transformers.logging.set_verbosity_warning()
+    yield records
+    transformers.logging.set_verbosity_error()
+    logger.removeHandler(handler)
+
+
+def test_a_head_from_the_folder_is_not_reported_as_new(base_of, tmp_path, reports):
+    base = base_of("bert")
+    base.tuned(CLASSIFIER, **settings_for("shallow")).save_prompts(tmp_path / "prompts")
+    assert "classifier.weight" in reports.pop().getMessage()
+    CLASSIFIER.from_pretrained(tmp_path / "prompts")
+    assert not reports
+    # but all else that is new is reported
+    base.stock().save_pretrained(tmp_path / "base")
+    tensors = load_file(tmp_path / "base" / WEIGHTS_NAME)
+    del tensors["encoder.layer.0.output.dense.bias"]
+    save_file(tensors, tmp_path / "base" / WEIGHTS_NAME, metadata={"format": "pt"})
+    with pytest.raises(MisfitError, match=r"only here: \['bert.encoder.layer.0.output.dense.bias'\]"):
+        CLASSIFIER.from_pretrained(tmp_path / "prompts", base_model=tmp_path / "base")
+    assert "encoder.layer.0.output.dense.bias" in reports.pop().getMessage()
+
+
+def test_what_kind_of_labels(base_of, tmp_path):
+    kind = "multi_label_classification"
+    model = base_of("bert").tuned(CLASSIFIER, num_labels=3, problem_type=kind, **settings_for("shallow"))
+    model.save_prompts(tmp_path)
+    loaded = CLASSIFIER.from_pretrained(tmp_path)
+    assert loaded.config.problem_type == kind
+    assert CLASSIFIER.from_pretrained(tmp_path, problem_type="regression").config.problem_type == "regression"
+    ids, labels = torch.randint(3, 61, (2, 5)), torch.randint(2, (2, 3)).float()
+    assert torch.equal(loaded(ids, labels=labels).loss, model.eval()(ids, labels=labels).loss)
+
+
+def test_the_bases_dtype(base_of, tmp_path):
+    model = base_of("bert").tuned(CLASSIFIER, dtype=torch.bfloat16, **settings_for("overwrite"))
+    model.save_prompts(tmp_path)
+    loaded = CLASSIFIER.from_pretrained(tmp_path)
+    assert {name: p.dtype for name, p in loaded.named_parameters()} == {
+        name: p.dtype for name, p in model.named_parameters()
+    }
+    assert same(state(loaded), state(model))
+    exact = CLASSIFIER.from_pretrained(tmp_path, dtype=torch.float32)
+    assert {p.dtype for p in exact.parameters()} == {torch.float32}
+
+
+def test_a_folder_of_before(base_of, tmp_path):
+    """One that does not say the base's dtype, nor the kind of its labels."""
+    model = base_of("bert").tuned(CLASSIFIER, **settings_for("overwrite"))
+    model.save_prompts(tmp_path)
+    edit(tmp_path, lambda c: (c.pop("problem_type"), c["base"].pop("dtype")))
+    assert same(state(CLASSIFIER.from_pretrained(tmp_path)), state(model))
 
 
 def test_base_elsewhere(base_of, tmp_path):
@@ -195,7 +309,14 @@ def test_a_misfit_says_why_and_changes_nothing(base_of, tmp_path, other, loader,
         (lambda c: c["base"].pop("name"), "name: expected"),
         (lambda c: c.update(pre_seq_len=5), r"prompt_embeddings.weight: expected \(5, 24\), got \(4, 24\)"),
         (lambda c: c.update(tuning_mode="ptune"), r"intermediate_prompt_embeddings.weight: expected nothing"),
-        (lambda c: c.update(tuning_mode="best"), "tuning_mode: expected one of"),
+        (lambda c: c.update(tuning_mode="best"), f"{CONFIG_NAME}: tuning_mode: expected one of"),
+        (lambda c: c.update(pre_seq_len=True), f"{CONFIG_NAME}: pre_seq_len: expected an int"),
+        (lambda c: c.update(prompt_init="zeros"), f"{CONFIG_NAME}: prompt_init: expected one of"),
+        (lambda c: c.update(problem_type="guess"), f"{CONFIG_NAME}: problem_type: expected one of"),
+        (lambda c: c["base"].update(dtype="int8"), f"{CONFIG_NAME}: dtype: expected one of"),
+        (lambda c: c.update(head=[3]), f"{CONFIG_NAME}: head: expected names"),
+        (lambda c: c.update(id2label={"ham": 0}), f"{CONFIG_NAME}: id2label: expected labels"),
+        (lambda c: c.update(id2label={"0": ["ham"]}), f"{CONFIG_NAME}: id2label: expected labels"),
     ],
 )
 def test_a_folder_that_was_tampered_with(base_of, tmp_path, change, error):
@@ -215,10 +336,14 @@ def test_broken_files(base_of, tmp_path):
     (tmp_path / WEIGHTS_NAME).write_bytes(weights[:50])
     with pytest.raises(ValueError, match="not a safetensors file"):
         model.load_prompts(tmp_path)
-    save_file({"prompt_embeddings.weight": torch.full((COUNT, 24), 2.0)}, tmp_path / WEIGHTS_NAME)
-    (tmp_path / CONFIG_NAME).write_text("{")
-    with pytest.raises(ValueError, match="not JSON"):
+    save_file({"prompt_embeddings.weight": torch.full((COUNT, 24), 2)}, tmp_path / WEIGHTS_NAME)
+    with pytest.raises(ValueError, match=rf"{WEIGHTS_NAME}: prompt_embeddings.weight: expected float32, got int64"):
         model.load_prompts(tmp_path)
+    save_file({"prompt_embeddings.weight": torch.full((COUNT, 24), 2.0)}, tmp_path / WEIGHTS_NAME)
+    for broken in (b"{", b'{"head": "\xff"}', b"[" * 100_000):
+        (tmp_path / CONFIG_NAME).write_bytes(broken)
+        with pytest.raises(ValueError, match=f"{CONFIG_NAME}: not JSON"):
+            model.load_prompts(tmp_path)
     with pytest.raises(FileNotFoundError):
         model.load_prompts(tmp_path / "none")
     assert not (model.prompt_embeddings.weight == 2).any()

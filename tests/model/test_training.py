@@ -91,6 +91,22 @@ def test_the_frozen_base_drops_nothing(base_of):
         assert torch.equal(model(input_ids=ids)[0], model(input_ids=ids)[0])
 
 
+def test_inside_disable_prompts_the_base_keeps_its_dropout(base_of, tmp_path):
+    """Whatever is done there; and the prompts that begin there are like any others afterwards."""
+    model = base_of("gpt2").tuned(**settings_for("overwrite")).train()
+    plan = model.prefix_plan
+    with model.disable_prompts():
+        model.init_prompts(ptune.PTuneConfig(**settings_for("overwrite")))
+        assert model.drop.p == 0.1
+        model.save_pretrained(tmp_path, save_base=True)
+        assert model.drop.p == 0.1
+        with model.disable_prompts():
+            pass
+        assert model.drop.p == 0.1
+    assert model.drop.p == 0
+    assert model.prefix_plan == plan
+
+
 def test_dropout_from_the_config(base_of, tmp_path):
     """Falcon reads its probabilities from the config at every call."""
     sizes = {"vocab_size": 61, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -124,6 +124,26 @@ def test_tensors(target, op, argument, change, words):
     assert_refused(op, arguments, ValueError, argument, words)
 
 
+ANOTHER_CLASS = [
+    ("embed_and_prepend", "embedding", torch.nn.Embedding(V, D), ("expected a tensor [V, d]", "Embedding", ".weight")),
+    *(
+        (op, "placement", 5, ("expected a Placement or None", "int"))
+        for op in ("embed_and_prepend", "prepend", "strip", "overwrite", "overwrite_", "prepend_kv")
+    ),
+    ("cast_qkv", "dtype", "bfloat16", ("expected a torch.dtype", "'bfloat16'")),
+    ("prepend_kv", "dtype", "bfloat16", ("expected a torch.dtype", "'bfloat16'")),
+]
+
+
+@on_targets
+@pytest.mark.parametrize(("op", "argument", "value", "words"), ANOTHER_CLASS)
+def test_another_class(target, op, argument, value, words):
+    with pytest.raises(TypeError) as caught:
+        getattr(ptune_kernels, op)(**good(op, target.device) | {argument: value})
+    assert str(caught.value).startswith(f"{argument}: ")
+    assert all(word in str(caught.value) for word in words)
+
+
 @on_targets
 @pytest.mark.parametrize("grad", [False, True], ids=["", "grad"])
 def test_devices(target, grad):
