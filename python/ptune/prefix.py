@@ -4,12 +4,15 @@ It equals the concat path where prompt rows never read the text: in a causal mod
 them (see `plan`).
 """
 
+from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+from torch.distributed.fsdp import FSDPModule
 from transformers import Cache, DynamicCache
 
 from ptune_kernels import Placement, prepend
@@ -130,6 +133,8 @@ class PrefixPath:
                 body(**arguments)
         finally:
             set_call(outer)
+        if torch.is_grad_enabled() and dist.is_available() and dist.is_initialized():
+            _unshard_for_backward(body, capture)
         return capture
 
     def _dtype(self) -> torch.dtype:
@@ -198,6 +203,26 @@ class PrefixedCache(Cache):
         if name == "cache":
             raise AttributeError(name)
         return getattr(self.cache, name)
+
+
+def _unshard_for_backward(body: nn.Module, capture: Capture) -> None:
+    """Gather sharded weights (FSDP2) before a gradient enters a block by its keys and values.
+
+    FSDP does so where it enters by the block's output, which is the only way that it knows.
+    """
+    owners: dict[nn.Module, FSDPModule] = {}
+    for module in body.modules():
+        if isinstance(module, FSDPModule):
+            owners |= dict.fromkeys(module.modules(), module)  # the innermost comes last
+    for attention, tensors in zip(capture.modules, capture.layers, strict=True):
+        if (owner := owners.get(attention)) is not None:
+            for tensor in tensors:
+                if tensor.requires_grad:
+                    tensor.register_hook(partial(_unshard, owner))
+
+
+def _unshard(owner: FSDPModule, grad: Tensor) -> None:
+    owner.unshard()
 
 
 def _bridge(embeds: Tensor, prefix: Prefix) -> tuple[Tensor, Prefix]:
