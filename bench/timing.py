@@ -15,9 +15,9 @@ import torch
 RESULTS = Path(__file__).with_name("results")
 
 
-def interleaved(ways: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+def interleaved(ways: dict[Any, Callable[[], Any]], rounds: int) -> dict[Any, float]:
     """Median seconds of each way; every round times all of them, so that what disturbs one disturbs the others."""
-    times: dict[str, list[float]] = {way: [] for way in ways}
+    times: dict[Any, list[float]] = {way: [] for way in ways}
     for _ in range(3):
         for run in ways.values():
             run()

@@ -59,7 +59,8 @@ class Prefix:
             device = key.device.type
             same = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else key.dtype
             key, value = key.to(same), value.to(same)
-        return prepend_kv(*self.layers[depth], key, value, placement)
+        prefix_k, prefix_v = (tensor.to(key.device) for tensor in self.layers[depth])
+        return prepend_kv(prefix_k, prefix_v, key, value, placement)
 
     def attend(
         self,

@@ -83,7 +83,7 @@ class PromptHooks:
     def before_block(
         self, block: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]] | None:
-        if (call := current_call()) is None or call.prefix:
+        if (call := current_call()) is None or call.prefix or self.model.intermediate_prompt_embeddings is None:
             return None
         hidden = args[0] if args else kwargs["hidden_states"]
         expected = (call.layout.column.shape[0], self.num_prompts + call.length)

@@ -2,7 +2,7 @@
 
 import copy
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -19,9 +19,11 @@ from .hooks import PromptHooks
 from .initialise import Tokenise, initial_prompts
 from .loading import Origin, load_model, origin_of, tokenizer_of
 from .plan import Plan, make_plan, obstacle
+from .prefix import CompiledPrefix
 from .support import check_base, device_of, find_blocks
 
 _PROMPTS = ("prompt_embeddings.weight", "intermediate_prompt_embeddings.weight")
+_COMPILED = "compiled_prefix."
 
 
 class PTuneMixin:
@@ -29,6 +31,7 @@ class PTuneMixin:
 
     Attributes:
         ptune_config: the `PTuneConfig` of the prompts.
+        compiled_prefix: a `CompiledPrefix` that was loaded in place of prompts, or ``None``.
         prompt_embeddings: `nn.Embedding` with weight [m, d], float32, or ``None``.
         intermediate_prompt_embeddings: `nn.Embedding` with weight [L·m, d], float32, row l·m + i, or ``None``.
     """
@@ -68,8 +71,10 @@ class PTuneMixin:
     def get_prompt(self: Any, batch_size: int) -> tuple[Tensor | None, Tensor | None]:
         """The prompts for a batch, ``([b, m, d], [b, L·m, d] or None)`` in the base's dtype; ``(None, None)`` without.
 
-        Their gradients are summed over the batch in float32.
+        Their gradients are summed over the batch in float32. Raises `ValueError` where a compiled prefix was loaded.
         """
+        if self.compiled_prefix is not None:
+            raise ValueError("get_prompt: a compiled prefix was loaded, which is without its prompts")
         if self.prompt_embeddings is None:
             return None, None
         dtype = self.get_input_embeddings().weight.dtype
@@ -86,7 +91,7 @@ class PTuneMixin:
     @property
     def prompts_enabled(self: Any) -> bool:
         """Whether calls bear prompt rows."""
-        return self.prompt_embeddings is not None and not self.prompts_disabled
+        return self._hooks is not None and not self.prompts_disabled
 
     @property
     def prompt_columns(self: Any) -> int:
@@ -132,8 +137,22 @@ class PTuneMixin:
         """Write prompts and head, float32, with what they fit, to ``folder``; each file atomically."""
         self.save_pretrained(folder)
 
+    def save_prefix(self: Any, folder: str | os.PathLike[str]) -> None:
+        """Write the keys and values of the prompt rows, and the head, to ``folder``: all that inference needs.
+
+        `load_prompts` and ``from_pretrained`` read it as they do a folder of prompts, but there is nothing in it to
+        train but the head. Raises `ValueError` where the prompts are not shared.
+        """
+        if self.prefix_plan.path != "prefix":
+            raise ValueError(f"save_prefix: prompts are not shared here: {self.prefix_plan.reason}")
+        with torch.no_grad(), _evaluating(self):
+            compiled = CompiledPrefix(self._hooks.prefix.prefix())
+        state = self.state_dict()
+        tensors = {name: state[name] for name in self._head} | compiled.state_dict(prefix=_COMPILED)
+        checkpoint.write(folder, self._description(self.origin), tensors)
+
     def load_prompts(self: Any, folder: str | os.PathLike[str]) -> None:
-        """Take over the prompts and head of ``folder``, with their mode and length.
+        """Take over the prompts and head of ``folder``, or what `save_prefix` wrote there, with their mode and length.
 
         Raises `ptune.checkpoint.MisfitError` where they do not fit this base, saying why; nothing is changed then.
         """
@@ -145,7 +164,8 @@ class PTuneMixin:
         with torch.no_grad():
             for name in saved["head"]:
                 self.get_parameter(name).copy_(tensors[name])
-        self._install(settings, *(tensors.get(name) for name in _PROMPTS))
+        compiled = [tensors[name] for name in _compiled_names(settings, self.config) if name in tensors]
+        self._install(settings, *(tensors.get(name) for name in _PROMPTS), compiled)
 
     def save_pretrained(
         self: Any,
@@ -175,7 +195,7 @@ class PTuneMixin:
         state = self.state_dict() if state_dict is None else state_dict
         if save_base:
             folder = os.path.join(save_directory, checkpoint.BASE_FOLDER)
-            base_state = {name: tensor for name, tensor in state.items() if name not in _PROMPTS}
+            base_state = {n: t for n, t in state.items() if n not in _PROMPTS and not n.startswith(_COMPILED)}
             with self._as_base():
                 self.save_pretrained(folder, is_main_process=is_main_process, state_dict=base_state, **kwargs)
         if is_main_process:
@@ -191,30 +211,36 @@ class PTuneMixin:
         self._disabled = 0
         self._hooks: PromptHooks | None = None
         self._dropout = FrozenDropout(self.base_model)
-        self.prompt_embeddings = self.intermediate_prompt_embeddings = None
+        self.prompt_embeddings = self.intermediate_prompt_embeddings = self.compiled_prefix = None
         if "_old_forward" in vars(self):
             # accelerate, which spreads a model over devices, kept the forward of the class it was loaded as
             self._old_forward = type(self).forward.__get__(self)
         self._set_head(head)
         self._cast_to_head()
 
-    def _install(self: Any, settings: PTuneConfig, shallow: Tensor | None, deep: Tensor | None) -> None:
-        before = self.ptune_config, *(t if t is None else t.weight.detach() for t in self._tables())
+    def _install(
+        self: Any, settings: PTuneConfig, shallow: Tensor | None, deep: Tensor | None, compiled: Sequence[Tensor] = ()
+    ) -> None:
+        tables = (t if t is None else t.weight.detach() for t in self._tables())
+        before = (self.ptune_config, *tables, () if self.compiled_prefix is None else self.compiled_prefix.tensors())
         try:
-            self._put(settings, shallow, deep)
-        except ValueError:  # prefix_sharing=True, and the check found that they cannot be shared
+            self._put(settings, shallow, deep, compiled)
+        except ValueError:  # they were to be shared, and the check found that they cannot be
             self._put(*before)
             raise
 
     def _tables(self: Any) -> tuple[nn.Embedding | None, nn.Embedding | None]:
         return self.prompt_embeddings, self.intermediate_prompt_embeddings
 
-    def _put(self: Any, settings: PTuneConfig, shallow: Tensor | None, deep: Tensor | None) -> None:
+    def _put(
+        self: Any, settings: PTuneConfig, shallow: Tensor | None, deep: Tensor | None, compiled: Sequence[Tensor]
+    ) -> None:
         if self._hooks is not None:
             self._hooks.remove()
         self.ptune_config = settings
         self.prompt_embeddings = _table(shallow, self.get_input_embeddings())
         self.intermediate_prompt_embeddings = _table(deep, self.get_input_embeddings())
+        self.compiled_prefix = CompiledPrefix.of(compiled, self.get_input_embeddings().weight) if compiled else None
         self._hooks = PromptHooks(self) if settings.tuning_mode is not None else None
         own = set(self._own_names())
         for name, parameter in self.named_parameters():
@@ -265,7 +291,8 @@ class PTuneMixin:
 
     def _own_names(self: Any) -> list[str]:
         prompts = zip(_PROMPTS, self._tables(), strict=True)
-        return [name for name, table in prompts if table is not None] + self._head
+        compiled = [] if self.compiled_prefix is None else _compiled_names(self.ptune_config, self.config)
+        return [name for name, table in prompts if table is not None] + compiled + self._head
 
     def _description(self: Any, origin: Origin) -> dict[str, Any]:
         settings = self.ptune_config
@@ -314,9 +341,14 @@ class PTuneMixin:
             reasons.append(f"labels: expected {saved['id2label']}, got {here['id2label']}")
         count, layers = saved["pre_seq_len"], saved["num_layers"]
         shapes = {name: parameters[name].shape for name in saved["head"] if name in parameters}
-        if saved["tuning_mode"] is not None:
+        names = _compiled_names(checkpoint.settings_of(saved), self.config)
+        if any(name in tensors for name in names):
+            for name in names:
+                heads, _, width = tensors[name].shape if name in tensors and tensors[name].dim() == 3 else (1, 1, 1)
+                shapes[name] = torch.Size((heads, count, width))
+        elif saved["tuning_mode"] is not None:
             shapes[_PROMPTS[0]] = torch.Size((count, saved["embedding_size"]))
-        if saved["tuning_mode"] == "deep_ptune":
+        if saved["tuning_mode"] == "deep_ptune" and _PROMPTS[0] in shapes:
             shapes[_PROMPTS[1]] = torch.Size((layers * count, saved["hidden_size"]))
         found = {name: tensor.shape for name, tensor in tensors.items() if name not in lacking}
         reasons += [
@@ -382,6 +414,12 @@ class PTuneMixin:
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
         return cls.base_class._can_set_experts_implementation()  # type: ignore[attr-defined]
+
+
+def _compiled_names(settings: PTuneConfig, config: Any) -> list[str]:
+    if settings.tuning_mode is None:
+        return []
+    return [f"{_COMPILED}{kind}_{depth}" for depth in range(config.num_hidden_layers) for kind in ("key", "value")]
 
 
 def _table(rows: Tensor | None, embedding: Any) -> nn.Embedding | None:

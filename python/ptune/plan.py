@@ -92,17 +92,19 @@ def make_plan(hooks: Any) -> Plan:
     """
     model = hooks.model
     settings, kind = model.ptune_config, model.config.model_type
-    if settings.prefix_sharing is False:
+    compiled = model.compiled_prefix is not None
+    if settings.prefix_sharing is False and not compiled:
         return Plan("concat", "prefix_sharing=False")
     reason = obstacle(model, settings)
-    if reason is None and settings.prefix_sharing == "auto" and kind not in KNOWN:
+    if reason is None and settings.prefix_sharing == "auto" and kind not in KNOWN and not compiled:
         reason = f"{kind!r} is not among the models known to share; prefix_sharing=True tries it"
     if reason is None:
         reason = _try(hooks)
     if reason is None:
         return hooks.prefix.plan
-    if settings.prefix_sharing is True:
-        raise ValueError(f"prefix_sharing: True, but {type(model).__name__} cannot share prompts: {reason}")
+    if settings.prefix_sharing is True or compiled:
+        wanted = "a compiled prefix" if compiled else "prefix_sharing: True"
+        raise ValueError(f"{wanted}, but {type(model).__name__} cannot share prompts: {reason}")
     return Plan("concat", reason)
 
 
@@ -147,7 +149,7 @@ def _agree(hooks: Any) -> str | None:
     """Compare the paths on two random rows, one of them padded; once for each kind of model and of prompts."""
     model, settings = hooks.model, hooks.model.ptune_config
     weight = model.get_input_embeddings().weight
-    if weight.is_meta:
+    if weight.is_meta or model.compiled_prefix is not None:
         return None
     described = checkpoint.fingerprint(checkpoint.base_config(model.config))
     key = (

@@ -4,6 +4,7 @@ It equals the concat path where prompt rows never read the text: in a causal mod
 them (see `plan`).
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -40,12 +41,27 @@ class PrefixPath:
 
     def serves(self, arguments: dict[str, Any], layout: Layout, text: Tensor) -> bool:
         """Whether this call takes the prefix path."""
-        plan, limit = self.plan, self.plan.limit
-        if plan.path != "prefix" or not plan.holds_for(self.body):
-            return False
-        if limit is not None and self.num_prompts + text.shape[1] > limit:
-            return False
-        return arguments.get("token_type_ids") is None or self._type(arguments, layout) is not None
+        if (reason := self._hindrance(arguments, layout, text)) is None:
+            return True
+        if self.model.compiled_prefix is not None:
+            raise ValueError(f"this call cannot be served by a compiled prefix: {reason}")
+        return False
+
+    def _hindrance(self, arguments: dict[str, Any], layout: Layout, text: Tensor) -> str | None:
+        plan, length = self.plan, self.num_prompts + text.shape[1]
+        if plan.path != "prefix":
+            return plan.reason
+        if not plan.holds_for(self.body):
+            return "the attention implementation was changed on the config; call set_attn_implementation"
+        if plan.limit is not None and length > plan.limit:
+            return f"prompt and text have {length} positions, and the rotary embedding changes after {plan.limit}"
+        if arguments.get("token_type_ids") is not None:
+            token_type = self._type(arguments, layout)
+            if token_type is None:
+                return "token_type_ids differ where the rows begin"
+            if self.model.compiled_prefix is not None and (token_type != 0 or plan.causal):
+                return "token_type_ids are not those that it was compiled with"
+        return None
 
     def enter(self, body: Any, arguments: dict[str, Any], layout: Layout, text: Tensor) -> tuple[Call, dict[str, Any]]:
         """The call, and the body's arguments for the text alone."""
@@ -83,6 +99,8 @@ class PrefixPath:
 
     def prefix(self, token_type: int | None = None) -> Prefix:
         """The keys and values of the prompt rows: compiled ones where these are kept and nothing trains, else anew."""
+        if self.model.compiled_prefix is not None:
+            return self.model.compiled_prefix.prefix()
         weights = [
             table.weight
             for table in (self.model.prompt_embeddings, self.model.intermediate_prompt_embeddings)
@@ -90,7 +108,8 @@ class PrefixPath:
         ]
         if not self.keep_compiled or (torch.is_grad_enabled() and any(w.requires_grad for w in weights)):
             return self._capture(token_type).prefix()
-        state = (token_type, self._dtype(), torch.is_autocast_enabled(weights[0].device.type), weights[0].device)
+        dtype = self.body.get_input_embeddings().weight.dtype
+        state = (token_type, dtype, torch.is_autocast_enabled(weights[0].device.type), weights[0].device)
         stamp = (*state, *((w.data_ptr(), w._version) for w in weights))
         if self._compiled is None or self._compiled[0] != stamp:
             # not inference tensors: they may be read where gradients are enabled
@@ -107,9 +126,12 @@ class PrefixPath:
 
     def _capture(self, token_type: int | None) -> Capture:
         body, count = self.body, self.num_prompts
-        prompts = self.model.prompt_embeddings.weight
-        device = prompts.device
-        none = torch.empty(1, 0, prompts.shape[1], dtype=self._dtype(), device=device)
+        weight = body.get_input_embeddings().weight
+        device = weight.device
+        none = torch.empty(1, 0, weight.shape[1], dtype=weight.dtype, device=device)
+        table = self.model.prompt_embeddings
+        # where a compiled prefix was loaded, rows are run to find the attentions alone
+        prompts = torch.zeros(count, weight.shape[1], device=device) if table is None else table.weight
         settings = self.model.ptune_config
         capture = Capture(overwritten=settings.deep and settings.deep_prompt_mode == "overwrite")
         arguments: dict[str, Any] = {
@@ -136,9 +158,6 @@ class PrefixPath:
         if torch.is_grad_enabled() and dist.is_available() and dist.is_initialized():
             _unshard_for_backward(body, capture)
         return capture
-
-    def _dtype(self) -> torch.dtype:
-        return self.body.get_input_embeddings().weight.dtype
 
     def _type(self, arguments: dict[str, Any], layout: Layout) -> int | None:
         """The token type of prompt rows, where it is given and the same in every row of the batch."""
@@ -175,6 +194,31 @@ class PrefixPath:
             # a training step has no use for one
             wanted = getattr(body.config, "use_cache", False) and not (torch.is_grad_enabled() and body.training)
         return DynamicCache(config=body.config) if wanted and self.plan.causal else None
+
+
+class CompiledPrefix(nn.Module):
+    """The keys and values of prompt rows, as buffers ``key_l`` and ``value_l`` [h, m, head_dim] of each layer l."""
+
+    def __init__(self, prefix: Prefix) -> None:
+        super().__init__()
+        self.num_layers = len(prefix.layers)
+        for depth, (key, value) in enumerate(prefix.layers):
+            self.register_buffer(f"key_{depth}", key)
+            self.register_buffer(f"value_{depth}", value)
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor], like: Tensor) -> "CompiledPrefix":
+        """From what `tensors` returns, where ``like`` lies and in its dtype."""
+        moved = [tensor.to(like.device, like.dtype) for tensor in tensors]
+        return cls(Prefix(list(zip(moved[::2], moved[1::2], strict=True))))
+
+    def tensors(self) -> list[Tensor]:
+        """The key of layer 0, its value, the key of layer 1, …"""
+        return [getattr(self, f"{kind}_{depth}") for depth in range(self.num_layers) for kind in ("key", "value")]
+
+    def prefix(self) -> Prefix:
+        tensors = self.tensors()
+        return Prefix(list(zip(tensors[::2], tensors[1::2], strict=True)))
 
 
 class PrefixedCache(Cache):

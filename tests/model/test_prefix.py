@@ -275,3 +275,66 @@ class TestCompiledPrompts:
         model = base_of("bert").tuned(**settings_for("shallow"))
         with pytest.raises(ValueError, match="compile_prompts: prompts are not shared here: in an encoder"):
             model.compile_prompts()
+
+
+class TestSavedPrefix:
+    """`save_prefix`: a folder that needs no prompts."""
+
+    @pytest.mark.parametrize(("name", "task", "mode"), [
+        ("gemma3", "generation", "add"), ("gpt2", "classification", "shallow"), ("bert", "tagging", "overwrite"),
+    ])  # fmt: skip
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+    def test_serves_as_the_prompts_did(self, tuned, tmp_path, name, task, mode, dtype):
+        model = tuned(name, task, mode, dtype=dtype).eval()
+        inputs = batch("left", task, model.config.pad_token_id)
+        del inputs["labels"]
+        model.save_prefix(tmp_path)
+        loaded = LOADERS[task].from_pretrained(tmp_path).eval()
+        assert loaded.prompt_embeddings is loaded.intermediate_prompt_embeddings is None
+        assert {n for n, p in loaded.named_parameters() if p.requires_grad} == set(model._head)
+        with torch.no_grad():
+            assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+        if task == "generation":
+            how = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, **inputs}
+            assert torch.equal(loaded.generate(**how), model.generate(**how))
+        with loaded.disable_prompts(), model.disable_prompts(), torch.no_grad():
+            assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+        # saved again, and moved
+        loaded.save_pretrained(tmp_path / "again")
+        again = LOADERS[task].from_pretrained(tmp_path / "again").double()
+        assert again.compiled_prefix.key_0.dtype == torch.float64
+        assert all(
+            torch.equal(a, b.to(a.dtype))
+            for a, b in zip(again.compiled_prefix.tensors(), loaded.compiled_prefix.tensors(), strict=True)
+        )
+
+    def test_prompts_take_its_place_and_it_theirs(self, tuned, tmp_path):
+        model = tuned("llama", "generation", "overwrite").eval()
+        ids = torch.randint(3, VOCABULARY, (2, 5))
+        with torch.no_grad():
+            expected = model(ids).logits
+            model.save_prefix(tmp_path / "prefix")
+            model.save_prompts(tmp_path / "prompts")
+            for folder in ("prefix", "prompts", "prefix"):
+                model.init_prompts(ptune.PTuneConfig(**settings_for("shallow", count=2)))
+                model.load_prompts(tmp_path / folder)
+                assert (model.compiled_prefix is None) == (folder == "prompts")
+                assert torch.equal(model(ids).logits, expected)
+
+    def test_refuses_what_it_cannot_serve(self, tuned, base_of, tmp_path):
+        model = tuned("bert", "tagging", "overwrite")
+        model.save_prefix(tmp_path)
+        loaded = LOADERS["tagging"].from_pretrained(tmp_path)
+        ids = torch.randint(3, VOCABULARY, (2, 5))
+        zeros = torch.zeros_like(ids)
+        assert torch.equal(loaded(ids, token_type_ids=zeros).logits, loaded(ids).logits)
+        with pytest.raises(ValueError, match="cannot be served by a compiled prefix: token_type_ids are not those"):
+            loaded(ids, token_type_ids=zeros + 1)
+        with pytest.raises(ValueError, match="get_prompt: a compiled prefix was loaded"):
+            loaded.get_prompt(2)
+        with pytest.raises(ptune.checkpoint.MisfitError, match="do not fit"):
+            base_of("electra").tuned(LOADERS["tagging"], num_labels=3).load_prompts(tmp_path)
+        alone = base_of("bert").tuned(**settings_for("shallow"))
+        with pytest.raises(ValueError, match="save_prefix: prompts are not shared here"):
+            alone.save_prefix(tmp_path / "none")
+        assert not (tmp_path / "none").exists()
