@@ -9,7 +9,6 @@ how much a process that trains grows.
 import argparse
 import datetime
 import multiprocessing
-import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -113,10 +112,16 @@ def growth(side: str, mode: str, point: tuple[int, int, int], threads: int, answ
     rows, length, size = point
     model = ours(mode, rows) if side == "ours" else theirs(mode, rows)
     run = step(model, batch(length, size))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = resident("VmRSS")
     for _ in range(3):
         run()
-    answer.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    answer.put(resident("VmHWM") - before)
+
+
+def resident(name: str) -> int:
+    """KiB that this process holds (``VmRSS``), or held at most (``VmHWM``)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
 def grown(*arguments: Any) -> int:

@@ -6,14 +6,12 @@ travels as the keyword argument ``ptune_prefix`` through the model's own forward
 
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
-from torch.overrides import TorchFunctionMode
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -76,65 +74,6 @@ class Prefix:
         if stock is ALL_ATTENTION_FUNCTIONS["sdpa"]:
             stock = _sdpa
         return stock(module, query, key, value, mask, **kwargs)
-
-
-class Capture:
-    """Takes what `Prefix` holds from prompt rows that run alone, as a batch of one.
-
-    Where every block overwrites its prompt rows (``overwritten``), what a block makes of them after its keys and values
-    is lost, and is not computed: `before_block` to `attend` is all that runs.
-    """
-
-    def __init__(self, overwritten: bool) -> None:
-        self.overwritten = overwritten
-        self.modules: list[nn.Module] = []
-        self.layers: list[tuple[Tensor, Tensor]] = []
-        self.lost = False
-
-    def prefix(self) -> Prefix:
-        return Prefix(self.layers)
-
-    def before_block(self, hidden: Tensor) -> Tensor:
-        """The input of a block, without the graph of what it is about to lose."""
-        self.lost = False
-        return hidden.detach() if self.overwritten and self.layers else hidden
-
-    def attend(
-        self,
-        stock: Callable[..., Any],
-        module: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Any,
-        **kwargs: Any,
-    ) -> Any:
-        self.modules.append(module)
-        self.layers.append((key[0], value[0]))
-        if not self.overwritten:
-            return stock(module, query, key, value, mask, **kwargs)
-        self.lost = True
-        return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
-
-    def skipping(self) -> AbstractContextManager[Any]:
-        """Within it, matrices are not multiplied for rows that are lost; a compiler finds out by itself."""
-        if not self.overwritten or torch.compiler.is_compiling():
-            return nullcontext()
-        return _SkipLost(self)
-
-
-class _SkipLost(TorchFunctionMode):
-    def __init__(self, capture: Capture) -> None:
-        super().__init__()
-        self.capture = capture
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
-        if self.capture.lost and not kwargs:
-            if func is nn.functional.linear:
-                return args[0].new_zeros(*args[0].shape[:-1], args[1].shape[0])
-            if func is torch.addmm:
-                return args[1].new_zeros(args[1].shape[0], args[2].shape[1])
-        return func(*args, **(kwargs or {}))
 
 
 def _attention(

@@ -93,10 +93,11 @@ class PromptHooks:
                 f"got {tuple(hidden.shape)}"
             )
         if call.capture is not None:
-            hidden = call.capture.before_block(hidden)
-        # read from the leaf: a recomputing checkpoint must see the parameter, not a view made outside it
-        rows = slice(call.depth * self.num_prompts, (call.depth + 1) * self.num_prompts)
-        prompts = self.model.intermediate_prompt_embeddings.weight[rows]
+            hidden, prompts = call.capture.before_block(hidden), call.capture.deep[call.depth]
+        else:
+            # read from the leaf: a recomputing checkpoint must see the parameter, not a view made outside it
+            rows = slice(call.depth * self.num_prompts, (call.depth + 1) * self.num_prompts)
+            prompts = self.model.intermediate_prompt_embeddings.weight[rows]
         mode = "add" if call.depth == 0 else self.model.ptune_config.deep_prompt_mode
         call.depth += 1
         hidden = overwrite(hidden, matching(prompts, hidden), call.placement, mode)

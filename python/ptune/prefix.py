@@ -18,8 +18,9 @@ from transformers import Cache, DynamicCache
 
 from ptune_kernels import Placement, prepend
 
-from .attention import KEYWORD, Capture, Prefix
+from .attention import KEYWORD, Prefix
 from .call import Call, current_call, set_call
+from .capture import Capture
 from .concat import matching
 from .layout import Layout, positions_of
 from .plan import Plan
@@ -119,12 +120,15 @@ class PrefixPath:
 
     def discover(self) -> list[nn.Module]:
         """The attentions that prompt rows pass, which are given their number in that order."""
-        modules = self._capture(None).modules
+        with torch.enable_grad():
+            capture = self._capture(None, probing=True)
+            capture.mark_unread()
+        modules = capture.modules
         for depth, module in enumerate(modules):
             vars(module)["ptune_depth"] = depth
         return modules
 
-    def _capture(self, token_type: int | None) -> Capture:
+    def _capture(self, token_type: int | None, probing: bool = False) -> Capture:
         body, count = self.body, self.num_prompts
         weight = body.get_input_embeddings().weight
         device = weight.device
@@ -132,8 +136,11 @@ class PrefixPath:
         table = self.model.prompt_embeddings
         # where a compiled prefix was loaded, rows are run to find the attentions alone
         prompts = torch.zeros(count, weight.shape[1], device=device) if table is None else table.weight
-        settings = self.model.ptune_config
-        capture = Capture(overwritten=settings.deep and settings.deep_prompt_mode == "overwrite")
+        layers = self.model.intermediate_prompt_embeddings
+        deep = () if layers is None else layers.weight.view(-1, count, layers.weight.shape[1]).unbind(0)
+        capture = Capture(deep, bool(deep) and self.model.ptune_config.deep_prompt_mode == "overwrite")
+        if probing:
+            capture.products = []
         arguments: dict[str, Any] = {
             "inputs_embeds": prepend(matching(prompts, none), none),
             "attention_mask": torch.ones(1, count, dtype=torch.long, device=device),
