@@ -13,6 +13,7 @@ import datetime
 import platform
 import random
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,13 +34,20 @@ from ptune.train import evaluate, fit
 
 PRE_SEQ_LEN = 16
 MAX_LENGTH = 64
-METHODS = {"head only": None, "shallow prompts": "ptune", "deep prompts": "deep_ptune", "full fine-tuning": "full"}
+UNSHARED = "deep prompts, with every row"
+METHODS = {
+    "head only": None,
+    "shallow prompts": "ptune",
+    "deep prompts": "deep_ptune",
+    UNSHARED: "deep_ptune",
+    "full fine-tuning": "full",
+}
 FULL = {
     "classification": AutoModelForSequenceClassification,
     "tagging": AutoModelForTokenClassification,
 }
 FULL_LEARNING_RATE = 1e-4
-FIELDS = ("data", "method", "seed", "metric", "value", "trained_parameters", "steps")
+FIELDS = ("data", "method", "seed", "metric", "value", "trained_parameters", "steps", "seconds")
 
 
 @dataclass(frozen=True)
@@ -86,9 +94,19 @@ def run(name: str, method: str, seed: int, data: Path) -> dict[str, Any]:
         model, rate = FULL[benchmark.task].from_pretrained(base, num_labels=len(labels)), FULL_LEARNING_RATE
     else:
         texts = [task.text_of(example) for example in train]
-        model = new_model(benchmark.task, base, labels, tuning_mode=mode, pre_seq_len=PRE_SEQ_LEN, init_text=texts)
+        model = new_model(
+            benchmark.task,
+            base,
+            labels,
+            tuning_mode=mode,
+            pre_seq_len=PRE_SEQ_LEN,
+            init_text=texts,
+            prefix_sharing=False if method == UNSHARED else "auto",
+        )
         rate = LEARNING_RATES[mode]
+    begin = time.perf_counter()
     fit(model, task, train, steps=benchmark.steps, learning_rate=rate, seed=seed, quiet=True)
+    seconds = time.perf_counter() - begin
     return {
         "data": name,
         "method": method,
@@ -97,6 +115,7 @@ def run(name: str, method: str, seed: int, data: Path) -> dict[str, Any]:
         "value": evaluate(model, task, test)[benchmark.metric],
         "trained_parameters": model.num_parameters(only_trainable=True),
         "steps": benchmark.steps,
+        "seconds": seconds,
     }
 
 
@@ -117,6 +136,16 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def speed(rows: Sequence[dict[str, Any]]) -> str:
+    """How much faster deep prompts train where they are shared, which the runs before and after each other tell."""
+    sentences = []
+    for name in BENCHMARKS:
+        times = {(row["method"], row["seed"]): row["seconds"] for row in rows if row["data"] == name}
+        ratios = [times[UNSHARED, seed] / times["deep prompts", seed] for method, seed in times if method == UNSHARED]
+        sentences.append(f"{name} {statistics.median(ratios):.2f} times")
+    return f"Deep prompts train faster shared than run with every row: {', '.join(sentences)} (medians).\n"
+
+
 def read_rows(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
@@ -126,6 +155,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
             | {
                 "seed": int(row["seed"]),
                 "value": float(row["value"]),
+                "seconds": float(row["seconds"]),
                 "trained_parameters": int(row["trained_parameters"]),
             }
             for row in csv.DictReader(file)
@@ -169,8 +199,9 @@ def main() -> None:
         f"{len(arguments.seeds)} seeds, mean ± standard deviation (range); {date}, torch {torch.__version__}, "
         f"{torch.get_num_threads()} threads, {platform.machine()}.\n\n"
     )
-    (arguments.out / f"quality-{date}.md").write_text(note + table(rows), encoding="utf-8")
-    print(note + table(rows))
+    report = note + table(rows) + "\n" + speed(rows)
+    (arguments.out / f"quality-{date}.md").write_text(report, encoding="utf-8")
+    print(report)
 
 
 if __name__ == "__main__":

@@ -89,14 +89,16 @@ class PrefixPath:
             arguments["past_key_values"] = None
         if "use_cache" in self.parameters:
             arguments["use_cache"] = False
-        call.injected, call.padded = self.num_prompts, layout.padded
-        call.columns = layout.columns_of_keys(length)
+        call.injected, call.padded = self.num_prompts, layout.padded and _holds_padding(arguments["attention_mask"])
+        call.columns = layout.columns_of_keys(length) if call.padded else None
         return call, arguments | {KEYWORD: prefix}
 
     def leave(self, call: Call, output: Any) -> None:
-        """Give the caller the cache that was given."""
+        """Give the caller the cache that was given, and attentions by the columns that the concat path has."""
         if call.cache is not None and output.get("past_key_values") is not None:
             output["past_key_values"] = call.cache
+        if call.columns is not None and (attentions := output.get("attentions")) is not None:
+            output["attentions"] = tuple(a if a is None else _in_columns(a, call.columns) for a in attentions)
 
     def prefix(self, token_type: int | None = None) -> Prefix:
         """The keys and values of the prompt rows: compiled ones where these are kept and nothing trains, else anew."""
@@ -201,6 +203,17 @@ class PrefixPath:
             # a training step has no use for one
             wanted = getattr(body.config, "use_cache", False) and not (torch.is_grad_enabled() and body.training)
         return DynamicCache(config=body.config) if wanted and self.plan.causal else None
+
+
+def _holds_padding(mask: Tensor) -> bool:
+    """Whether any token is masked; taken for granted where a compiler cannot know."""
+    return torch.compiler.is_compiling() or not bool(mask.all())
+
+
+def _in_columns(attention: Tensor, columns: Tensor) -> Tensor:
+    """[b, h, n, m + n], its keys in the order of ``[prefix ; text]``, by ``columns`` [b, m + n]."""
+    index = columns[:, None, None].expand_as(attention)
+    return torch.zeros_like(attention).scatter(3, index, attention)
 
 
 class CompiledPrefix(nn.Module):

@@ -87,17 +87,20 @@ def test_half_precision_errs_no_more_than_twice_torch(base_of, name, dtype, shar
     assert ours.mean() <= 2 * torchs.mean()
 
 
+@pytest.mark.parametrize("cached", [True, False], ids=["cached", "uncached"])
+@pytest.mark.parametrize("mode", ["overwrite", "add"])
 @pytest.mark.parametrize("name", ["llama", "mistral", "bert", "modernbert"])
-def test_eager_attention_records_text_queries(base_of, name):
+def test_eager_attention_records_text_queries(base_of, name, mode, cached):
     """Attentions have the text's queries only, over all keys: prompt columns included."""
     base = base_of(name)
     stock, model = (
-        make(attn_implementation="eager", **kw) for make, kw in ((base.stock, {}), (base.tuned, settings_for("add")))
+        make(attn_implementation="eager", **kw) for make, kw in ((base.stock, {}), (base.tuned, settings_for(mode)))
     )
+    how = {"use_cache": cached} if base.family.causal else {}
     assert model.config._attn_implementation in ("eager", "ptune_eager")
-    prompt, texts = set_prompts(model, "add"), texts_for("left")
+    prompt, texts = set_prompts(model, mode), texts_for("left")
     ids, mask = pad(texts, "left", 0)
-    output = model(input_ids=ids, attention_mask=mask, output_attentions=True)
+    output = model(input_ids=ids, attention_mask=mask, output_attentions=True, **how)
     for row, text in enumerate(texts):
         expected = run_row(stock, base.family.blocks(stock), prompt, text, output_attentions=True).output.attentions
         for got, whole in zip(output.attentions, expected, strict=True):

@@ -96,6 +96,7 @@ def test_completions_end_where_positions_do(tiny_gpt2, caplog, rows):
     prompts = {"tuning_mode": "ptune", "pre_seq_len": rows} if rows else {}
     model = AutoPTuneModelForCausalLM.from_pretrained(tiny_gpt2, **prompts)
     task = Generation(word_tokenizer("[CLS] $A"), positions - rows)
+    caplog.clear()
     texts = ["red", "the good red one", "two", "three", " ".join(["bad"] * (positions - rows - 2))]
     words_only = {"suppress_tokens": [PAD, UNK, CLS, SEP]}
     answers = list(task.predict(model, texts, 12, **words_only))
