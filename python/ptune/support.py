@@ -127,6 +127,8 @@ def check_inputs(arguments: dict[str, Any], parameters: tuple[str, ...]) -> None
             continue
         if value.shape[:2] == size or name == "lengths":
             raise NotImplementedError(f"{name}: not supported, because it describes the text, and not the prompt")
+    if arguments.get("adapter_names") is not None:
+        raise NotImplementedError("adapter_names: not supported; all rows of a batch have the model's one prompt")
     packed = [name for name in arguments if name.startswith("cu_seq_lens") and arguments[name] is not None]
     if packed:
         raise NotImplementedError(

@@ -230,3 +230,10 @@ def test_pushing_to_a_hub(base_of, tmp_path):
     with pytest.raises(ValueError, match="push_to_hub: expected False"):
         base_of("llama").tuned(**settings_for("shallow")).save_pretrained(tmp_path, push_to_hub=True)
     assert not any(tmp_path.iterdir())
+
+
+def test_prompts_by_row_are_refused(base_of):
+    """PEFT takes ``adapter_names=`` and gives every row the same prompt."""
+    model = base_of("llama").tuned(**settings_for("shallow"))
+    with pytest.raises(NotImplementedError, match="adapter_names: not supported"):
+        model(torch.randint(3, 61, (2, 5)), adapter_names=["one", "two"])
