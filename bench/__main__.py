@@ -1,7 +1,5 @@
 """``python -m bench``: every case of `bench.cases`, interleaved, as one dated table and picture in bench/results/."""
 
-import argparse
-import datetime
 from functools import partial
 from pathlib import Path
 
@@ -10,8 +8,8 @@ import torch
 
 import ptune_kernels
 
-from .cases import OURS, THREADS, cases
-from .timing import RESULTS, about, interleaved, write_table
+from .cases import OURS, cases
+from .timing import interleaved, options, report
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -33,27 +31,20 @@ def draw(rows: list[dict[str, str]], path: Path, title: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("--threads", type=int, default=THREADS)
-    parser.add_argument("--rounds", type=int, default=100)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the table and the picture")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    chosen = options("python -m bench", __doc__, 100)
     torch.manual_seed(0)
 
     rows: list[dict[str, str]] = []
     for case in cases():
         case.check()
-        medians = interleaved({way: partial(case.run, way) for way in case.ways}, options.rounds)
+        medians = interleaved({way: partial(case.run, way) for way in case.ways}, chosen.rounds)
         for way, seconds in medians.items():
             row = {"case": case.name, "way": way, "ms": f"{seconds * 1e3:.3f}", RATIO: f"{seconds / medians[OURS]:.2f}"}
             print(f"{row['case']:<38} {way:<26} {row['ms']:>9} ms {row[RATIO]:>7}")
             rows.append(row)
 
-    line = about(options.threads, f"{ptune_kernels.backend_for('cpu')} backend", options.rounds)
-    table = write_table(options.out / f"ops-cpu-{datetime.date.today().isoformat()}.csv", line, rows)
+    table, line = report(chosen, "ops", f"{ptune_kernels.backend_for('cpu')} backend", rows)
     draw(rows, table.with_suffix(".png"), line.replace("medians", "\nmedians"))
-    print(f"{line}\n{table}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from torch.nn import functional as F
 
 import ptune_kernels as ops
 
-THREADS = 2
 BATCH, LENGTH, PROMPT, WIDTH, VOCABULARY, HEADS = 8, 128, 16, 4096, 32000, 32
 DTYPE = torch.bfloat16
 OURS, COPY = "ours", "clone"

@@ -4,18 +4,14 @@ Time to the first token is that of ``generate`` with one new token; time per tok
 same prompt, texts and tokens on both sides.
 """
 
-import argparse
-import datetime
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import peft
 import torch
 import transformers
 
-from .cases import THREADS
-from .timing import RESULTS, about, interleaved, write_table
+from .timing import interleaved, options, report
 from .train_step import VOCABULARY, ours, theirs
 
 ROWS, NEW = 100, 33
@@ -45,12 +41,7 @@ def run(model: Any, ids: torch.Tensor, new: int) -> torch.Tensor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.generate", description=__doc__)
-    parser.add_argument("--threads", type=int, default=THREADS)
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the table")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    chosen = options("python -m bench.generate", __doc__, 10)
 
     mine, other = ours("ptune", ROWS).eval(), theirs("ptune", ROWS).eval()
     with torch.no_grad():
@@ -67,7 +58,7 @@ def main() -> None:
             (side, new): partial(run, model, ids, new) for side, model in (("ours", mine), ("peft", other))
             for new in (1, NEW)
         }  # fmt: skip
-        seconds = interleaved(ways, options.rounds)
+        seconds = interleaved(ways, chosen.rounds)
         first = {side: seconds[side, 1] for side in ("ours", "peft")}
         each = {side: (seconds[side, NEW] - first[side]) / (NEW - 1) for side in first}
         row = {"m": str(ROWS), "n": str(length), "b": str(size)}
@@ -76,9 +67,7 @@ def main() -> None:
             row[f"{name}, faster"] = f"{times['peft'] / times['ours']:.2f}"
         print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
         table.append(row)
-    line = about(options.threads, f"peft {peft.__version__}, transformers {transformers.__version__}", options.rounds)
-    path = options.out / f"generate-cpu-{datetime.date.today().isoformat()}.csv"
-    print(f"{line}\n{write_table(path, line, table)}")
+    report(chosen, "generate", f"peft {peft.__version__}, transformers {transformers.__version__}", table)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from .cases import THREADS, cases
+from .cases import cases
+from .timing import THREADS
 
 CASES = {case.name: case for case in cases()}
 

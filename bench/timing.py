@@ -1,5 +1,6 @@
 """How the benchmarks time and report."""
 
+import argparse
 import csv
 import datetime
 import gc
@@ -13,6 +14,18 @@ from typing import Any
 import torch
 
 RESULTS = Path(__file__).with_name("results")
+THREADS = 2
+
+
+def options(program: str, about: str | None, rounds: int) -> argparse.Namespace:
+    """The command line that the benchmarks share; torch then has its threads."""
+    parser = argparse.ArgumentParser(prog=program, description=about)
+    parser.add_argument("--threads", type=int, default=THREADS)
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
+    chosen = parser.parse_args()
+    torch.set_num_threads(chosen.threads)
+    return chosen
 
 
 def interleaved(ways: dict[Any, Callable[[], Any]], rounds: int) -> dict[Any, float]:
@@ -33,22 +46,21 @@ def interleaved(ways: dict[Any, Callable[[], Any]], rounds: int) -> dict[Any, fl
     return {way: statistics.median(taken) for way, taken in times.items()}
 
 
-def about(threads: int, what: str, rounds: int) -> str:
-    """Where and how a table was made."""
+def report(chosen: argparse.Namespace, name: str, what: str, rows: list[dict[str, str]]) -> tuple[Path, str]:
+    """Write ``name``-cpu-DATE.csv, under a comment that says where and how it was made; return its path and that."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return (
-        f"{names[0] if names else platform.processor()}, {threads} threads, torch {torch.__version__}, {what}, "
-        f"medians of {rounds} interleaved rounds, {datetime.date.today().isoformat()}"
+    date = datetime.date.today().isoformat()
+    about = (
+        f"{names[0] if names else platform.processor()}, {chosen.threads} threads, torch {torch.__version__}, {what}, "
+        f"medians of {chosen.rounds} interleaved rounds, {date}"
     )
-
-
-def write_table(path: Path, line: str, rows: list[dict[str, str]]) -> Path:
-    """Write ``rows`` as CSV under a comment, and return ``path``."""
+    path = chosen.out / f"{name}-cpu-{date}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
-        file.write(f"# {line}\n")
+        file.write(f"# {about}\n")
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()
         writer.writerows(rows)
-    return path
+    print(f"{about}\n{path}")
+    return path, about

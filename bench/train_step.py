@@ -6,8 +6,6 @@ sharing over that with it: b(m + n) / (m + bn). Saved is the memory that a forwa
 how much a process that trains grows.
 """
 
-import argparse
-import datetime
 import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
@@ -19,8 +17,7 @@ import transformers
 
 import ptune
 
-from .cases import THREADS
-from .timing import RESULTS, about, interleaved, write_table
+from .timing import interleaved, options, report
 
 POINTS = ((20, 128, 8), (100, 32, 16), (100, 128, 8), (200, 64, 16))
 VOCABULARY = 2048
@@ -135,12 +132,7 @@ def grown(*arguments: Any) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.train_step", description=__doc__)
-    parser.add_argument("--threads", type=int, default=THREADS)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the table")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    chosen = options("python -m bench.train_step", __doc__, 15)
 
     table: list[dict[str, str]] = []
     for mode, name in PAIRS.items():
@@ -149,9 +141,9 @@ def main() -> None:
             inputs = batch(length, size)
             model, other = ours(mode, rows).train(), theirs(mode, rows).train()
             check(mode, model, other, inputs)
-            seconds = interleaved({"ours": step(model, inputs), "peft": step(other, inputs)}, options.rounds)
+            seconds = interleaved({"ours": step(model, inputs), "peft": step(other, inputs)}, chosen.rounds)
             kept = saved(other, inputs) / saved(model, inputs)
-            rss = [grown(side, mode, point, options.threads) for side in ("peft", "ours")]
+            rss = [grown(side, mode, point, chosen.threads) for side in ("peft", "ours")]
             bound = size * (rows + length) / (rows + size * length)
             line = {
                 "beside": name, "m": str(rows), "n": str(length), "b": str(size), "B": f"{bound:.2f}",
@@ -161,9 +153,7 @@ def main() -> None:
             }  # fmt: skip
             print("  ".join(f"{key} {value}" for key, value in line.items()), flush=True)
             table.append(line)
-    line = about(options.threads, f"peft {peft.__version__}, transformers {transformers.__version__}", options.rounds)
-    path = options.out / f"train-step-cpu-{datetime.date.today().isoformat()}.csv"
-    print(f"{line}\n{write_table(path, line, table)}")
+    report(chosen, "train-step", f"peft {peft.__version__}, transformers {transformers.__version__}", table)
 
 
 if __name__ == "__main__":
