@@ -24,16 +24,24 @@ def sharing(request):
     return request.param
 
 
+@pytest.fixture(params=[True, False], ids=["cached", "uncached"])
+def how(request, pair):
+    """Prompt rows go through the cache, or, as in training, through the attention."""
+    if not pair[0].causal:
+        return {} if request.param else pytest.skip("an encoder has no cache")
+    return {"use_cache": request.param}
+
+
 @pytest.mark.parametrize("padding", PADDINGS)
 @pytest.mark.parametrize("mode", MODES)
-def test_states_and_gradients(pair, mode, padding, sharing):
+def test_states_and_gradients(pair, mode, padding, sharing, how):
     family, stock, model = pair
     prompt, texts = set_prompts(model, mode, prefix_sharing=sharing), texts_for(padding)
     if sharing and model.prefix_plan.path == "concat":
         pytest.skip(f"nothing is shared: {model.prefix_plan.reason}")
     ids, mask = pad(texts, padding, model.config.pad_token_id)
     expected = [run_row(stock, family.blocks(stock), prompt, text).states for text in texts]
-    output = model(input_ids=ids, attention_mask=mask, output_hidden_states=True)
+    output = model(input_ids=ids, attention_mask=mask, output_hidden_states=True, **how)
 
     assert len(output.hidden_states) == LAYERS + 1
     # what is recorded last lies before or after the last norm, as the family has it: the body's output stands for it

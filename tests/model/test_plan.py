@@ -50,9 +50,9 @@ def tiny(kind, mode="add", **rest):
     return ptune.AutoPTuneModel.from_config(config, **settings_for(mode, **rest)).eval()
 
 
-def gradients(model, ids, mask, weights):
+def gradients(model, ids, mask, weights, **how):
     model.zero_grad()
-    states = model(input_ids=ids, attention_mask=mask).last_hidden_state
+    states = model(input_ids=ids, attention_mask=mask, **how).last_hidden_state
     (states * weights).sum().backward()
     tables = (model.prompt_embeddings, model.intermediate_prompt_embeddings)
     return states[weights.bool().any(-1)].detach(), [table.weight.grad.clone() for table in tables]
@@ -69,7 +69,8 @@ def test_known_models_share_and_agree_with_concat(kind):
         for padding in ("left", "right"):
             ids, mask = pad(texts, padding, model.config.pad_token_id)
             weights = torch.randn(*ids.shape, 32) * mask[..., None]
-            shared, own = gradients(model, ids, mask, weights)
+            how = {"use_cache": padding == "right"} if model.prefix_plan.causal else {}
+            shared, own = gradients(model, ids, mask, weights, **how)
             model._hooks.prefix.plan.path = "concat"
             whole, expected = gradients(model, ids, mask, weights)
             model._hooks.prefix.plan.path = "prefix"

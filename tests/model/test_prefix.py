@@ -68,7 +68,10 @@ def tuned(base_of):
             pytest.skip("prompt rows of an encoder read the text")
         assert model.prefix_plan.path == "prefix", model.prefix_plan.reason
         set_prompts(model, mode)
-        return model
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):  # the head's own
+                module.p = 0.0
+        return model.train()
 
     return make
 
@@ -114,7 +117,7 @@ def test_gradients_accumulate(tuned):
     expected = [outcome(model, inputs, "concat")[1] for inputs in batches]
     for recompute in (False, True):
         if recompute:
-            model.train().gradient_checkpointing_enable({"use_reentrant": True})
+            model.gradient_checkpointing_enable({"use_reentrant": True})
         plan(model, "prefix")
         model.zero_grad()
         for inputs in batches:
@@ -125,7 +128,7 @@ def test_gradients_accumulate(tuned):
 
 
 def test_one_graph_can_be_run_backward_twice(tuned):
-    model = tuned("llama", "generation", "overwrite").train()
+    model = tuned("llama", "generation", "overwrite")
     model.gradient_checkpointing_enable({"use_reentrant": False})
     loss = model(**batch("right", "generation", 0)).loss
     loss.backward(retain_graph=True)
@@ -150,10 +153,7 @@ def test_autocast(tuned, name):
 @pytest.mark.parametrize("name", ["llama", "gemma3", "bert"])
 def test_compiled_training_step(tuned, name):
     task = "classification" if name == "bert" else "generation"
-    model = tuned(name, task, "overwrite").train()
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):  # the head's own
-            module.p = 0.0
+    model = tuned(name, task, "overwrite")
     torch.compiler.reset()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     inputs = batch("right", task, 0)
