@@ -30,6 +30,7 @@ class Capture:
         self.modules: list[nn.Module] = []
         self.layers: list[tuple[Tensor, Tensor]] = []
         self.products: list[tuple[Tensor, Tensor]] | None = None
+        self.marked = False
         self.lost = False
 
     def prefix(self) -> Prefix:
@@ -85,7 +86,7 @@ class _SkipUnread(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         capture = self.capture
         if func is nn.functional.linear and not kwargs:
-            if capture.lost or (capture.products is None and getattr(args[1], _UNREAD, False)):
+            if capture.lost or (capture.marked and capture.products is None and getattr(args[1], _UNREAD, False)):
                 return args[0].new_zeros(*args[0].shape[:-1], args[1].shape[0])
             product = func(*args)
             if capture.products is not None:

@@ -7,6 +7,7 @@ import inspect
 import threading
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
@@ -83,7 +84,13 @@ class PromptHooks:
     def before_block(
         self, block: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]] | None:
-        if (call := current_call()) is None or call.prefix or self.model.intermediate_prompt_embeddings is None:
+        call = current_call()
+        if call is None and self.model.prompts_enabled and torch._C._current_graph_task_id() != -1:
+            raise NotImplementedError(
+                f"{type(block).__name__}: recomputed by a checkpoint that knows nothing of deep prompts; use "
+                "gradient_checkpointing_enable() in place of a wrapper around the blocks"
+            )
+        if call is None or call.prefix or self.model.intermediate_prompt_embeddings is None:
             return None
         hidden = args[0] if args else kwargs["hidden_states"]
         expected = (call.layout.column.shape[0], self.num_prompts + call.length)

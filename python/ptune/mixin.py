@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ptune_kernels import prepend
 
 from . import checkpoint
+from .cache import CompiledPrefix
 from .call import CheckpointWithCall
 from .config import PTuneConfig, take_settings
 from .dropout import FrozenDropout
@@ -19,7 +20,6 @@ from .hooks import PromptHooks
 from .initialise import Tokenise, initial_prompts
 from .loading import Origin, load_model, origin_of, tokenizer_of
 from .plan import Plan, make_plan, obstacle
-from .prefix import CompiledPrefix
 from .support import check_base, device_of, find_blocks
 
 _PROMPTS = ("prompt_embeddings.weight", "intermediate_prompt_embeddings.weight")
@@ -117,12 +117,13 @@ class PTuneMixin:
     def compile_prompts(self: Any) -> None:
         """Keep the keys and values of the prompt rows, so that calls without gradients no longer run these rows.
 
-        They are computed at the next such call, and again when the prompts have changed. Raises `ValueError` where the
-        prompts are not shared.
+        They are computed at the next such call, and again when prompts or weights have changed. What changes neither
+        (an edit through ``.data``, an adapter that is switched) needs another `compile_prompts`. Raises `ValueError`
+        where the prompts are not shared.
         """
         if self.prefix_plan.path != "prefix":
             raise ValueError(f"compile_prompts: prompts are not shared here: {self.prefix_plan.reason}")
-        self._hooks.prefix.keep_compiled = True
+        self._hooks.prefix.keep_anew()
 
     def set_attn_implementation(self: Any, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
         """transformers' own; where prompts are shared, the model then has the counterpart that takes a prefix."""
@@ -232,10 +233,16 @@ class PTuneMixin:
     def _tables(self: Any) -> tuple[nn.Embedding | None, nn.Embedding | None]:
         return self.prompt_embeddings, self.intermediate_prompt_embeddings
 
+    def prompt_parameters(self: Any) -> list[nn.Parameter]:
+        """The tables of prompts that the model has: shallow, then deep."""
+        return [table.weight for table in self._tables() if table is not None]
+
     def _put(
         self: Any, settings: PTuneConfig, shallow: Tensor | None, deep: Tensor | None, compiled: Sequence[Tensor]
     ) -> None:
+        keep_compiled = False
         if self._hooks is not None:
+            keep_compiled = self._hooks.prefix.keep_compiled
             self._hooks.remove()
         self.ptune_config = settings
         self.prompt_embeddings = _table(shallow, self.get_input_embeddings())
@@ -249,6 +256,8 @@ class PTuneMixin:
         self._keys_to_ignore_on_save = set(self.state_dict()) - own
         self._set_dropout()
         self._plan()
+        if self._hooks is not None:
+            self._hooks.prefix.keep_compiled = keep_compiled and self.prefix_plan.path == "prefix"
 
     def _set_dropout(self: Any) -> None:
         if self.prompts_disabled or self.ptune_config.base_dropout:
@@ -388,7 +397,10 @@ class PTuneMixin:
             moved = fn(tensor)
             return moved if id(tensor) not in kept or moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        return super()._apply(move, recurse)  # type: ignore[misc]
+        super()._apply(move, recurse)  # type: ignore[misc]
+        if self._hooks is not None:
+            self._hooks.prefix.forget()
+        return self
 
     def _set_gradient_checkpointing(self: Any, *args: Any, **kwargs: Any) -> None:
         super()._set_gradient_checkpointing(*args, **kwargs)  # type: ignore[misc]

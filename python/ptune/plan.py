@@ -55,6 +55,8 @@ def obstacle(model: Any, settings: PTuneConfig) -> str | None:
         return "its attention was made bidirectional"
     if getattr(config, "attention_chunk_size", None) is not None:
         return "its masks are cut into chunks by column"
+    if getattr(config, "reorder_and_upcast_attn", False):
+        return "its upcast attention is chosen by the name 'eager'"
     if getattr(config, "alibi", False):
         return "its attention adds a bias for the distance of columns (ALiBi)"
     if sharing_name(config._attn_implementation) is None:

@@ -4,21 +4,18 @@ It equals the concat path where prompt rows never read the text: in a causal mod
 them (see `plan`).
 """
 
-from collections.abc import Sequence
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
-from torch.distributed.fsdp import FSDPModule
-from transformers import Cache, DynamicCache
+from transformers import DynamicCache
 
-from ptune_kernels import Placement, prepend
+from ptune_kernels import prepend
 
 from .attention import KEYWORD, Prefix
+from .bridge import bridge, unshard_for_backward
+from .cache import PrefixedCache
 from .call import Call, current_call, set_call
 from .capture import Capture
 from .concat import matching
@@ -38,7 +35,8 @@ class PrefixPath:
         self.plan = Plan("concat", "not planned yet")
         self.recomputing = [module for module in body.modules() if hasattr(module, "gradient_checkpointing")]
         self.keep_compiled = False
-        self._compiled: tuple[tuple, Prefix] | None = None
+        self._compiled: tuple[_State, Prefix] | None = None
+        self._products: list[tuple[nn.Module, Any]] = []
 
     def serves(self, arguments: dict[str, Any], layout: Layout, text: Tensor) -> bool:
         """Whether this call takes the prefix path."""
@@ -50,6 +48,8 @@ class PrefixPath:
 
     def _hindrance(self, arguments: dict[str, Any], layout: Layout, text: Tensor) -> str | None:
         plan, length = self.plan, self.num_prompts + text.shape[1]
+        if plan.limit is not None and (positions := arguments.get("position_ids")) is not None:
+            length = max(length, self.num_prompts + int(positions.max()) + 1)
         if plan.path != "prefix":
             return plan.reason
         if not plan.holds_for(self.body):
@@ -70,7 +70,8 @@ class PrefixPath:
         call = Call(layout, length, prefix=True)
         prefix = self.prefix(self._type(arguments, layout))
         arguments = arguments | self._placed(layout, arguments, text)
-        recomputing = torch.is_grad_enabled() and any(m.gradient_checkpointing and m.training for m in self.recomputing)
+        recomputing = [m for m in self.recomputing if m.gradient_checkpointing and m.training]
+        recomputing = recomputing if torch.is_grad_enabled() else []
         if (cache := None if recomputing else self._cache(body, arguments)) is not None:
             call.cache, call.placement = cache, layout.placement()
             mask = arguments["attention_mask"][:, self.num_prompts :]
@@ -79,11 +80,11 @@ class PrefixPath:
                 "attention_mask": layout.extend_mask(mask),
             }
             return call, arguments
-        if recomputing:
+        if not torch.compiler.is_compiling() and any(_is_reentrant(module) for module in recomputing):
             embeds = arguments.get("inputs_embeds")
             if embeds is None:
                 embeds = body.get_input_embeddings()(arguments["input_ids"])
-            embeds, prefix = _bridge(embeds, prefix)
+            embeds, prefix = bridge(embeds, prefix)
             arguments |= {"input_ids": None, "inputs_embeds": embeds}
         if "past_key_values" in self.parameters:
             arguments["past_key_values"] = None
@@ -104,27 +105,35 @@ class PrefixPath:
         """The keys and values of the prompt rows: compiled ones where these are kept and nothing trains, else anew."""
         if self.model.compiled_prefix is not None:
             return self.model.compiled_prefix.prefix()
-        weights = [
-            table.weight
-            for table in (self.model.prompt_embeddings, self.model.intermediate_prompt_embeddings)
-            if table is not None
-        ]
-        if not self.keep_compiled or (torch.is_grad_enabled() and any(w.requires_grad for w in weights)):
+        watched = [*self.model.prompt_parameters(), *self.body.parameters()]
+        trains = torch.is_grad_enabled() and any(weight.requires_grad for weight in watched)
+        if not self.keep_compiled or trains or torch.compiler.is_compiling():
             return self._capture(token_type).prefix()
-        dtype = self.body.get_input_embeddings().weight.dtype
-        state = (token_type, dtype, torch.is_autocast_enabled(weights[0].device.type), weights[0].device)
-        stamp = (*state, *((w.data_ptr(), w._version) for w in weights))
-        if self._compiled is None or self._compiled[0] != stamp:
+        device = watched[0].device.type
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        # the parameters themselves, as addresses are used again
+        state = _State((token_type, autocast), [(w, w.dtype, 0 if w.is_inference() else w._version) for w in watched])
+        if self._compiled is None or not self._compiled[0].is_still(state):
             # not inference tensors: they may be read where gradients are enabled
             with torch.inference_mode(False), torch.no_grad():
-                self._compiled = stamp, self._capture(token_type).prefix()
+                self._compiled = state, self._capture(token_type).prefix()
         return self._compiled[1]
+
+    def keep_anew(self) -> None:
+        """From the next call on, keep the keys and values until they change."""
+        self.keep_compiled = True
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop the kept keys and values."""
+        self._compiled = None
 
     def discover(self) -> list[nn.Module]:
         """The attentions that prompt rows pass, which are given their number in that order."""
         with torch.enable_grad():
             capture = self._capture(None, probing=True)
             capture.mark_unread()
+        self._products = [(m, m.weight) for m in self.body.modules() if isinstance(m, nn.Linear)]
         modules = capture.modules
         for depth, module in enumerate(modules):
             vars(module)["ptune_depth"] = depth
@@ -143,6 +152,8 @@ class PrefixPath:
         capture = Capture(deep, bool(deep) and self.model.ptune_config.deep_prompt_mode == "overwrite")
         if probing:
             capture.products = []
+        # a weight that was tied to another since it was marked may be read by now
+        capture.marked = all(module._parameters.get("weight") is weight for module, weight in self._products)
         arguments: dict[str, Any] = {
             "inputs_embeds": prepend(matching(prompts, none), none),
             "attention_mask": torch.ones(1, count, dtype=torch.long, device=device),
@@ -164,8 +175,7 @@ class PrefixPath:
                 body(**arguments)
         finally:
             set_call(outer)
-        if torch.is_grad_enabled() and dist.is_available() and dist.is_initialized():
-            _unshard_for_backward(body, capture)
+        unshard_for_backward(body, capture)
         return capture
 
     def _type(self, arguments: dict[str, Any], layout: Layout) -> int | None:
@@ -205,6 +215,27 @@ class PrefixPath:
         return DynamicCache(config=body.config) if wanted and self.plan.causal else None
 
 
+@dataclass
+class _State:
+    """What compiled keys and values were computed from: how, and weights with their dtypes and versions."""
+
+    how: tuple
+    weights: list[tuple[Tensor, torch.dtype, int]]
+
+    def is_still(self, other: "_State") -> bool:
+        return (
+            self.how == other.how
+            and len(self.weights) == len(other.weights)
+            and all(a is b and rest == now for (a, *rest), (b, *now) in zip(self.weights, other.weights, strict=True))
+        )
+
+
+def _is_reentrant(module: Any) -> bool:
+    checkpoint = getattr(module, "_gradient_checkpointing_func", None)
+    checkpoint = getattr(checkpoint, "checkpoint", checkpoint)
+    return getattr(checkpoint, "keywords", {}).get("use_reentrant", True)
+
+
 def _holds_padding(mask: Tensor) -> bool:
     """Whether any token is masked; taken for granted where a compiler cannot know."""
     return torch.compiler.is_compiling() or not bool(mask.all())
@@ -214,104 +245,3 @@ def _in_columns(attention: Tensor, columns: Tensor) -> Tensor:
     """[b, h, n, m + n], its keys in the order of ``[prefix ; text]``, by ``columns`` [b, m + n]."""
     index = columns[:, None, None].expand_as(attention)
     return torch.zeros_like(attention).scatter(3, index, attention)
-
-
-class CompiledPrefix(nn.Module):
-    """The keys and values of prompt rows, as buffers ``key_l`` and ``value_l`` [h, m, head_dim] of each layer l."""
-
-    def __init__(self, prefix: Prefix) -> None:
-        super().__init__()
-        self.num_layers = len(prefix.layers)
-        for depth, (key, value) in enumerate(prefix.layers):
-            self.register_buffer(f"key_{depth}", key)
-            self.register_buffer(f"value_{depth}", value)
-
-    @classmethod
-    def of(cls, tensors: Sequence[Tensor], like: Tensor) -> "CompiledPrefix":
-        """From what `tensors` returns, where ``like`` lies and in its dtype."""
-        moved = [tensor.to(like.device, like.dtype) for tensor in tensors]
-        return cls(Prefix(list(zip(moved[::2], moved[1::2], strict=True))))
-
-    def tensors(self) -> list[Tensor]:
-        """The key of layer 0, its value, the key of layer 1, …"""
-        return [getattr(self, f"{kind}_{depth}") for depth in range(self.num_layers) for kind in ("key", "value")]
-
-    def prefix(self) -> Prefix:
-        tensors = self.tensors()
-        return Prefix(list(zip(tensors[::2], tensors[1::2], strict=True)))
-
-
-class PrefixedCache(Cache):
-    """Stands in for an empty cache while text is run, and writes the prefix with it, in its place in each row."""
-
-    def __init__(self, cache: Any, prefix: Prefix, placement: Placement | None) -> None:
-        self.cache, self.prefix, self.placement = cache, prefix, placement
-        self.num_prompts = prefix.layers[0][0].shape[1]
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        key, value = self.prefix.before(layer_idx, key_states, value_states, self.placement)
-        return self.cache.update(key, value, layer_idx, *args, **kwargs)
-
-    def get_seq_length(self, layer_idx: int = 0) -> Any:
-        return self.cache.get_seq_length(layer_idx) + self.num_prompts
-
-    def get_query_offset(self, layer_idx: int = 0) -> Any:
-        return self.get_seq_length(layer_idx)
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        return self.cache.get_mask_sizes(query_length + self.num_prompts, layer_idx)
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "cache":
-            raise AttributeError(name)
-        return getattr(self.cache, name)
-
-
-def _unshard_for_backward(body: nn.Module, capture: Capture) -> None:
-    """Gather sharded weights (FSDP2) before a gradient enters a block by its keys and values.
-
-    FSDP does so where it enters by the block's output, which is the only way that it knows.
-    """
-    owners: dict[nn.Module, FSDPModule] = {}
-    for module in body.modules():
-        if isinstance(module, FSDPModule):
-            owners |= dict.fromkeys(module.modules(), module)  # the innermost comes last
-    for attention, tensors in zip(capture.modules, capture.layers, strict=True):
-        if (owner := owners.get(attention)) is not None:
-            for tensor in tensors:
-                if tensor.requires_grad:
-                    tensor.register_hook(partial(_unshard, owner))
-
-
-def _unshard(owner: FSDPModule, grad: Tensor) -> None:
-    owner.unshard()
-
-
-def _bridge(embeds: Tensor, prefix: Prefix) -> tuple[Tensor, Prefix]:
-    """The text and the prefix, such that each layer's recomputation reaches leaves of its own, and no further.
-
-    A reentrant checkpoint runs a backward for each layer, which must not free what the layers share: the graph behind
-    the prefix. So the layers get detached leaves, and what these gather reaches that graph through the text, whose
-    backward is the last of all.
-    """
-    tensors = [tensor for layer in prefix.layers for tensor in layer]
-    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
-    pairs = list(zip(leaves[::2], leaves[1::2], strict=True))
-    return _Bridge.apply(embeds, leaves, *tensors), Prefix(pairs)
-
-
-class _Bridge(Function):
-    @staticmethod
-    def forward(ctx: Any, embeds: Tensor, leaves: list[Tensor], *tensors: Tensor) -> Tensor:
-        ctx.leaves = leaves
-        return embeds.view_as(embeds)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        gathered = [leaf.grad for leaf in ctx.leaves]
-        for leaf in ctx.leaves:
-            leaf.grad = None
-        return (grad if ctx.needs_input_grad[0] else None, None, *gathered)

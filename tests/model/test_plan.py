@@ -184,6 +184,11 @@ def test_longrope_is_shared_below_its_switch_alone():
         close(model(ids)[0], off(ids)[0])
         assert rows == expected
         rows.clear()
+    # by the positions that are given, too
+    ids = torch.randint(3, VOCABULARY, (3, 5))
+    positions = torch.arange(5)[None] + 4
+    close(model(ids, position_ids=positions)[0], off(ids, position_ids=positions)[0])
+    assert rows == [(3, 9)]
 
 
 def test_the_check_finds_a_model_that_mixes_rows():

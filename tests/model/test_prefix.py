@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import ptune
 
@@ -137,6 +138,44 @@ def test_one_graph_can_be_run_backward_twice(tuned):
     alike(model.prompt_embeddings.weight.grad, 2 * once)
 
 
+@pytest.mark.parametrize("way", ["autograd.grad", "compiled"])
+def test_checkpointed_gradients_by_other_ways(tuned, way):
+    model = tuned("llama", "generation", "add")
+    inputs = batch("left", "generation", 0)
+    expected = outcome(model, inputs, "concat")[1]
+    plan(model, "prefix")
+    model.zero_grad()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    names, parameters = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad), strict=True)
+    if way == "autograd.grad":
+        gradients = torch.autograd.grad(model(**inputs).loss, parameters)
+    else:
+        torch.compiler.reset()
+        torch.compile(model, backend="aot_eager")(**inputs).loss.backward()
+        gradients = [p.grad for p in parameters]
+    for key, gradient in zip(names, gradients, strict=True):
+        alike(gradient, expected[key])
+
+
+@pytest.mark.parametrize("sharing", ["auto", False])
+def test_foreign_checkpoints_of_deep_prompts_are_refused(base_of, sharing):
+    """They recompute a block without the call that it was part of, and would leave its prompts out."""
+    model = base_of("llama").tuned(**settings_for("add", prefix_sharing=sharing)).train()
+    for depth, block in enumerate(model.layers):
+        model.layers[depth] = checkpoint_wrapper(block)
+    with pytest.raises(NotImplementedError, match=r"use gradient_checkpointing_enable\(\) in place of a wrapper"):
+        model(torch.randint(3, VOCABULARY, (2, 5)))[0].sum().backward()
+
+
+def test_a_tied_weight_is_read_again(tuned):
+    """Weights that queries alone read are left out for overwritten prompt rows; one that keys come to share is not."""
+    model = tuned("opt", "generation", "overwrite")
+    inputs = batch("none", "generation", 0)
+    for layer in model.model.decoder.layers:
+        layer.self_attn.k_proj.weight = layer.self_attn.q_proj.weight
+    close(outcome(model, inputs, "prefix")[0], outcome(model, inputs, "concat")[0])
+
+
 @pytest.mark.parametrize("name", ["llama", "modernbert"])
 def test_autocast(tuned, name):
     """Keys and values are captured under the autocast of the text."""
@@ -248,6 +287,48 @@ class TestCompiledPrompts:
         model.double()
         assert runs()
         assert not runs()
+
+    def test_changed_weights_are_compiled_anew(self, tuned):
+        model = tuned("llama", "generation", "overwrite").eval()
+        model.compile_prompts()
+        ids = torch.randint(3, VOCABULARY, (2, 5))
+
+        def agrees():
+            with torch.no_grad():
+                logits = model(ids).logits
+                plan(model, "concat")
+                close(logits, model(ids).logits)
+                plan(model, "prefix")
+
+        agrees()
+        weight = model.model.layers[1].self_attn.k_proj.weight
+        with torch.no_grad():
+            weight.mul_(1.5)
+        agrees()
+        model.model.layers[1].self_attn.k_proj.weight = torch.nn.Parameter(weight.detach() * 2)
+        agrees()
+        model.half().float()
+        agrees()
+        model.prompt_embeddings.weight.data += 1
+        model.compile_prompts()
+        agrees()
+        model.init_prompts(ptune.PTuneConfig(**settings_for("add")))
+        agrees()
+        assert model._hooks.prefix.keep_compiled
+
+    def test_training_the_base_beside_frozen_prompts(self, tuned):
+        model = tuned("llama", "generation", "overwrite")
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        weight = model.model.layers[1].self_attn.k_proj.weight.requires_grad_()
+        inputs = batch("right", "generation", 0)
+        plan(model, "concat")
+        (expected,) = torch.autograd.grad(model(**inputs).loss, weight)
+        plan(model, "prefix")
+        model.compile_prompts()
+        with torch.no_grad():
+            model(**inputs)
+        alike(torch.autograd.grad(model(**inputs).loss, weight)[0], expected)
 
     def test_training_sees_the_prompts_themselves(self, tuned):
         model = tuned("llama", "generation", "overwrite")
