@@ -21,6 +21,7 @@ from .capture import Capture
 from .concat import matching
 from .layout import Layout, positions_of
 from .plan import Plan
+from .support import device_of
 
 
 class PrefixPath:
@@ -141,8 +142,8 @@ class PrefixPath:
 
     def _capture(self, token_type: int | None, probing: bool = False) -> Capture:
         body, count = self.body, self.num_prompts
-        weight = body.get_input_embeddings().weight
-        device = weight.device
+        embedding = body.get_input_embeddings()
+        weight, device = embedding.weight, device_of(embedding)
         none = torch.empty(1, 0, weight.shape[1], dtype=weight.dtype, device=device)
         table = self.model.prompt_embeddings
         # where a compiled prefix was loaded, rows are run to find the attentions alone
