@@ -1,6 +1,7 @@
 """Two processes (gloo) train as one does: DDP, and FSDP2 around the frozen base."""
 
 import gc
+import os
 
 import pytest
 import torch
@@ -57,6 +58,7 @@ def train(rank, kind, name, mode, checkpointing, folder):
     gc.collect()
     dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # now and then torch's own threads abort the interpreter while it takes itself down
 
 
 def gradients_of(rank, kind, name, mode, checkpointing):
