@@ -106,9 +106,10 @@ class PrefixPath:
         """The keys and values of the prompt rows: compiled ones where these are kept and nothing trains, else anew."""
         if self.model.compiled_prefix is not None:
             return self.model.compiled_prefix.prefix()
+        if not self.keep_compiled or torch.compiler.is_compiling():
+            return self._capture(token_type).prefix()
         watched = [*self.model.prompt_parameters(), *self.body.parameters()]
-        trains = torch.is_grad_enabled() and any(weight.requires_grad for weight in watched)
-        if not self.keep_compiled or trains or torch.compiler.is_compiling():
+        if torch.is_grad_enabled() and any(weight.requires_grad for weight in watched):
             return self._capture(token_type).prefix()
         device = watched[0].device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
@@ -154,7 +155,9 @@ class PrefixPath:
         if probing:
             capture.products = []
         # a weight that was tied to another since it was marked may be read by now
-        capture.marked = all(module._parameters.get("weight") is weight for module, weight in self._products)
+        capture.marked = capture.overwritten and all(
+            module._parameters.get("weight") is weight for module, weight in self._products
+        )
         arguments: dict[str, Any] = {
             "inputs_embeds": prepend(matching(prompts, none), none),
             "attention_mask": torch.ones(1, count, dtype=torch.long, device=device),
