@@ -115,14 +115,17 @@ def _sdpa(
             bias = torch.ones(size, dtype=torch.bool, device=query.device).tril(size[1] - size[0])
         else:
             bias = causal_lower_right(*size)
-    grouped = query.shape[1] != key.shape[1]
-    if grouped and bias is mask is not None and query.device.type != "cpu":
+    shape, groups = query.shape, query.shape[1] // key.shape[1]
+    if groups > 1 and query.device.type == "cpu":
+        # one product per key head serves all its query heads: a CPU does grouped heads one by one
+        query = query.reshape(shape[0], key.shape[1], groups * shape[2], shape[3])
+        bias = bias if bias is None else torch.cat([bias] * groups, dim=-2)
+    elif groups > 1 and bias is mask is not None:
         # a GPU has no fused kernel for grouped heads and a mask
-        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
-        grouped = False
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     output = nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=bias, dropout_p=dropout, scale=scaling, enable_gqa=grouped
-    )
+        query, key, value, attn_mask=bias, dropout_p=dropout, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+    ).reshape(*shape[:3], value.shape[3])
     return output.transpose(1, 2).contiguous(), None
 
 
