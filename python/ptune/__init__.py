@@ -6,6 +6,7 @@ from .auto import (
     AutoPTuneModelForSequenceClassification,
     AutoPTuneModelForTokenClassification,
 )
+from .bank import PromptBank
 from .config import PTuneConfig
 from .mixin import PTuneMixin
 
@@ -16,4 +17,5 @@ __all__ = [
     "AutoPTuneModelForTokenClassification",
     "PTuneConfig",
     "PTuneMixin",
+    "PromptBank",
 ]

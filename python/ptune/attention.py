@@ -5,7 +5,7 @@ travels as the keyword argument ``ptune_prefix`` through the model's own forward
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -43,14 +43,37 @@ def stock_name(implementation: str) -> str:
 
 
 class Prefix:
-    """Keys and values [h, m, head_dim] of prompt rows at every attention, by depth in execution order."""
+    """Keys and values [h, M, head_dim] of prompt rows at every attention, by depth in execution order.
 
-    def __init__(self, layers: list[tuple[Tensor, Tensor]]) -> None:
+    ``placement`` says which of these rows stand where in each row of a batch; by default all, and before the text.
+    """
+
+    def __init__(self, layers: list[tuple[Tensor, Tensor]], placement: Placement | None = None) -> None:
         self.layers = layers
+        self.placement = placement
 
-    def before(
-        self, depth: int, key: Tensor, value: Tensor, placement: Placement | None = None
-    ) -> tuple[Tensor, Tensor]:
+    @classmethod
+    def joined(cls, prefixes: Sequence["Prefix"]) -> "Prefix":
+        """One pool of the rows of several."""
+        if len(prefixes) == 1:
+            return prefixes[0]
+        layers = zip(*(prefix.layers for prefix in prefixes), strict=True)
+        return cls([(torch.cat([k for k, _ in pairs], 1), torch.cat([v for _, v in pairs], 1)) for pairs in layers])
+
+    def placed(self, placement: Placement | None) -> "Prefix":
+        return Prefix(self.layers, placement)
+
+    @property
+    def nbytes(self) -> int:
+        """How much memory it takes."""
+        return sum(tensor.nbytes for layer in self.layers for tensor in layer)
+
+    @property
+    def num_columns(self) -> int:
+        """How many columns it takes."""
+        return self.layers[0][0].shape[1] if self.placement is None else self.placement.max_length
+
+    def before(self, depth: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """``[prefix ; text]`` keys and values [b, h, m + n, head_dim] of the attention at ``depth``."""
         if key.dtype != value.dtype:
             # under autocast rotated keys are float32, until the attention rounds them as it does the values
@@ -58,7 +81,7 @@ class Prefix:
             same = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else key.dtype
             key, value = key.to(same), value.to(same)
         prefix_k, prefix_v = (tensor.to(key.device) for tensor in self.layers[depth])
-        return prepend_kv(prefix_k, prefix_v, key, value, placement)
+        return prepend_kv(prefix_k, prefix_v, key, value, self.placement)
 
     def attend(
         self,

@@ -6,8 +6,6 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import Cache
 
-from ptune_kernels import Placement
-
 from .attention import Prefix
 
 
@@ -39,24 +37,23 @@ class CompiledPrefix(nn.Module):
 class PrefixedCache(Cache):
     """Stands in for an empty cache while text is run, and writes the prefix with it, in its place in each row."""
 
-    def __init__(self, cache: Any, prefix: Prefix, placement: Placement | None) -> None:
-        self.cache, self.prefix, self.placement = cache, prefix, placement
-        self.num_prompts = prefix.layers[0][0].shape[1]
+    def __init__(self, cache: Any, prefix: Prefix) -> None:
+        self.cache, self.prefix = cache, prefix
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        key, value = self.prefix.before(layer_idx, key_states, value_states, self.placement)
+        key, value = self.prefix.before(layer_idx, key_states, value_states)
         return self.cache.update(key, value, layer_idx, *args, **kwargs)
 
     def get_seq_length(self, layer_idx: int = 0) -> Any:
-        return self.cache.get_seq_length(layer_idx) + self.num_prompts
+        return self.cache.get_seq_length(layer_idx) + self.prefix.num_columns
 
     def get_query_offset(self, layer_idx: int = 0) -> Any:
         return self.get_seq_length(layer_idx)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        return self.cache.get_mask_sizes(query_length + self.num_prompts, layer_idx)
+        return self.cache.get_mask_sizes(query_length + self.prefix.num_columns, layer_idx)
 
     def __getattr__(self, name: str) -> Any:
         if name == "cache":

@@ -36,6 +36,11 @@ class Capture:
     def prefix(self) -> Prefix:
         return Prefix(self.layers)
 
+    @property
+    def mode(self) -> str:
+        """What deep prompts do to rows that a block made."""
+        return "overwrite" if self.overwritten else "add"
+
     def before_block(self, hidden: Tensor) -> Tensor:
         """The input of a block, without the graph of what it is about to lose."""
         self.lost = False
@@ -66,6 +71,8 @@ class Capture:
 
     def mark_unread(self) -> None:
         """Mark the weights, of those that `products` lists, whose products reach no key or value: the queries'."""
+        if not self.overwritten:
+            return
         products = [(weight, product) for weight, product in self.products or [] if product.requires_grad]
         reached = [tensor for layer in self.layers for tensor in layer if tensor.requires_grad]
         if not products or not reached:

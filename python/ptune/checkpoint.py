@@ -22,6 +22,8 @@ FORMAT_VERSION = 1
 CONFIG_NAME = "ptune_config.json"
 WEIGHTS_NAME = "model.safetensors"  # Trainer's resume and best-model reload look for this name
 BASE_FOLDER = "base"
+PROMPTS = ("prompt_embeddings.weight", "intermediate_prompt_embeddings.weight")
+COMPILED = "compiled_prefix."
 
 # What may differ between two copies of one base, or is the task's.
 _NOT_THE_BASE = {
@@ -116,6 +118,13 @@ def settings_of(saved: dict[str, Any]) -> PTuneConfig:
     return settings
 
 
+def compiled_names(settings: PTuneConfig, num_layers: int) -> list[str]:
+    """The names of a compiled prefix's tensors: the key of layer 0, its value, the key of layer 1, …"""
+    if settings.tuning_mode is None:
+        return []
+    return [f"{COMPILED}{kind}_{depth}" for depth in range(num_layers) for kind in ("key", "value")]
+
+
 def read_tensors(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
     """The prompts and head of a folder, on the CPU."""
     path = Path(folder, WEIGHTS_NAME)
@@ -127,6 +136,8 @@ def read_tensors(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         if tensor.dtype != torch.float32:
             raise ValueError(f"{path}: {name}: expected float32, got {str(tensor.dtype).removeprefix('torch.')}")
+        if not bool(tensor.isfinite().all()):
+            raise ValueError(f"{path}: {name}: expected finite numbers, got NaN or infinity among them")
     return tensors
 
 

@@ -22,13 +22,12 @@ class ConcatPath:
         self.model = model
         self.parameters = parameters
         self.first_position = first_position
-        self.num_prompts = model.ptune_config.pre_seq_len
 
     def enter(self, body: Any, arguments: dict[str, Any], layout: Layout, text: Tensor) -> tuple[Call, dict[str, Any]]:
         """The call, and the body's arguments for ``[prompt ; text]``."""
         placement = layout.placement()
         arguments = arguments | self._extended(layout, arguments, text)
-        arguments |= {"input_ids": None, "inputs_embeds": self._embed(body, arguments, placement)}
+        arguments |= {"input_ids": None, "inputs_embeds": self._embed(body, arguments, layout, placement)}
         return Call(layout, text.shape[1], placement), arguments
 
     def leave(self, call: Call, output: Any) -> None:
@@ -38,8 +37,8 @@ class ConcatPath:
             if (states := output.get(name)) is not None:
                 output[name] = tuple(self._text_of(call, state) for state in states)
 
-    def _embed(self, body: Any, arguments: dict[str, Any], placement: Placement | None) -> Tensor:
-        prompts = self.model.prompt_embeddings.weight
+    def _embed(self, body: Any, arguments: dict[str, Any], layout: Layout, placement: Placement | None) -> Tensor:
+        prompts = self.model.prompt_embeddings.weight if layout.mixture is None else layout.mixture.prompts
         if (embeds := arguments.get("inputs_embeds")) is not None:
             return prepend(matching(prompts, embeds), embeds, placement)
         embedding = body.get_input_embeddings()
@@ -72,7 +71,7 @@ class ConcatPath:
         return extended
 
     def _text_rows(self, call: Call, hidden: Tensor) -> Tensor:
-        return strip(hidden, self.num_prompts, call.placement)
+        return strip(hidden, call.layout.num_prompts, call.placement)
 
     def _text_of(self, call: Call, state: Tensor | None) -> Tensor | None:
         """The text rows of a recorded state: [b, S, d], attentions [b, h, S, K], or router logits [b·S, experts]."""
@@ -84,7 +83,7 @@ class ConcatPath:
         if state.dim() == 3:
             return self._text_rows(call, state)
         # attentions: a text token stands m rows below its column, and what padding before it attends to means nothing
-        return state.narrow(2, self.num_prompts, call.length)
+        return state.narrow(2, call.layout.num_prompts, call.length)
 
 
 def fusible_scale(embedding: Any) -> float | None:

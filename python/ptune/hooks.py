@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from ptune_kernels import overwrite
+from ptune_kernels import Placement, overwrite
 
-from .call import current_call, set_call
+from .call import Call, current_call, set_call
 from .concat import ConcatPath, matching
 from .layout import Layout, ones_and_zeros, positions_of
+from .mixture import current_mixture
 from .prefix import PrefixPath
 from .support import check_inputs, find_blocks, find_body, position_limit
 
@@ -59,23 +60,30 @@ class PromptHooks:
             return None
         set_call(None)
         _thread.reached = True
-        if not self.model.prompts_enabled:
+        mixture = current_mixture()
+        if mixture is None and not self.model.prompts_enabled:
             return None
         arguments = dict(zip(self.parameters, args, strict=False)) | kwargs
         check_inputs(arguments, self.parameters)
         text = arguments["inputs_embeds"] if arguments.get("input_ids") is None else arguments["input_ids"]
         if (mask := arguments.get("attention_mask")) is not None:
             mask = arguments["attention_mask"] = ones_and_zeros(mask)
-        layout = Layout(self.num_prompts, text.shape[0], mask, text.device)
         past = arguments.get("past_key_values")
+        if mixture is None:
+            layout = Layout(self.num_prompts, text.shape[0], mask, text.device)
+        else:
+            if mask is None:
+                raise ValueError("attention_mask: expected one, where rows have prompts of their own")
+            layout = Layout(mixture.max_length, text.shape[0], mask, text.device, mixture.expanded(text.shape[0]))
         if past is not None and _is_resumed(past, mask, text.shape[1]):
             # the prompt is in the cache: only what is said about the text's place changes
-            self._check_resumed(past, mask, text.shape[1])
+            self._check_resumed(layout.num_prompts, past, mask, text.shape[1])
             return (), arguments | self._resumed_positions(layout, arguments, text.shape[1])
-        self._check_length(self.num_prompts + text.shape[1])
+        self._check_length(layout.num_prompts, text.shape[1])
         if (return_dict := arguments.get("return_dict")) is None:
             return_dict = getattr(body.config, "return_dict", True)
-        path = self.prefix if self.prefix.serves(arguments, layout, text) else self.concat
+        shared = mixture.prefix is not None if mixture else self.prefix.serves(arguments, layout, text)
+        path = self.prefix if shared else self.concat
         call, arguments = path.enter(body, arguments, layout, text)
         call.as_tuple = not return_dict
         set_call(call)
@@ -90,24 +98,29 @@ class PromptHooks:
                 f"{type(block).__name__}: recomputed by a checkpoint that knows nothing of deep prompts; use "
                 "gradient_checkpointing_enable() in place of a wrapper around the blocks"
             )
-        if call is None or call.prefix or self.model.intermediate_prompt_embeddings is None:
+        if call is None or call.prefix or not self._is_deep(call):
             return None
         hidden = args[0] if args else kwargs["hidden_states"]
-        expected = (call.layout.column.shape[0], self.num_prompts + call.length)
+        expected = (call.layout.column.shape[0], call.layout.num_prompts + call.length)
         if hidden.dim() != 3 or hidden.shape[:2] != expected:
             raise NotImplementedError(
                 f"{type(block).__name__}: deep prompts need block inputs of shape [{expected[0]}, {expected[1]}, d], "
                 f"got {tuple(hidden.shape)}"
             )
+        depth, layout = call.depth, call.layout
+        call.depth += 1
         if call.capture is not None:
-            hidden, prompts = call.capture.before_block(hidden), call.capture.deep[call.depth]
+            hidden = call.capture.before_block(hidden)
+            hidden = _overwrite(hidden, call.capture.deep[depth], None, depth, call.capture.mode)
+        elif layout.mixture is not None:
+            for deep in layout.mixture.deep:
+                placement = layout.mixture.place_over(deep, layout.column)
+                hidden = _overwrite(hidden, deep.pools[depth], placement, depth, deep.mode)
         else:
             # read from the leaf: a recomputing checkpoint must see the parameter, not a view made outside it
-            rows = slice(call.depth * self.num_prompts, (call.depth + 1) * self.num_prompts)
+            rows = slice(depth * self.num_prompts, (depth + 1) * self.num_prompts)
             prompts = self.model.intermediate_prompt_embeddings.weight[rows]
-        mode = "add" if call.depth == 0 else self.model.ptune_config.deep_prompt_mode
-        call.depth += 1
-        hidden = overwrite(hidden, matching(prompts, hidden), call.placement, mode)
+            hidden = _overwrite(hidden, prompts, call.placement, depth, self.model.ptune_config.deep_prompt_mode)
         return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
 
     def after_body(self, body: nn.Module, args: tuple, output: Any) -> Any:
@@ -119,12 +132,19 @@ class PromptHooks:
         if call.prefix:
             self.prefix.leave(call, output)
         else:
-            if self.model.ptune_config.deep and call.depth != self.num_layers:
+            if self._is_deep(call) and call.depth != self.num_layers:
                 raise RuntimeError(f"{type(body).__name__}: expected {self.num_layers} blocks to run, {call.depth} did")
             self.concat.leave(call, output)
         if output.get("pooler_output") is not None:
-            output["pooler_output"] = _pool(body, call.layout.first_token(output["last_hidden_state"]))
+            output["pooler_output"] = pool(body, call.layout.first_token(output["last_hidden_state"]))
         return output.to_tuple() if call.as_tuple else output
+
+    def _is_deep(self, call: Call) -> bool:
+        if call.capture is not None:
+            return bool(call.capture.deep)
+        if call.layout.mixture is not None:
+            return bool(call.layout.mixture.deep)
+        return self.model.intermediate_prompt_embeddings is not None
 
     def before_model(self, model: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         _thread.reached = False
@@ -153,15 +173,15 @@ class PromptHooks:
             if positions is None and mask is not None:
                 positions = positions_of(mask)[:, -length:] + self.first_position
             if positions is not None:
-                resumed["position_ids"] = positions + self.num_prompts
+                resumed["position_ids"] = positions + layout.lengths
         return resumed
 
-    def _check_resumed(self, past: Any, mask: Tensor | None, length: int) -> None:
+    def _check_resumed(self, count: int, past: Any, mask: Tensor | None, length: int) -> None:
         seen, static = past.get_seq_length(), past.is_compileable
         if not isinstance(seen, int):
             return  # a static cache counts in a tensor, which is left alone: reading it would synchronise
-        self._check_length(seen + length)
-        text_length = seen - self.num_prompts + length
+        self._check_length(count, seen - count + length)
+        text_length = seen - count + length
         # a static cache's mask may be as wide as the cache
         if mask is not None and mask.shape[1] != text_length and not (static and mask.shape[1] > text_length):
             raise ValueError(
@@ -169,12 +189,17 @@ class PromptHooks:
                 f"past_key_values and {length} new ones, got {mask.shape[1]}"
             )
 
-    def _check_length(self, length: int) -> None:
-        if self.position_limit is not None and length > self.position_limit:
+    def _check_length(self, count: int, length: int) -> None:
+        if self.position_limit is not None and count + length > self.position_limit:
             raise ValueError(
-                f"input too long: {self.num_prompts} prompt rows and the text make {length} positions, "
+                f"input too long: {count} prompt rows and the text make {count + length} positions, "
                 f"and {type(self.model).__name__} has learned {self.position_limit}"
             )
+
+
+def _overwrite(hidden: Tensor, prompts: Tensor, placement: Placement | None, depth: int, mode: str) -> Tensor:
+    """``hidden`` with a block's deep prompts; the first block's are added, so that no parameter is dead."""
+    return overwrite(hidden, matching(prompts, hidden), placement, "add" if depth == 0 else mode)
 
 
 def _end_call(body: nn.Module, args: tuple, output: Any) -> None:
@@ -191,7 +216,7 @@ def _is_resumed(past: Any, mask: Tensor | None, length: int) -> bool:
     return mask.shape[1] > length if mask is not None else bool(seen > 0)
 
 
-def _pool(body: Any, first: Tensor) -> Tensor:
+def pool(body: Any, first: Tensor) -> Tensor:
     """The body's own pooling of each row's first token, [b, d]."""
     if getattr(body, "pooler", None) is None:
         raise NotImplementedError(f"{type(body).__name__}: prompts are not supported, because it pools in its forward")

@@ -5,22 +5,34 @@ from torch import Tensor
 
 from ptune_kernels import Placement
 
+from .mixture import Mixture
+
 
 class Layout:
     """The place of m prompt rows in a batch of padded texts.
 
     Right padding becomes ``[prompt ; text ; pad]`` and left padding ``[pad ; prompt ; text]``: real columns stay
-    contiguous, so that sliding windows and caches, which count columns, are exact.
+    contiguous, so that sliding windows and caches, which count columns, are exact. Where rows of the batch have prompts
+    of their own lengths, m is the longest, and what a row does not fill of it is masked, on the left.
 
     Args:
         num_prompts: m.
         batch_size: b.
         mask: [b, n], 1 for real tokens, else 0; ``None`` where every token is real.
         device: of the batch.
+        mixture: the prompts of the rows, where these differ.
     """
 
-    def __init__(self, num_prompts: int, batch_size: int, mask: Tensor | None, device: torch.device) -> None:
+    def __init__(
+        self,
+        num_prompts: int,
+        batch_size: int,
+        mask: Tensor | None,
+        device: torch.device,
+        mixture: Mixture | None = None,
+    ) -> None:
         self.num_prompts = num_prompts
+        self.mixture = mixture
         self.padded = mask is not None
         # argmax is the first maximum, found without a host synchronisation; a row of padding alone gets column 0
         self.column = (
@@ -31,20 +43,31 @@ class Layout:
 
     def placement(self) -> Placement | None:
         """For the ops, over a pool that is this batch's prompt alone."""
+        if self.mixture is not None:
+            return Placement(self.mixture.start, self.mixture.length, self.column, self.num_prompts)
         if not self.padded:
             return None
         length = torch.full_like(self.column, self.num_prompts)
         return Placement(torch.zeros_like(self.column), length, self.column, self.num_prompts)
 
+    @property
+    def lengths(self) -> int | Tensor:
+        """How many prompt rows stand before the text of each row: m, or int64 [b, 1]."""
+        return self.num_prompts if self.mixture is None else self.mixture.length[:, None].long()
+
     def extend_mask(self, mask: Tensor) -> Tensor:
         """[b, n] → [b, m + n], prompt columns attended to."""
         source, offset = self._slots(mask.shape[1])
-        return mask.gather(1, source).masked_fill(self._is_prompt(offset), 1)
+        extended = mask.gather(1, source).masked_fill(self._is_prompt(offset), 1)
+        if self.mixture is None:
+            return extended
+        slot = torch.arange(extended.shape[1], device=extended.device)
+        return extended.masked_fill(slot < self.num_prompts - self.lengths, 0)
 
     def extend_positions(self, positions: Tensor, first: int) -> Tensor:
-        """[b, n] → [b, m + n]: the prompt at ``first`` …, every text token m later."""
+        """[b, n] → [b, m + n]: the prompt at ``first`` …, every text token by its length later."""
         source, offset = self._slots(positions.shape[1])
-        shifted = positions.gather(1, source) + self.num_prompts
+        shifted = positions.gather(1, source) + self.lengths
         return torch.where(self._is_prompt(offset), offset + first, shifted)
 
     def extend_types(self, types: Tensor) -> Tensor:
@@ -68,12 +91,14 @@ class Layout:
         """For each of the m + n columns: the text column that it holds (a prompt's is the first real token's), and how
         far it is into the prompt (outside 0 … m-1 for text)."""
         slot = torch.arange(length + self.num_prompts, device=self.column.device)
+        if self.mixture is not None:
+            slot = (slot + self.lengths - self.num_prompts).clamp_min(-1)  # -1 where nothing stands
         column = self.column[:, None].long()
-        source = torch.where(slot < column, slot, torch.maximum(slot - self.num_prompts, column))
+        source = torch.where(slot < column, slot.clamp_min(0), torch.maximum(slot - self.lengths, column))
         return source, slot - column
 
     def _is_prompt(self, offset: Tensor) -> Tensor:
-        return (offset >= 0) & (offset < self.num_prompts)
+        return (offset >= 0) & (offset < self.lengths)
 
 
 def ones_and_zeros(mask: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ def load_model(
         sharing = settings.pop("prefix_sharing", PTuneConfig.prefix_sharing)
         _check_same(settings, saved)
         if "config" not in kwargs:
-            kwargs = _saved_overrides(saved, own) | kwargs
+            kwargs = saved_overrides(saved, own) | kwargs
         kwargs = _saved_defaults(saved, kwargs) | kwargs
     with _reporting_all_but([] if saved is None else saved["head"]) as loading:
         model, info = loader.from_pretrained(base, *args, output_loading_info=True, **kwargs)
@@ -124,7 +124,7 @@ def _base_of(path: Any, saved: dict[str, Any] | None, base_model: Any) -> str:
     return os.path.abspath(base) if os.path.isdir(base) else os.fspath(base)
 
 
-def _saved_overrides(saved: dict[str, Any], own: Any) -> dict[str, Any]:
+def saved_overrides(saved: dict[str, Any], own: Any) -> dict[str, Any]:
     """How the base's config was changed: its own settings alone, lest a folder slip in a keyword that trusts code."""
     known = checkpoint.base_config(own)
     overrides = {name: value for name, value in saved["base"]["overrides"].items() if name in known}

@@ -19,11 +19,9 @@ from .dropout import FrozenDropout
 from .hooks import PromptHooks
 from .initialise import Tokenise, initial_prompts
 from .loading import Origin, load_model, origin_of, tokenizer_of
+from .mixture import current_mixture
 from .plan import Plan, make_plan, obstacle
 from .support import check_base, device_of, find_blocks
-
-_PROMPTS = ("prompt_embeddings.weight", "intermediate_prompt_embeddings.weight")
-_COMPILED = "compiled_prefix."
 
 
 class PTuneMixin:
@@ -96,6 +94,8 @@ class PTuneMixin:
     @property
     def prompt_columns(self: Any) -> int:
         """How many columns before the text a call takes, and a cache holds."""
+        if (mixture := current_mixture()) is not None:
+            return mixture.max_length
         return self.ptune_config.pre_seq_len if self.prompts_enabled else 0
 
     @contextmanager
@@ -149,7 +149,7 @@ class PTuneMixin:
         with torch.no_grad(), _evaluating(self):
             compiled = CompiledPrefix(self._hooks.prefix.prefix())
         state = self.state_dict()
-        tensors = {name: state[name] for name in self._head} | compiled.state_dict(prefix=_COMPILED)
+        tensors = {name: state[name] for name in self._head} | compiled.state_dict(prefix=checkpoint.COMPILED)
         checkpoint.write(folder, self._description(self.origin), tensors)
 
     def load_prompts(self: Any, folder: str | os.PathLike[str]) -> None:
@@ -165,8 +165,12 @@ class PTuneMixin:
         with torch.no_grad():
             for name in saved["head"]:
                 self.get_parameter(name).copy_(tensors[name])
-        compiled = [tensors[name] for name in _compiled_names(settings, self.config) if name in tensors]
-        self._install(settings, *(tensors.get(name) for name in _PROMPTS), compiled)
+        compiled = [
+            tensors[name]
+            for name in checkpoint.compiled_names(settings, self.config.num_hidden_layers)
+            if name in tensors
+        ]
+        self._install(settings, *(tensors.get(name) for name in checkpoint.PROMPTS), compiled)
 
     def save_pretrained(
         self: Any,
@@ -196,7 +200,9 @@ class PTuneMixin:
         state = self.state_dict() if state_dict is None else state_dict
         if save_base:
             folder = os.path.join(save_directory, checkpoint.BASE_FOLDER)
-            base_state = {n: t for n, t in state.items() if n not in _PROMPTS and not n.startswith(_COMPILED)}
+            base_state = {
+                n: t for n, t in state.items() if n not in checkpoint.PROMPTS and not n.startswith(checkpoint.COMPILED)
+            }
             with self._as_base():
                 self.save_pretrained(folder, is_main_process=is_main_process, state_dict=base_state, **kwargs)
         if is_main_process:
@@ -299,8 +305,12 @@ class PTuneMixin:
                 module.register_forward_pre_hook(_cast_inputs)
 
     def _own_names(self: Any) -> list[str]:
-        prompts = zip(_PROMPTS, self._tables(), strict=True)
-        compiled = [] if self.compiled_prefix is None else _compiled_names(self.ptune_config, self.config)
+        prompts = zip(checkpoint.PROMPTS, self._tables(), strict=True)
+        compiled = (
+            []
+            if self.compiled_prefix is None
+            else checkpoint.compiled_names(self.ptune_config, self.config.num_hidden_layers)
+        )
         return [name for name, table in prompts if table is not None] + compiled + self._head
 
     def _description(self: Any, origin: Origin) -> dict[str, Any]:
@@ -350,15 +360,15 @@ class PTuneMixin:
             reasons.append(f"labels: expected {saved['id2label']}, got {here['id2label']}")
         count, layers = saved["pre_seq_len"], saved["num_layers"]
         shapes = {name: parameters[name].shape for name in saved["head"] if name in parameters}
-        names = _compiled_names(checkpoint.settings_of(saved), self.config)
+        names = checkpoint.compiled_names(checkpoint.settings_of(saved), self.config.num_hidden_layers)
         if any(name in tensors for name in names):
             for name in names:
                 heads, _, width = tensors[name].shape if name in tensors and tensors[name].dim() == 3 else (1, 1, 1)
                 shapes[name] = torch.Size((heads, count, width))
         elif saved["tuning_mode"] is not None:
-            shapes[_PROMPTS[0]] = torch.Size((count, saved["embedding_size"]))
-        if saved["tuning_mode"] == "deep_ptune" and _PROMPTS[0] in shapes:
-            shapes[_PROMPTS[1]] = torch.Size((layers * count, saved["hidden_size"]))
+            shapes[checkpoint.PROMPTS[0]] = torch.Size((count, saved["embedding_size"]))
+        if saved["tuning_mode"] == "deep_ptune" and checkpoint.PROMPTS[0] in shapes:
+            shapes[checkpoint.PROMPTS[1]] = torch.Size((layers * count, saved["hidden_size"]))
         found = {name: tensor.shape for name, tensor in tensors.items() if name not in lacking}
         reasons += [
             f"{name}: expected {_shape(shapes.get(name))}, got {_shape(found.get(name))}"
@@ -426,12 +436,6 @@ class PTuneMixin:
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
         return cls.base_class._can_set_experts_implementation()  # type: ignore[attr-defined]
-
-
-def _compiled_names(settings: PTuneConfig, config: Any) -> list[str]:
-    if settings.tuning_mode is None:
-        return []
-    return [f"{_COMPILED}{kind}_{depth}" for depth in range(config.num_hidden_layers) for kind in ("key", "value")]
 
 
 def _table(rows: Tensor | None, embedding: Any) -> nn.Embedding | None:

@@ -67,20 +67,17 @@ class PrefixPath:
 
     def enter(self, body: Any, arguments: dict[str, Any], layout: Layout, text: Tensor) -> tuple[Call, dict[str, Any]]:
         """The call, and the body's arguments for the text alone."""
-        length = text.shape[1]
+        length, mixture = text.shape[1], layout.mixture
         call = Call(layout, length, prefix=True)
-        prefix = self.prefix(self._type(arguments, layout))
+        prefix = self.prefix(self._type(arguments, layout)) if mixture is None else mixture.prefix
         arguments = arguments | self._placed(layout, arguments, text)
+        mask = arguments["attention_mask"]
         recomputing = [m for m in self.recomputing if m.gradient_checkpointing and m.training]
         recomputing = recomputing if torch.is_grad_enabled() else []
         if (cache := None if recomputing else self._cache(body, arguments)) is not None:
             call.cache, call.placement = cache, layout.placement()
-            mask = arguments["attention_mask"][:, self.num_prompts :]
-            arguments |= {
-                "past_key_values": PrefixedCache(cache, prefix, call.placement),
-                "attention_mask": layout.extend_mask(mask),
-            }
-            return call, arguments
+            cached = PrefixedCache(cache, prefix.placed(call.placement))
+            return call, arguments | {"past_key_values": cached, "attention_mask": layout.extend_mask(mask)}
         if not torch.compiler.is_compiling() and any(_is_reentrant(module) for module in recomputing):
             embeds = arguments.get("inputs_embeds")
             if embeds is None:
@@ -91,9 +88,15 @@ class PrefixPath:
             arguments["past_key_values"] = None
         if "use_cache" in self.parameters:
             arguments["use_cache"] = False
-        call.injected, call.padded = self.num_prompts, layout.padded and _holds_padding(arguments["attention_mask"])
+        call.injected = layout.num_prompts
+        if mixture is not None:
+            prefix, call.padded = prefix.placed(layout.placement()), True
+            return call, arguments | {"attention_mask": layout.extend_mask(mask), KEYWORD: prefix}
+        # with one prompt for all, keys stand in the order of [prefix ; text], which an op writes without looking
+        call.padded = layout.padded and _holds_padding(mask)
         call.columns = layout.columns_of_keys(length) if call.padded else None
-        return call, arguments | {KEYWORD: prefix}
+        mask = torch.cat([mask.new_ones(mask.shape[0], self.num_prompts), mask], 1)
+        return call, arguments | {"attention_mask": mask, KEYWORD: prefix}
 
     def leave(self, call: Call, output: Any) -> None:
         """Give the caller the cache that was given, and attentions by the columns that the concat path has."""
@@ -142,16 +145,22 @@ class PrefixPath:
         return modules
 
     def _capture(self, token_type: int | None, probing: bool = False) -> Capture:
-        body, count = self.body, self.num_prompts
-        embedding = body.get_input_embeddings()
-        weight, device = embedding.weight, device_of(embedding)
-        none = torch.empty(1, 0, weight.shape[1], dtype=weight.dtype, device=device)
-        table = self.model.prompt_embeddings
+        weight, device = self.body.get_input_embeddings().weight, device_of(self.body.get_input_embeddings())
+        table, layers = self.model.prompt_embeddings, self.model.intermediate_prompt_embeddings
         # where a compiled prefix was loaded, rows are run to find the attentions alone
-        prompts = torch.zeros(count, weight.shape[1], device=device) if table is None else table.weight
-        layers = self.model.intermediate_prompt_embeddings
-        deep = () if layers is None else layers.weight.view(-1, count, layers.weight.shape[1]).unbind(0)
-        capture = Capture(deep, bool(deep) and self.model.ptune_config.deep_prompt_mode == "overwrite")
+        prompts = torch.zeros(self.num_prompts, weight.shape[1], device=device) if table is None else table.weight
+        deep = None if layers is None else layers.weight
+        return self.capture(prompts, deep, self.model.ptune_config.deep_prompt_mode, token_type, probing)
+
+    def capture(
+        self, prompts: Tensor, deep: Tensor | None, mode: str, token_type: int | None = None, probing: bool = False
+    ) -> Capture:
+        """Run prompt rows alone: ``prompts`` [m, d], and ``deep`` [L·m, d] at the blocks, in ``mode``."""
+        body, count = self.body, prompts.shape[0]
+        weight, device = body.get_input_embeddings().weight, device_of(body.get_input_embeddings())
+        none = torch.empty(1, 0, weight.shape[1], dtype=weight.dtype, device=device)
+        blocks = () if deep is None else deep.view(-1, count, deep.shape[1]).unbind(0)
+        capture = Capture(blocks, bool(blocks) and mode == "overwrite")
         if probing:
             capture.products = []
         # a weight that was tied to another since it was marked may be read by now
@@ -191,7 +200,7 @@ class PrefixPath:
         return int(first[0, 0]) if bool((first == first[0]).all()) else None
 
     def _placed(self, layout: Layout, arguments: dict[str, Any], text: Tensor) -> dict[str, Any]:
-        """The mask of ``[prefix ; text]`` and the positions of the text."""
+        """The mask and the positions of the text."""
         batch_size, length = text.shape[:2]
         mask, positions = arguments.get("attention_mask"), arguments.get("position_ids")
         placed: dict[str, Any] = {}
@@ -199,11 +208,10 @@ class PrefixPath:
             if positions is None:
                 positions = torch.arange(length, device=text.device)[None] if mask is None else positions_of(mask)
                 positions = positions + self.first_position
-            placed["position_ids"] = positions.to(text.device) + self.num_prompts
+            placed["position_ids"] = positions.to(text.device) + layout.lengths
         if mask is None:
             mask = torch.ones(batch_size, length, dtype=torch.long, device=text.device)
-        mask = mask.to(text.device)
-        placed["attention_mask"] = torch.cat([mask.new_ones(batch_size, self.num_prompts), mask], 1)
+        placed["attention_mask"] = mask.to(text.device)
         return placed
 
     def _cache(self, body: Any, arguments: dict[str, Any]) -> Any:

@@ -1,0 +1,361 @@
+"""`PromptBank`: many prompts on one base, and batches whose rows name different ones."""
+
+import copy
+import os
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from . import checkpoint
+from .attention import Prefix
+from .config import PTuneConfig, take_settings
+from .heads import Head, Heads
+from .layout import ones_and_zeros
+from .mixin import PTuneMixin
+from .mixture import Mixture, Overwriting, mixing
+from .models import ptune_class
+from .plan import Plan
+
+_PACKED = torch.contiguous_format
+_NAME = re.compile(r"\w[\w.-]{0,99}")
+
+
+@dataclass
+class TaskOutput:
+    """What a task said to its rows of a batch.
+
+    Attributes:
+        rows: their numbers in the batch.
+        output: what the task's model class returns for them: ``logits`` and so on.
+    """
+
+    rows: list[int]
+    output: Any
+
+
+@dataclass
+class BankOutput:
+    """The outputs of a mixed batch.
+
+    Attributes:
+        last_hidden_state: [b, n, d], of the text.
+        tasks: by the name of the prompt; rows without one are under ``None``, with the base's own head.
+        logits: the logits of each row, in the order of the batch; ``None`` where there was no head.
+    """
+
+    last_hidden_state: Tensor
+    tasks: dict[str | None, TaskOutput] = field(default_factory=dict)
+    logits: list[Tensor | None] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class _Entry:
+    """A prompt of a bank: float32 as it was saved, on the CPU, with its head."""
+
+    settings: PTuneConfig
+    prompts: Any  # [m, d]; None where a compiled prefix was loaded
+    deep: Any  # [L·m, d], or None
+    compiled: list[Tensor]
+    shared: bool
+    head: Head
+    removed: bool = False
+
+    @property
+    def count(self) -> int:
+        return self.settings.pre_seq_len
+
+
+class PromptBank:
+    """Many prompts on one base: each row of a batch names its own, and the base runs once for all.
+
+    Where prompts can be shared (see ``ptune info``) they are compiled to keys and values when first used. Rows whose
+    prompts cannot be, shallow ones on an encoder, are run together in a second call of the base.
+
+    Args:
+        base: a stock transformers model, ``AutoModelForCausalLM`` where prompts are to generate. Its weights are
+            shared and it is not changed; move or cast it first.
+        max_bytes: how much memory compiled prompts may take; the least recently used are dropped for others, and
+            compiled again from their float32 rows when next used. By default all are kept.
+
+    `add` and `remove` may be called while other threads run batches. Raises `TypeError`, `ValueError` or
+    `NotImplementedError` for a base that prompts cannot be put on.
+    """
+
+    def __init__(self, base: Any, max_bytes: int | None = None) -> None:
+        if max_bytes is not None and max_bytes < 0:
+            raise ValueError(f"max_bytes: expected at least 0, got {max_bytes}")
+        self.max_bytes = max_bytes
+        self._stock = _sharing_weights(base)
+        self._lock = threading.RLock()
+        self._entries: dict[str, _Entry] = {}
+        self._kept: OrderedDict[_Entry, Prefix] = OrderedDict()
+        self._kept_bytes = 0
+        self._plans: dict[tuple[Any, ...], Plan] = {}
+        self._runner = _with_prompts(self._stock)
+        try:
+            self._runner.init_prompts(PTuneConfig(tuning_mode="deep_ptune", pre_seq_len=1))
+        except NotImplementedError:  # it has no list of blocks, so prompts are shallow
+            self._runner.init_prompts(PTuneConfig(tuning_mode="ptune", pre_seq_len=1))
+        self._nothing = None
+        if self._runner.prefix_plan.path == "prefix":
+            one_row = self._runner._hooks.prefix.prefix()
+            self._nothing = Prefix([(key[:, :0], value[:, :0]) for key, value in one_row.layers])
+        self._heads = Heads(self._runner)
+        self._base_head = self._heads.of_base()
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the prompts, in the order in which they were added."""
+        return list(self._entries)
+
+    @property
+    def compiled_bytes(self) -> int:
+        """How much memory compiled prompts take."""
+        return self._kept_bytes
+
+    def add(self, name: str, folder: str | os.PathLike[str]) -> None:
+        """Take in the prompts and head of ``folder`` (of `save_prompts`, `save_prefix` or a Trainer) as ``name``.
+
+        Raises `ValueError`, or `FileNotFoundError`, that names it where that is not possible: a name that is taken
+        or is not one of letters, digits, ``_``, ``.`` and ``-``, a folder that is damaged, or one that does not fit
+        (`ptune.checkpoint.MisfitError`). The bank is then as it was.
+        """
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise ValueError(f"name: expected up to 100 letters, digits, '_', '.' and '-', got {name!r}")
+        saved, tensors = checkpoint.read_config(folder), checkpoint.read_tensors(folder)
+        with self._lock:
+            if name in self._entries:
+                raise ValueError(f"name: {name!r} is taken; remove it first")
+            try:
+                entry = self._entry(saved, tensors)
+            except ValueError as error:
+                raise type(error)(f"{name!r} ({os.fspath(folder)}): {error}") from None
+            self._entries = self._entries | {name: entry}
+
+    def remove(self, name: str) -> None:
+        """Forget a prompt. Raises `ValueError` for a name that the bank does not have."""
+        with self._lock:
+            entry = self._named(name)
+            self._entries = {other: kept for other, kept in self._entries.items() if other != name}
+            entry.removed = True
+            if (prefix := self._kept.pop(entry, None)) is not None:
+                self._kept_bytes -= prefix.nbytes
+
+    @torch.no_grad()
+    def __call__(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, *, prompt_names: Sequence[str | None]
+    ) -> BankOutput:
+        """Run texts [b, n], row i with the prompt ``prompt_names[i]``; ``None`` is the base alone.
+
+        Every row equals what its prompt alone would make of it. Raises `ValueError` for names that the bank does not
+        have, before anything is run.
+        """
+        mask = torch.ones_like(input_ids) if attention_mask is None else ones_and_zeros(attention_mask)
+        entries = self._entries_of(prompt_names, input_ids)
+        column = mask.to(torch.int32).argmax(-1).to(torch.int32)
+        parts = self._parts(entries, input_ids.device)
+        states: Tensor | None = None
+        for rows, mixture in parts:
+            part = self._run(input_ids[rows], mask[rows], mixture)
+            if len(parts) == 1:
+                states = part
+            else:
+                states = part.new_empty(len(entries), *part.shape[1:]) if states is None else states
+                states[rows] = part
+        assert states is not None
+        output = BankOutput(states, logits=[None] * len(entries))
+        for name in dict.fromkeys(prompt_names):
+            rows = [row for row, other in enumerate(prompt_names) if other == name]
+            head = self._base_head if (entry := entries[rows[0]]) is None else entry.head
+            made = head(states[rows], input_ids[rows], mask[rows], column[rows])
+            output.tasks[name] = TaskOutput(rows, made)
+            if (logits := made.get("logits")) is not None:
+                for row, its in zip(rows, logits, strict=True):
+                    output.logits[row] = its
+        return output
+
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        prompt_names: Sequence[str | None],
+        **kwargs: Any,
+    ) -> Any:
+        """transformers' ``generate`` for texts [b, n], row i with the prompt ``prompt_names[i]``.
+
+        The base must be a model that generates, and so must those that the prompts were trained on.
+        """
+        runner = self._runner
+        if not runner.can_generate():
+            raise ValueError(f"{type(self._stock).__name__} cannot generate; load the base with AutoModelForCausalLM")
+        if isinstance(kwargs.get("assistant_model"), PTuneMixin):
+            raise NotImplementedError("assistant_model: expected a stock model, got one with prompts of its own")
+        entries = self._entries_of(prompt_names, input_ids)
+        for name, entry in zip(prompt_names, entries, strict=True):
+            if entry is not None and entry.head.model_class is not runner.base_class:
+                raise ValueError(
+                    f"prompt_names: {name!r} was trained on {entry.head.model_class.__name__}, which does not generate"
+                )
+        parts = self._parts(entries, input_ids.device, together=True)
+        ((_, mixture),) = parts
+        with mixing(mixture):
+            return runner.generate(input_ids, attention_mask=attention_mask, **kwargs)
+
+    def _entry(self, saved: dict[str, Any], tensors: dict[str, Tensor]) -> _Entry:
+        settings = checkpoint.settings_of(saved)
+        head = self._heads.of(saved, tensors)
+        names = checkpoint.compiled_names(settings, saved["num_layers"])
+        compiled = [tensors[name] for name in names if name in tensors]
+        prompts, deep = (tensors.get(name) for name in checkpoint.PROMPTS)
+        plan = self._plan_of(settings)
+        # where a rotary embedding changes with the length, prompt rows must see how long the text is
+        shared = plan.path == "prefix" and plan.limit is None
+        if compiled and not shared:
+            raise checkpoint.MisfitError(f"a compiled prefix, and prompts cannot be shared here: {plan.reason}")
+        return _Entry(settings, prompts, deep, compiled, shared, head)
+
+    def _plan_of(self, settings: PTuneConfig) -> Plan:
+        """The path of prompts of this kind."""
+        if settings.tuning_mode is None:
+            return self._runner.prefix_plan
+        kind = settings.tuning_mode, settings.deep and settings.deep_prompt_mode
+        if kind not in self._plans:
+            planner = _with_prompts(self._stock)
+            planner.init_prompts(
+                PTuneConfig(
+                    tuning_mode=settings.tuning_mode,
+                    pre_seq_len=settings.pre_seq_len,
+                    deep_prompt_mode=settings.deep_prompt_mode,
+                )
+            )
+            self._plans[kind] = planner.prefix_plan
+        return self._plans[kind]
+
+    def _named(self, name: str) -> _Entry:
+        if name not in self._entries:
+            known = ", ".join(map(repr, list(self._entries)[:10])) or "none"
+            raise ValueError(f"no prompt {name!r} in this bank, which has {len(self._entries)}: {known}")
+        return self._entries[name]
+
+    def _entries_of(self, names: Sequence[str | None], input_ids: Tensor) -> list[_Entry | None]:
+        if input_ids.dim() != 2 or input_ids.shape[0] == 0 or input_ids.shape[1] == 0:
+            raise ValueError(f"input_ids: expected [b, n] with at least one token, got shape {tuple(input_ids.shape)}")
+        if isinstance(names, str) or len(names) != input_ids.shape[0]:
+            raise ValueError(f"prompt_names: expected {input_ids.shape[0]} names, one for each row, got {names!r}")
+        with self._lock:
+            return [None if name is None else self._named(name) for name in names]
+
+    def _parts(
+        self, entries: list[_Entry | None], device: torch.device, together: bool = False
+    ) -> list[tuple[Any, Mixture]]:
+        """The calls of the base that a batch takes: which rows, and what stands before them."""
+        apart = [row for row, entry in enumerate(entries) if entry is not None and entry.count and not entry.shared]
+        if self._nothing is not None and not apart:
+            return [(slice(None), self._shared_mixture(entries, device))]
+        shared = [row for row, entry in enumerate(entries) if entry is not None and entry.count and entry.shared]
+        if self._nothing is None or not shared or together:
+            return [(slice(None), self._mixture(entries, device))]
+        shared = sorted(set(range(len(entries))) - set(apart))
+        return [
+            (shared, self._shared_mixture([entries[row] for row in shared], device)),
+            (apart, self._mixture([entries[row] for row in apart], device)),
+        ]
+
+    def _shared_mixture(self, entries: list[_Entry | None], device: torch.device) -> Mixture:
+        distinct, start, length = _pooled(entries)
+        pool = Prefix.joined([self._prefix_of(entry) for entry in distinct]) if distinct else self._nothing
+        placed = torch.tensor([start, length], dtype=torch.int32).to(device)
+        return Mixture(placed[0], placed[1], max(length), prefix=pool)
+
+    def _mixture(self, entries: list[_Entry | None], device: torch.device) -> Mixture:
+        for entry in entries:
+            if entry is not None and entry.count and entry.prompts is None:
+                raise NotImplementedError("a compiled prefix cannot generate beside prompts that are not shared")
+        distinct, start, length = _pooled(entries)
+        nothing = torch.zeros(0, self._runner.get_input_embeddings().weight.shape[1])
+        placed = torch.tensor([start, length], dtype=torch.int32).to(device)
+        prompts = torch.cat([nothing, *(entry.prompts for entry in distinct)]).to(device)
+        deep = []
+        for mode in dict.fromkeys(entry.settings.deep_prompt_mode for entry in distinct if entry.settings.deep):
+            own = [
+                e if e is not None and e.settings.deep and e.settings.deep_prompt_mode == mode else None
+                for e in entries
+            ]
+            of_mode, deep_start, deep_length = _pooled(own)
+            pools = torch.cat([e.deep.view(-1, e.count, e.deep.shape[1]) for e in of_mode], 1).to(device)
+            where = torch.tensor([deep_start, deep_length], dtype=torch.int32).to(device)
+            deep.append(Overwriting(mode, pools.unbind(0), where[0], where[1]))
+        return Mixture(placed[0], placed[1], max(length), prompts=prompts, deep=deep)
+
+    def _prefix_of(self, entry: _Entry) -> Prefix:
+        """The keys and values of a prompt, which are kept as far as `max_bytes` goes."""
+        with self._lock:
+            if (prefix := self._kept.get(entry)) is not None:
+                self._kept.move_to_end(entry)
+                return prefix
+            prefix = self._compile(entry)
+            limit = self.max_bytes
+            if not entry.removed and (limit is None or prefix.nbytes <= limit):
+                while limit is not None and self._kept_bytes + prefix.nbytes > limit:
+                    self._kept_bytes -= self._kept.popitem(last=False)[1].nbytes
+                self._kept[entry] = prefix
+                self._kept_bytes += prefix.nbytes
+            return prefix
+
+    def _compile(self, entry: _Entry) -> Prefix:
+        weight = self._runner.get_input_embeddings().weight
+        # not inference tensors: they are kept for calls of any kind
+        with torch.inference_mode(False), torch.no_grad():
+            if entry.compiled:
+                tensors = [tensor.to(weight.device, weight.dtype, copy=True) for tensor in entry.compiled]
+                return Prefix(list(zip(tensors[::2], tensors[1::2], strict=True)))
+            path, mode = self._runner._hooks.prefix, entry.settings.deep_prompt_mode
+            layers = path.capture(entry.prompts, entry.deep, mode).layers
+            # copies: a view would keep the queries with it
+            return Prefix(
+                [(key.clone(memory_format=_PACKED), value.clone(memory_format=_PACKED)) for key, value in layers]
+            )
+
+    def _run(self, input_ids: Tensor, mask: Tensor, mixture: Mixture) -> Tensor:
+        hooks = self._runner._hooks
+        no_cache = {"use_cache": False} if "use_cache" in hooks.parameters else {}
+        with mixing(mixture):
+            return hooks.body(input_ids=input_ids, attention_mask=mask, return_dict=True, **no_cache).last_hidden_state
+
+
+def _pooled(entries: Sequence[_Entry | None]) -> tuple[list[_Entry], list[int], list[int]]:
+    """The distinct prompts among ``entries``, and of each row, where its rows begin in their pool, and how many."""
+    start: dict[_Entry, int] = {}
+    rows = 0
+    for entry in entries:
+        if entry is not None and entry.count and entry not in start:
+            start[entry] = rows
+            rows += entry.count
+    starts = [0 if entry is None else start.get(entry, 0) for entry in entries]
+    return list(start), starts, [0 if entry is None else entry.count for entry in entries]
+
+
+def _sharing_weights(base: Any) -> Any:
+    """A model of the same class and weights, whose modules are its own."""
+    if isinstance(base, PTuneMixin) or not isinstance(base, PreTrainedModel):
+        raise TypeError(f"base: expected a stock transformers model, got {type(base).__name__}")
+    if len(set(getattr(base, "hf_device_map", {}).values())) > 1:
+        raise NotImplementedError("base: expected a model on one device, got one spread over several")
+    weights = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in base.parameters()}
+    return copy.deepcopy(base, weights | {id(buffer): buffer for buffer in base.buffers()}).eval()
+
+
+def _with_prompts(stock: Any) -> Any:
+    model = _sharing_weights(stock)
+    take_settings(model.config)
+    model.__class__ = ptune_class(type(model))
+    model.adopt([])
+    return model

@@ -1,0 +1,129 @@
+"""Task heads apart from their body: each is given the states that a body, run for many tasks at once, had for it."""
+
+import copy
+import json
+import threading
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
+
+from . import checkpoint
+from .attention import stock_name
+from .dropout import FrozenDropout
+from .hooks import pool
+from .layout import roll_rows
+from .loading import saved_overrides
+from .models import ptune_class
+from .support import find_body
+
+
+class Heads:
+    """Makes the heads that folders of prompts have, on the base that ``runner`` (a `PTuneMixin`) is of."""
+
+    def __init__(self, runner: Any) -> None:
+        self.runner = runner
+        self._skeletons: dict[str, Any] = {}
+
+    def of(self, saved: dict[str, Any], tensors: dict[str, Tensor]) -> "Head":
+        """The head of a folder's config and tensors. Raises `MisfitError` where it does not fit the base."""
+        skeleton = self._skeleton(saved)
+        skeleton._set_head(saved["head"])
+        skeleton._check_fit(saved, tensors)
+        return Head(skeleton, self.runner, {name: tensors[name] for name in saved["head"]})
+
+    def of_base(self) -> "Head":
+        """The head that the base itself has."""
+        own = {"model_class": self.runner.base_class.__name__, "base": {"overrides": {}}, "id2label": None, "head": []}
+        return Head(self._skeleton(own), self.runner, {})
+
+    def _skeleton(self, saved: dict[str, Any]) -> Any:
+        """A model of the folder's class and labels, without memory for its weights."""
+        config = copy.deepcopy(self.runner.config)
+        config._attn_implementation = stock_name(config._attn_implementation)
+        overrides = saved_overrides(saved, config)
+        key = json.dumps([saved["model_class"], overrides], default=str)
+        if key not in self._skeletons:
+            kind: Any = getattr(transformers, saved["model_class"], None)
+            is_model = isinstance(kind, type) and issubclass(kind, PreTrainedModel)
+            if not is_model or kind.config_class is not type(config):
+                raise checkpoint.MisfitError(
+                    f"model_class: expected a class of {type(config).__name__}'s models, got {saved['model_class']}"
+                )
+            for name, value in overrides.items():
+                setattr(config, name, value)
+            with torch.device("meta"):
+                self._skeletons[key] = ptune_class(kind)(config)
+        return self._skeletons[key]
+
+
+class Head:
+    """What a model class does to the states of a body, with a task's own parameters.
+
+    Attributes:
+        model_class: the stock class.
+        config: with the task's labels.
+    """
+
+    def __init__(self, skeleton: Any, runner: Any, own: dict[str, Tensor]) -> None:
+        body = find_body(skeleton)
+        states = _States(body)
+        # all but the body is copied
+        model = copy.deepcopy(skeleton, {id(body): states, id(skeleton._dropout): FrozenDropout(states)})
+        prefix = next(name + "." * bool(name) for name, module in model.named_modules() if module is states)
+        device = runner.device
+        shared = dict(runner.named_parameters(remove_duplicate=False))
+        shared |= {prefix + name: parameter for name, parameter in runner._hooks.body.named_parameters()}
+        for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+            if name in own:
+                parameter = nn.Parameter(own[name].to(device, torch.float32, copy=True), requires_grad=False)
+            elif name in shared:
+                parameter = shared[name]
+            else:
+                raise checkpoint.MisfitError(
+                    f"{name}: the prompts do not hold it, and {runner.base_class.__name__} does not have it; "
+                    f"load the base as {skeleton.base_class.__name__}"
+                )
+            owner, _, leaf = name.rpartition(".")
+            model.get_submodule(owner)._parameters[leaf] = parameter
+        if any(buffer.is_meta for buffer in model.buffers()):
+            raise NotImplementedError(f"{skeleton.base_class.__name__}: its head has buffers, which nothing holds")
+        self.model_class = skeleton.base_class
+        self.config = model.config
+        self._model = model.eval()
+
+    def __call__(self, states: Tensor, input_ids: Tensor, attention_mask: Tensor, column: Tensor) -> Any:
+        """The model's output for texts [k, n], of which the body made ``states`` [k, n, d].
+
+        ``column`` [k]: where they begin.
+        """
+        if self.model_class.__name__.endswith("ForSequenceClassification"):
+            # as they are pooled where they begin in the first column
+            states, input_ids, attention_mask = (roll_rows(x, column, 1) for x in (states, input_ids, attention_mask))
+            column = torch.zeros_like(column)
+        _thread.given = states, states[torch.arange(states.shape[0], device=states.device), column.long()]
+        try:
+            return self._model(input_ids=input_ids, attention_mask=attention_mask, return_dict=True)
+        finally:
+            _thread.given = None
+
+
+_thread = threading.local()
+
+
+class _States(nn.Module):
+    """Stands where a body was, and returns the states that it made."""
+
+    def __init__(self, body: Any) -> None:
+        super().__init__()
+        self.config = body.config
+        self.pooler = copy.deepcopy(getattr(body, "pooler", None))
+        self.activation = getattr(body, "pooler_activation", getattr(body, "activation", None))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        states, first = _thread.given
+        pooled = None if self.pooler is None else pool(self, first)
+        return BaseModelOutputWithPoolingAndCrossAttentions(last_hidden_state=states, pooler_output=pooled)

@@ -1,0 +1,364 @@
+"""Mixed batches of a `PromptBank` against each prompt alone."""
+
+import random
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+import ptune
+import ptune.checkpoint
+
+from .common import close
+from .families import VOCABULARY
+
+KINDS = {
+    "shallow": {"tuning_mode": "ptune", "pre_seq_len": 5},
+    "long": {"tuning_mode": "ptune", "pre_seq_len": 11},
+    "overwrite": {"tuning_mode": "deep_ptune", "pre_seq_len": 3},
+    "add": {"tuning_mode": "deep_ptune", "pre_seq_len": 4, "deep_prompt_mode": "add"},
+    "head": {"tuning_mode": None},
+}
+LOADERS = {
+    "sequence": ptune.AutoPTuneModelForSequenceClassification,
+    "token": ptune.AutoPTuneModelForTokenClassification,
+    "lm": ptune.AutoPTuneModelForCausalLM,
+}
+
+
+def tuned(base, folder: Path, kind: str, task: str, labels: int = 3) -> Path:
+    """A folder of random prompts of a kind, and of a random head."""
+    kwargs = {} if task == "lm" else {"num_labels": labels}
+    model = LOADERS[task].from_pretrained(base.folder, **KINDS[kind], **kwargs)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.7)
+    path = folder / f"{kind}-{task}-{labels}"
+    model.save_prompts(path)
+    return path
+
+
+def bank_of(base, **kwargs) -> ptune.PromptBank:
+    loader = transformers.AutoModelForCausalLM if base.family.causal else transformers.AutoModel
+    if base.family.name == "modernbert":
+        loader = transformers.AutoModelForMaskedLM  # its classifiers begin with a layer of that head
+    return ptune.PromptBank(base.stock(loader), **kwargs)
+
+
+def batch(size: int, padding: str) -> tuple[Tensor, Tensor]:
+    lengths = [random.randint(1, 9) for _ in range(size)]
+    n = max(lengths)
+    ids, mask = torch.randint(3, VOCABULARY, (size, n)), torch.zeros(size, n, dtype=torch.long)
+    for row, length in enumerate(lengths):
+        mask[row, slice(0, length) if padding == "right" else slice(n - length, n)] = 1
+    return ids, mask
+
+
+def alone(path: Path, task: str, ids: Tensor, mask: Tensor) -> Tensor:
+    """The logits of one text, run without padding by a model with these prompts."""
+    model = LOADERS[task].from_pretrained(path, prefix_sharing=False).eval()
+    with torch.no_grad():
+        return model(input_ids=ids[mask.bool()][None], attention_mask=mask[mask.bool()][None]).logits[0]
+
+
+@pytest.mark.parametrize("padding", ["right", "left"])
+@pytest.mark.parametrize(
+    "name", ["llama", "qwen3", "mistral", "gemma3", "gpt2", "bert", "roberta", "modernbert", "distilbert", "bloom"]
+)
+def test_mixed_batch_equals_each_prompt_alone(base_of, tmp_path, name, padding):
+    base = base_of(name)
+    tasks = ("sequence", "token") + ("lm",) * base.family.causal
+    bank = bank_of(base)
+    folders = {}
+    for i, kind in enumerate(KINDS):
+        for task in tasks:
+            if name == "gemma3" and task == "token":
+                continue
+            if kind == "head" and task == "lm":
+                continue
+            folders[f"{kind}.{task}"] = (tuned(base, tmp_path, kind, task, 2 + i), task)
+            bank.add(f"{kind}.{task}", folders[f"{kind}.{task}"][0])
+    names = [*folders, None, *random.sample([*folders], 3)]
+    random.shuffle(names)
+    ids, mask = batch(len(names), padding)
+    output = bank(ids, mask, prompt_names=names)
+    assert sorted(row for task in output.tasks.values() for row in task.rows) == list(range(len(names)))
+    for row, prompt in enumerate(names):
+        if prompt is None:
+            continue
+        path, task = folders[prompt]
+        logits = output.logits[row] if task == "sequence" else output.logits[row][mask[row].bool()]
+        close(logits, alone(path, task, ids[row], mask[row]), 2e-5)
+    row = names.index(None)
+    with torch.no_grad():
+        expected = base.stock().eval()(ids[row][mask[row].bool()][None]).last_hidden_state[0]
+    close(output.last_hidden_state[row][mask[row].bool()], expected, 2e-5)
+
+
+def rows_run(bank: ptune.PromptBank) -> list[tuple[int, ...]]:
+    """The shapes of what the first block is given, from now on."""
+    seen: list[tuple[int, ...]] = []
+    block = bank._runner.get_submodule(BLOCKS[bank._runner.config.model_type])[0]
+    block.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(tuple((args[0] if args else kwargs["hidden_states"]).shape[:2])),
+        with_kwargs=True,
+    )
+    return seen
+
+
+BLOCKS = {"llama": "model.layers", "bert": "encoder.layer"}
+
+
+def test_base_runs_once_and_prompt_rows_once_ever(base_of, tmp_path):
+    base = base_of("llama")
+    bank = bank_of(base)
+    for kind in ("shallow", "overwrite", "add"):
+        bank.add(kind, tuned(base, tmp_path, kind, "lm"))
+    ids, mask = batch(5, "left")
+    seen = rows_run(bank)
+    names = ["shallow", None, "add", "overwrite", "shallow"]
+    bank(ids, mask, prompt_names=names)
+    assert sorted(seen) == sorted([(1, 5), (1, 3), (1, 4), tuple(ids.shape)])
+    seen.clear()
+    bank(ids, mask, prompt_names=names[::-1])
+    assert seen == [tuple(ids.shape)]
+
+
+def test_encoder_runs_shallow_rows_in_a_second_call(base_of, tmp_path):
+    base = base_of("bert")
+    bank = bank_of(base)
+    bank.add("shallow", tuned(base, tmp_path, "shallow", "token"))
+    bank.add("long", tuned(base, tmp_path, "long", "token"))
+    bank.add("overwrite", tuned(base, tmp_path, "overwrite", "token"))
+    ids, mask = batch(5, "right")
+    seen = rows_run(bank)
+    bank(ids, mask, prompt_names=["long", "overwrite", "shallow", None, "overwrite"])
+    assert seen == [(1, 3), (3, ids.shape[1]), (2, 11 + ids.shape[1])]
+    seen.clear()
+    bank(ids, mask, prompt_names=["long", None, None, None, "shallow"])
+    assert seen == [(5, 11 + ids.shape[1])] or seen == [(3, ids.shape[1]), (2, 11 + ids.shape[1])]
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3", "gpt2", "bloom"])
+@pytest.mark.parametrize(
+    "how", [{}, {"num_beams": 3}, {"cache_implementation": "static"}], ids=["greedy", "beams", "static"]
+)
+def test_generates_what_each_prompt_alone_does(base_of, tmp_path, name, how):
+    if name == "bloom" and how.get("cache_implementation"):
+        pytest.skip("bloom has no static cache")
+    base = base_of(name)
+    bank = bank_of(base)
+    folders = {kind: tuned(base, tmp_path, kind, "lm") for kind in ("shallow", "long", "overwrite", "add")}
+    for kind, folder in folders.items():
+        bank.add(kind, folder)
+    names = [*folders, None]
+    random.shuffle(names)
+    ids, mask = batch(len(names), "left")
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0} | how
+    made = bank.generate(ids, mask, prompt_names=names, **options)
+    again = bank.generate(ids, mask, prompt_names=names, **options)
+    assert torch.equal(made, again)
+    for row, prompt in enumerate(names):
+        text = ids[row][mask[row].bool()][None]
+        model = (
+            base.stock(transformers.AutoModelForCausalLM)
+            if prompt is None
+            else ptune.AutoPTuneModelForCausalLM.from_pretrained(folders[prompt])
+        )
+        expected = model.eval().generate(text, attention_mask=torch.ones_like(text), **options)
+        assert torch.equal(made[row, ids.shape[1] :], expected[0, text.shape[1] :]), prompt
+
+
+def test_conversation_goes_on_from_a_cache(base_of, tmp_path):
+    base = base_of("llama")
+    bank = bank_of(base)
+    for kind in ("shallow", "overwrite"):
+        bank.add(kind, tuned(base, tmp_path, kind, "lm"))
+    names = ["overwrite", None, "shallow"]
+    ids, mask = batch(3, "left")
+    options = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    first = bank.generate(ids, mask, prompt_names=names, return_dict_in_generate=True, **options)
+    more = torch.cat([first.sequences, torch.randint(3, VOCABULARY, (3, 2))], 1)
+    wider = torch.cat([mask, mask.new_ones(3, 5)], 1)
+    resumed = bank.generate(more, wider, prompt_names=names, past_key_values=first.past_key_values, **options)
+    assert torch.equal(resumed, bank.generate(more, wider, prompt_names=names, **options))
+
+
+def test_budget_drops_the_least_recently_used(base_of, tmp_path):
+    base = base_of("llama")
+    folder = tuned(base, tmp_path, "shallow", "lm")
+    ids, mask = batch(1, "right")
+    one = bank_of(base)
+    one.add("a", folder)
+    expected = one(ids, mask, prompt_names=["a"]).logits[0]
+    size = one.compiled_bytes
+    assert size == 2 * 3 * 2 * 5 * 6 * 4  # K and V, layers, heads, rows, width, float32
+    bank = bank_of(base, max_bytes=2 * size + size // 2)
+    for number in range(7):
+        bank.add(f"p{number}", folder)
+    for number in [*range(7), 6, 5, 0, 6]:
+        close(bank(ids, mask, prompt_names=[f"p{number}"]).logits[0], expected)
+        assert bank.compiled_bytes <= bank.max_bytes
+    kept = {name for name, entry in bank._entries.items() if entry in bank._kept}
+    assert kept == {"p0", "p6"}
+    everything = bank(ids.expand(7, -1), mask.expand(7, -1), prompt_names=bank.names)
+    assert bank.compiled_bytes == 2 * size
+    for logits in everything.logits:
+        close(logits, expected)
+    bank.remove("p6")
+    assert bank.compiled_bytes < 2 * size
+    assert bank.names == [f"p{number}" for number in range(6)]
+
+
+def test_takes_a_compiled_prefix(base_of, tmp_path):
+    base = base_of("llama")
+    folder = tuned(base, tmp_path, "overwrite", "sequence")
+    model = ptune.AutoPTuneModelForSequenceClassification.from_pretrained(folder).eval()
+    model.save_prefix(tmp_path / "compiled")
+    bank = bank_of(base)
+    bank.add("compiled", tmp_path / "compiled")
+    ids, mask = batch(2, "right")
+    close(bank(ids, mask, prompt_names=["compiled", None]).logits[0], alone(folder, "sequence", ids[0], mask[0]), 2e-5)
+
+
+def test_base_is_left_alone(base_of, tmp_path):
+    base = base_of("llama")
+    stock = base.stock(transformers.AutoModelForCausalLM).train()
+    before = {name: tensor.clone() for name, tensor in stock.state_dict().items()}
+    bank = ptune.PromptBank(stock)
+    bank.add("a", tuned(base, tmp_path, "overwrite", "lm"))
+    ids, mask = batch(2, "left")
+    bank(ids, mask, prompt_names=["a", None])
+    assert type(stock) is transformers.LlamaForCausalLM
+    assert stock.training
+    assert stock.config._attn_implementation == "sdpa"
+    assert all(parameter.requires_grad for parameter in stock.parameters())
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in stock.modules())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in stock.state_dict().items())
+    pointers = {parameter.data_ptr() for parameter in stock.parameters()}
+    assert pointers == {
+        p.data_ptr() for name, p in bank._runner.named_parameters() if not name.endswith("prompt_embeddings.weight")
+    }
+
+
+def test_half_precision_base(base_of, tmp_path):
+    base = base_of("llama")
+    folders = {kind: tuned(base, tmp_path, kind, "token") for kind in ("shallow", "overwrite", "add")}
+    bank = ptune.PromptBank(base.stock(transformers.AutoModelForCausalLM, dtype=torch.bfloat16))
+    for kind, folder in folders.items():
+        bank.add(kind, folder)
+    ids, mask = batch(3, "left")
+    output = bank(ids, mask, prompt_names=list(folders))
+    for row, folder in enumerate(folders.values()):
+        model = ptune.AutoPTuneModelForTokenClassification.from_pretrained(folder, dtype=torch.bfloat16).eval()
+        text = ids[row][mask[row].bool()]
+        with torch.no_grad():
+            half = model(text[None], attention_mask=torch.ones_like(text[None])).logits[0]
+        exact = alone(folder, "token", ids[row], mask[row])
+        assert output.logits[row].dtype == torch.float32
+        error = (output.logits[row][mask[row].bool()] - exact).abs().max()
+        assert error <= 2 * (half - exact).abs().max()
+
+
+def test_adds_and_removes_while_batches_run(base_of, tmp_path):
+    base = base_of("llama")
+    folders = {kind: tuned(base, tmp_path, kind, "lm") for kind in ("shallow", "overwrite")}
+    bank = bank_of(base, max_bytes=1000)
+    for kind, folder in folders.items():
+        bank.add(kind, folder)
+    ids, mask = batch(4, "left")
+    names = ["shallow", "overwrite", None, "shallow"]
+    expected = bank(ids, mask, prompt_names=names).last_hidden_state
+    failures: list[BaseException] = []
+    done = threading.Event()
+
+    def change() -> None:
+        try:
+            while not done.is_set():
+                bank.add("other", folders["shallow"])
+                bank(ids, mask, prompt_names=["other", "overwrite", "other", None])
+                bank.remove("other")
+        except BaseException as failure:  # what a thread raises is lost
+            failures.append(failure)
+
+    threads = [threading.Thread(target=change)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(30):
+            close(bank(ids, mask, prompt_names=names).last_hidden_state, expected)
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()
+    assert not failures
+
+
+class TestRefusals:
+    @pytest.fixture
+    def bank(self, base_of, tmp_path):
+        base = base_of("llama")
+        self.folder = tuned(base, tmp_path, "shallow", "sequence")
+        bank = bank_of(base)
+        bank.add("a", self.folder)
+        yield bank
+        assert bank.names == ["a"]
+        assert not bank._kept
+
+    @pytest.mark.parametrize("name", ["", "../a", "a/b", "/etc", ".a", "a\\b", "a\n", "x" * 101, 3])
+    def test_names(self, bank, name):
+        with pytest.raises(ValueError, match="name: expected up to 100 letters"):
+            bank.add(name, self.folder)
+
+    def test_taken(self, bank):
+        with pytest.raises(ValueError, match="'a' is taken"):
+            bank.add("a", self.folder)
+
+    def test_missing_folder(self, bank, tmp_path):
+        with pytest.raises(FileNotFoundError, match=r"nowhere.*ptune_config.json"):
+            bank.add("b", tmp_path / "nowhere")
+
+    def test_other_base(self, bank, base_of, tmp_path):
+        with pytest.raises(ptune.checkpoint.MisfitError, match=r"'b' .*expected a class of LlamaConfig's models"):
+            bank.add("b", tuned(base_of("qwen3"), tmp_path, "shallow", "lm"))
+
+    def test_not_finite(self, bank, tmp_path):
+        model = ptune.AutoPTuneModelForSequenceClassification.from_pretrained(self.folder)
+        with torch.no_grad():
+            model.prompt_embeddings.weight[1, 2] = float("nan")
+        model.save_prompts(tmp_path / "nan")
+        with pytest.raises(ValueError, match=r"prompt_embeddings\.weight: expected finite numbers"):
+            bank.add("b", tmp_path / "nan")
+
+    def test_unknown_names(self, bank):
+        ids, mask = batch(2, "right")
+        with pytest.raises(ValueError, match="no prompt 'b' in this bank, which has 1: 'a'"):
+            bank(ids, mask, prompt_names=["a", "b"])
+        with pytest.raises(ValueError, match="no prompt 'b'"):
+            bank.remove("b")
+        with pytest.raises(ValueError, match="prompt_names: expected 2 names, one for each row"):
+            bank(ids, mask, prompt_names=["a"])
+        with pytest.raises(ValueError, match="prompt_names: expected 2 names"):
+            bank(ids, mask, prompt_names="aa")
+
+    def test_classifiers_do_not_generate(self, bank):
+        ids, mask = batch(1, "left")
+        with pytest.raises(ValueError, match="'a' was trained on LlamaForSequenceClassification"):
+            bank.generate(ids, mask, prompt_names=["a"])
+
+    def test_head_of_another_class(self, base_of, tmp_path):
+        base = base_of("llama")
+        bank = ptune.PromptBank(base.stock())
+        with pytest.raises(ptune.checkpoint.MisfitError, match="load the base as LlamaForCausalLM"):
+            bank.add("lm", tuned(base, tmp_path, "shallow", "lm"))
+        ids, mask = batch(1, "left")
+        with pytest.raises(ValueError, match="LlamaModel cannot generate"):
+            bank.generate(ids, mask, prompt_names=[None])
+
+    def test_models_with_prompts(self, base_of):
+        with pytest.raises(TypeError, match="expected a stock transformers model, got PTuneLlamaModel"):
+            ptune.PromptBank(base_of("llama").tuned(tuning_mode="ptune", pre_seq_len=2))
