@@ -1,4 +1,4 @@
-"""The command `ptune`: train, eval, predict, info, demo."""
+"""The command `ptune`: train, eval, predict, info, convert, demo."""
 
 import json
 import sys
@@ -186,6 +186,29 @@ def info(folder: RunFolder) -> None:
     for name, value in rows.items():
         table.add_row(name, str(value))
     results.print(table)
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="PEFT's folder, or a file of P-tuning v2 or Petals.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    base_model: Annotated[str | None, typer.Option(help="The base, where it is not where SOURCE says.")] = None,
+    task: Annotated[TaskName | None, typer.Option(help="Where SOURCE does not say.")] = None,
+    task_id: Annotated[int | None, typer.Option(help="Which task of a multitask prompt.")] = None,
+    to_peft: Annotated[bool, typer.Option("--to-peft", help="SOURCE is a folder of ours; write it for PEFT.")] = False,
+) -> None:
+    """Read the prompts of another library into a folder of ours, or write ours for PEFT."""
+    with _one_line_errors():
+        _quieten()
+        from . import convert as converters
+
+        if to_peft:
+            if task is not None or task_id is not None:
+                raise ValueError("--task, --task-id: expected without --to-peft")
+            converters.to_peft(source, out, base_model)
+        else:
+            name = None if task is None else task.value
+            converters.convert(source, out, base_model=base_model, task=name, task_id=task_id)
 
 
 @app.command()

@@ -5,7 +5,7 @@ import torch
 import transformers as hf
 
 import ptune
-from ptune.hooks import _pool
+from ptune.hooks import pool
 
 from .common import COUNT, settings_for
 
@@ -182,7 +182,7 @@ def test_what_is_for_the_loss_alone(base_of):
 
 def test_bodies_that_pool_in_their_forward():
     with pytest.raises(NotImplementedError, match=r"Identity: .* because it pools in its forward"):
-        _pool(torch.nn.Identity(), torch.ones(2, 3))
+        pool(torch.nn.Identity(), torch.ones(2, 3))
 
 
 def test_generating_past_the_learned_positions(model):

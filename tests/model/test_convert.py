@@ -1,0 +1,257 @@
+"""Prompts of PEFT, P-tuning v2 and Petals, held to what the real PEFT says, or to the formats' own arithmetic."""
+
+import json
+import pickle
+
+import peft
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import ptune
+from ptune.checkpoint import MisfitError
+from ptune.convert import convert, to_peft
+
+from .common import close
+from .families import LAYERS, VOCABULARY
+
+TASKS = {
+    "SEQ_CLS": (transformers.AutoModelForSequenceClassification, ptune.AutoPTuneModelForSequenceClassification),
+    "TOKEN_CLS": (transformers.AutoModelForTokenClassification, ptune.AutoPTuneModelForTokenClassification),
+    "CAUSAL_LM": (transformers.AutoModelForCausalLM, ptune.AutoPTuneModelForCausalLM),
+}
+KINDS = {
+    "PROMPT_TUNING": (peft.PromptTuningConfig, {}),
+    "P_TUNING": (peft.PromptEncoderConfig, {"encoder_hidden_size": 7}),
+    "MULTITASK_PROMPT_TUNING": (peft.MultitaskPromptTuningConfig, {"num_tasks": 3, "num_ranks": 2}),
+    "PREFIX_TUNING": (peft.PrefixTuningConfig, {}),
+    "projected": (peft.PrefixTuningConfig, {"prefix_projection": True, "encoder_hidden_size": 9}),
+    "CARTRIDGE": (peft.CartridgeConfig, {}),
+}
+
+
+def peft_model(base, kind: str, task: str, **settings):
+    """A PEFT model whose prompt and head are of a size that tells."""
+    config, rest = KINDS[kind]
+    labels = {} if task == "CAUSAL_LM" else {"num_labels": 5}
+    stock = TASKS[task][0].from_pretrained(base.folder, **labels)
+    model = peft.get_peft_model(stock, config(task_type=task, num_virtual_tokens=6, **rest | settings))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.5)
+    return model.eval()
+
+
+def texts() -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.randint(3, VOCABULARY, (3, 7))
+    return ids, torch.ones_like(ids)
+
+
+@torch.no_grad()
+def logits(model, ids, mask, **rest) -> torch.Tensor:
+    return model(input_ids=ids, attention_mask=mask, **rest).logits
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
+@pytest.mark.parametrize("task", ["CAUSAL_LM", "SEQ_CLS"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_reads_peft(base_of, tmp_path, name, task, kind):
+    base = base_of(name)
+    model = peft_model(base, kind, task)
+    model.save_pretrained(tmp_path / "peft")
+    ids, mask = texts()
+    for number in range(3) if kind == "MULTITASK_PROMPT_TUNING" else (None,):
+        convert(tmp_path / "peft", tmp_path / "ours", task_id=number)
+        ours = TASKS[task][1].from_pretrained(tmp_path / "ours").eval()
+        rest = {} if number is None else {"task_ids": torch.full((3,), number)}
+        expected = logits(model, ids, mask, **rest)
+        if task == "CAUSAL_LM":
+            expected = expected[:, -ids.shape[1] :]  # PEFT returns prompt rows where there are such
+        close(logits(ours, ids, mask), expected)
+
+
+@pytest.mark.parametrize("kind", ["PREFIX_TUNING", "CARTRIDGE"])
+def test_reads_peft_on_an_encoder(base_of, tmp_path, kind):
+    model = peft_model(base_of("bert"), kind, "TOKEN_CLS")
+    model.save_pretrained(tmp_path / "peft")
+    convert(tmp_path / "peft", tmp_path / "ours")
+    ours = ptune.AutoPTuneModelForTokenClassification.from_pretrained(tmp_path / "ours").eval()
+    ids, mask = texts()
+    close(logits(ours, ids, mask), logits(model, ids, mask))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("task", ["CAUSAL_LM", "SEQ_CLS"])
+@pytest.mark.parametrize("mode", ["shallow", "overwrite", "add", "compiled"])
+def test_peft_reads_what_is_written(base_of, tmp_path, name, task, mode):
+    base = base_of(name)
+    labels = {} if task == "CAUSAL_LM" else {"num_labels": 4}
+    settings = {"tuning_mode": "ptune" if mode == "shallow" else "deep_ptune", "pre_seq_len": 3}
+    if mode == "add":
+        settings["deep_prompt_mode"] = "add"
+    model = TASKS[task][1].from_pretrained(base.folder, **settings, **labels).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.7)
+    model.save_prefix(tmp_path / "ours") if mode == "compiled" else model.save_prompts(tmp_path / "ours")
+    to_peft(tmp_path / "ours", tmp_path / "peft")
+    theirs = peft.PeftModel.from_pretrained(TASKS[task][0].from_pretrained(base.folder, **labels), tmp_path / "peft")
+    expected_type = "PROMPT_TUNING" if mode == "shallow" else "PREFIX_TUNING"
+    assert theirs.peft_config["default"].peft_type == expected_type
+    ids, mask = texts()
+    expected = logits(model, ids, mask)
+    got = logits(theirs.eval(), ids, mask)
+    close(got[:, -ids.shape[1] :] if task == "CAUSAL_LM" else got, expected)
+    convert(tmp_path / "peft", tmp_path / "again")
+    again = TASKS[task][1].from_pretrained(tmp_path / "again").eval()
+    close(logits(again, ids, mask), expected)
+
+
+@pytest.mark.parametrize("projected", [False, True])
+def test_reads_p_tuning_v2(base_of, tmp_path, projected):
+    base, count, width = base_of("bert"), 4, 2 * LAYERS * 24
+    state = {"classifier.weight": torch.randn(3, 24), "classifier.bias": torch.randn(3)}
+    if projected:
+        encoder = nn.Sequential(nn.Embedding(count, 24), nn.Linear(24, 11), nn.Tanh(), nn.Linear(11, width))
+        names = ["embedding.weight", "trans.0.weight", "trans.0.bias", "trans.2.weight", "trans.2.bias"]
+        state |= {f"prefix_encoder.{name}": t for name, t in zip(names, encoder.state_dict().values(), strict=True)}
+        prefix = encoder(torch.arange(count)).detach()
+    else:
+        prefix = state["prefix_encoder.embedding.weight"] = torch.randn(count, width)
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    convert(tmp_path / "pytorch_model.bin", tmp_path / "ours", base_model=base.folder, task="tagging")
+    ours = ptune.AutoPTuneModelForTokenClassification.from_pretrained(tmp_path / "ours").eval()
+    # as its authors feed a model: past_key_values of [m, 2L, heads, width]
+    past = prefix.view(count, 2 * LAYERS, 4, 6).permute(1, 2, 0, 3)
+    for layer, (key, value) in enumerate(ours._hooks.prefix.prefix().layers):
+        assert torch.equal(key, past[2 * layer])
+        assert torch.equal(value, past[2 * layer + 1])
+    assert torch.equal(ours.classifier.weight, state["classifier.weight"])
+
+
+@pytest.mark.parametrize("deep", [False, True])
+def test_reads_petals(base_of, tmp_path, deep):
+    base, count = base_of("llama"), 4
+    rows, inner = torch.randn(count, 24), torch.randn(count, LAYERS * 24)
+    state = {"transformer.prompt_embeddings.weight": rows.half()}
+    if deep:
+        state["transformer.intermediate_prompt_embeddings.weight"] = inner
+    torch.save(state, tmp_path / "prompts.pt")
+    convert(tmp_path / "prompts.pt", tmp_path / "ours", base_model=base.folder, task="generation")
+    ours = ptune.AutoPTuneModelForCausalLM.from_pretrained(tmp_path / "ours")
+    assert torch.equal(ours.prompt_embeddings.weight, rows.half().float())
+    assert ours.ptune_config.deep is deep
+    if deep:
+        assert ours.ptune_config.deep_prompt_mode == "add"
+        # as Petals reads a row: [m, L, d]
+        for layer, expected in enumerate(inner.view(count, LAYERS, 24).unbind(1)):
+            got = ours.intermediate_prompt_embeddings.weight[layer * count : (layer + 1) * count]
+            assert torch.equal(got, expected)
+
+
+class TestRefusals:
+    @pytest.fixture
+    def folder(self, base_of, tmp_path):
+        peft_model(base_of("llama"), "PREFIX_TUNING", "SEQ_CLS").save_pretrained(tmp_path / "peft")
+        yield tmp_path / "peft"
+        assert not (tmp_path / "out").exists()
+
+    def refuse(self, folder, match, error=ValueError, **rest):
+        with pytest.raises(error, match=match):
+            convert(folder, folder.parent / "out", **rest)
+
+    def change(self, folder, **settings):
+        path = folder / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+    def change_tensor(self, folder, name, change):
+        path = folder / "adapter_model.safetensors"
+        tensors = load_file(path)
+        tensors[name] = change(tensors[name])
+        save_file(tensors, path)
+
+    def test_other_kinds(self, folder):
+        self.change(folder, peft_type="LORA")
+        self.refuse(folder, "peft_type: expected one of PROMPT_TUNING, .*got 'LORA'")
+
+    def test_other_tasks(self, folder):
+        self.change(folder, task_type="SEQ_2_SEQ_LM")
+        self.refuse(folder, "task_type: expected one of SEQ_CLS, .*got 'SEQ_2_SEQ_LM'")
+
+    def test_other_base(self, folder, base_of):
+        self.refuse(
+            folder,
+            r"keys and values: expected \[m, 144\] for this base",
+            MisfitError,
+            base_model=base_of("gpt2").folder,
+        )
+
+    def test_wrong_number_of_rows(self, folder):
+        self.change(folder, num_virtual_tokens=7)
+        self.refuse(folder, r"prompt_embeddings: expected \[7, …\], got \[6, 72\]")
+
+    def test_wrong_shape(self, folder):
+        self.change_tensor(folder, "prompt_embeddings", lambda t: t[:, :-6].contiguous())
+        self.refuse(folder, r"expected \[m, 72\] for this base, got \[6, 66\]", MisfitError)
+
+    def test_not_finite(self, folder):
+        self.change_tensor(folder, "prompt_embeddings", lambda t: t / 0)
+        self.refuse(folder, "prompt_embeddings: expected finite numbers")
+
+    def test_integers(self, folder):
+        self.change_tensor(folder, "prompt_embeddings", lambda t: t.long())
+        self.refuse(folder, "prompt_embeddings: expected floating-point numbers")
+
+    def test_foreign_head(self, folder):
+        self.change_tensor(folder, "base_model.score.weight", lambda t: t[:, :-1].contiguous())
+        self.refuse(
+            folder,
+            r"head: does not fit LlamaForSequenceClassification \(no such parameters: \['score.weight'\]",
+            MisfitError,
+        )
+
+    def test_truncated(self, folder):
+        path = folder / "adapter_model.safetensors"
+        path.write_bytes(path.read_bytes()[:-100])
+        self.refuse(folder, "not a file of tensors")
+
+    def test_task_id(self, folder, base_of):
+        self.refuse(folder, "task_id: expected with a multitask prompt alone", task_id=1)
+        peft_model(base_of("llama"), "MULTITASK_PROMPT_TUNING", "CAUSAL_LM").save_pretrained(folder)
+        self.refuse(folder, "task_id: expected 0 to 2, got 3", task_id=3)
+        self.refuse(folder, "task_id: expected 0 to 2, got None")
+
+    def test_pickled_code(self, folder, tmp_path):
+        class Code:
+            def __reduce__(self):
+                return (open, (str(tmp_path / "written"), "w"))
+
+        (folder / "adapter_model.safetensors").unlink()
+        with (folder / "adapter_model.bin").open("wb") as file:
+            pickle.dump({"prompt_embeddings": Code()}, file)
+        self.refuse(folder, "holds pickled code")
+        torch.save({"prompt_embeddings": Code()}, folder / "adapter_model.bin")
+        self.refuse(folder, "holds pickled code")
+        assert not (tmp_path / "written").exists()
+
+    def test_files_that_do_not_say(self, folder, tmp_path, base_of):
+        torch.save({"prompt_embeddings.weight": torch.randn(3, 24)}, tmp_path / "p.pt")
+        self.refuse(tmp_path / "p.pt", "base_model: expected one")
+        self.refuse(
+            tmp_path / "p.pt", "task: expected one of 'classification'", base_model=base_of("llama").folder, task="qa"
+        )
+        torch.save({"other": torch.randn(3, 24)}, tmp_path / "p.pt")
+        self.refuse(tmp_path / "p.pt", r"expected prefix_encoder.embedding.weight .* got other")
+        self.refuse(tmp_path / "nowhere.pt", "no such file", FileNotFoundError)
+
+    def test_deep_prompts_that_are_not_shared(self, folder, base_of, tmp_path):
+        model = ptune.AutoPTuneModelForCausalLM.from_pretrained(
+            base_of("bloom").folder, tuning_mode="deep_ptune", pre_seq_len=2
+        )
+        model.save_prompts(tmp_path / "ours")
+        with pytest.raises(ValueError, match="PEFT has no deep prompts but keys and values"):
+            to_peft(tmp_path / "ours", tmp_path / "out")
