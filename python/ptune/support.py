@@ -128,7 +128,9 @@ def check_inputs(arguments: dict[str, Any], parameters: tuple[str, ...]) -> None
         if value.shape[:2] == size or name == "lengths":
             raise NotImplementedError(f"{name}: not supported, because it describes the text, and not the prompt")
     if arguments.get("adapter_names") is not None:
-        raise NotImplementedError("adapter_names: not supported; all rows of a batch have the model's one prompt")
+        raise NotImplementedError(
+            "adapter_names: not supported, as all rows have the one prompt of the model; use a PromptBank"
+        )
     packed = [name for name in arguments if name.startswith("cu_seq_lens") and arguments[name] is not None]
     if packed:
         raise NotImplementedError(
