@@ -5,7 +5,7 @@ import os
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,23 +48,27 @@ class BankOutput:
         last_hidden_state: [b, n, d], of the text.
         tasks: by the name of the prompt; rows without one are under ``None``, with the base's own head.
         logits: the logits of each row, in the order of the batch; ``None`` where there was no head.
+        loss: the sum of the tasks' losses, where labels were given.
     """
 
     last_hidden_state: Tensor
     tasks: dict[str | None, TaskOutput] = field(default_factory=dict)
     logits: list[Tensor | None] = field(default_factory=list)
+    loss: Tensor | None = None
 
 
 @dataclass(eq=False)
 class _Entry:
-    """A prompt of a bank: float32 as it was saved, on the CPU, with its head."""
+    """A prompt of a bank: float32, on the CPU unless it trains, with its head and what its folder says."""
 
+    saved: dict[str, Any]
     settings: PTuneConfig
     prompts: Any  # [m, d]; None where a compiled prefix was loaded
     deep: Any  # [L·m, d], or None
     compiled: list[Tensor]
     shared: bool
     head: Head
+    trains: bool = False
     removed: bool = False
 
     @property
@@ -145,41 +149,76 @@ class PromptBank:
             entry = self._named(name)
             self._entries = {other: kept for other, kept in self._entries.items() if other != name}
             entry.removed = True
-            if (prefix := self._kept.pop(entry, None)) is not None:
-                self._kept_bytes -= prefix.nbytes
+            self._drop(entry)
 
-    @torch.no_grad()
     def __call__(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, *, prompt_names: Sequence[str | None]
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        prompt_names: Sequence[str | None],
+        labels: Mapping[Any, Tensor] | None = None,
     ) -> BankOutput:
         """Run texts [b, n], row i with the prompt ``prompt_names[i]``; ``None`` is the base alone.
 
-        Every row equals what its prompt alone would make of it. Raises `ValueError` for names that the bank does not
-        have, before anything is run.
+        Every row equals what its prompt alone would make of it. ``labels``: by name, those of its rows, as its model
+        class takes them. Gradients flow to prompts that train (see `unfreeze`) alone. Raises `ValueError` for names
+        that the bank does not have, before anything is run.
         """
         mask = torch.ones_like(input_ids) if attention_mask is None else ones_and_zeros(attention_mask)
         entries = self._entries_of(prompt_names, input_ids)
+        rows_of = {name: [i for i, other in enumerate(prompt_names) if other == name] for name in prompt_names}
+        labels = labels or {}
+        for name in labels:
+            if name not in rows_of:
+                raise ValueError(f"labels: expected names that the batch has, got {name!r}")
         column = mask.to(torch.int32).argmax(-1).to(torch.int32)
-        parts = self._parts(entries, input_ids.device)
-        states: Tensor | None = None
-        for rows, mixture in parts:
-            part = self._run(input_ids[rows], mask[rows], mixture)
-            if len(parts) == 1:
-                states = part
-            else:
-                states = part.new_empty(len(entries), *part.shape[1:]) if states is None else states
-                states[rows] = part
-        assert states is not None
-        output = BankOutput(states, logits=[None] * len(entries))
-        for name in dict.fromkeys(prompt_names):
-            rows = [row for row, other in enumerate(prompt_names) if other == name]
-            head = self._base_head if (entry := entries[rows[0]]) is None else entry.head
-            made = head(states[rows], input_ids[rows], mask[rows], column[rows])
-            output.tasks[name] = TaskOutput(rows, made)
-            if (logits := made.get("logits")) is not None:
-                for row, its in zip(rows, logits, strict=True):
-                    output.logits[row] = its
+        trains = any(entry is not None and entry.trains for entry in entries)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
+            states = self._states(entries, input_ids, mask)
+            output = BankOutput(states, logits=[None] * len(entries))
+            for name, rows in rows_of.items():
+                head = self._base_head if (entry := entries[rows[0]]) is None else entry.head
+                made = head(states[rows], input_ids[rows], mask[rows], column[rows], labels.get(name))
+                output.tasks[name] = TaskOutput(rows, made)
+                if (logits := made.get("logits")) is not None:
+                    for row, its in zip(rows, logits, strict=True):
+                        output.logits[row] = its
+                if (loss := made.get("loss")) is not None:
+                    output.loss = loss if output.loss is None else output.loss + loss
         return output
+
+    def unfreeze(self, name: str) -> dict[str, nn.Parameter]:
+        """From now on the prompt and the head of ``name`` train: returns them by the names that their folder has.
+
+        A prompt that trains is not kept compiled. Raises `ValueError` for a compiled prefix, which is without its rows.
+        """
+        with self._lock:
+            entry = self._named(name)
+            if entry.compiled:
+                raise ValueError(f"{name!r} is a compiled prefix, without the rows that would train")
+            if not entry.trains:
+                self._drop(entry)
+                entry.trains = True
+                device = self._runner.device
+                entry.prompts, entry.deep = (
+                    rows if rows is None else nn.Parameter(rows.to(device, copy=True))
+                    for rows in (entry.prompts, entry.deep)
+                )
+        tables = zip(checkpoint.PROMPTS, (entry.prompts, entry.deep), strict=True)
+        return {name: rows for name, rows in tables if rows is not None} | entry.head.unfreeze()
+
+    def head(self, name: str) -> nn.Module:
+        """The head of ``name``, as a model of its class that is without the body."""
+        return self._named(name).head.model
+
+    def save(self, name: str, folder: str | os.PathLike[str]) -> None:
+        """Write the prompt and head of ``name`` to a folder like the one that it came from."""
+        entry = self._named(name)
+        compiled = checkpoint.compiled_names(entry.settings, entry.saved["num_layers"])
+        tensors = dict(zip(compiled, entry.compiled, strict=False)) | entry.head.own()
+        tables = zip(checkpoint.PROMPTS, (entry.prompts, entry.deep), strict=True)
+        checkpoint.write(folder, entry.saved, tensors | {n: rows for n, rows in tables if rows is not None})
 
     def generate(
         self,
@@ -220,7 +259,7 @@ class PromptBank:
         shared = plan.path == "prefix" and plan.limit is None
         if compiled and not shared:
             raise checkpoint.MisfitError(f"a compiled prefix, and prompts cannot be shared here: {plan.reason}")
-        return _Entry(settings, prompts, deep, compiled, shared, head)
+        return _Entry(saved, settings, prompts, deep, compiled, shared, head)
 
     def _plan_of(self, settings: PTuneConfig) -> Plan:
         """The path of prompts of this kind."""
@@ -269,6 +308,15 @@ class PromptBank:
             (apart, self._mixture([entries[row] for row in apart], device)),
         ]
 
+    def _states(self, entries: list[_Entry | None], input_ids: Tensor, mask: Tensor) -> Tensor:
+        """[b, n, d], by one call of the base, or two."""
+        parts = self._parts(entries, input_ids.device)
+        if len(parts) == 1:
+            return self._run(input_ids, mask, parts[0][1])
+        made = torch.cat([self._run(input_ids[rows], mask[rows], mixture) for rows, mixture in parts])
+        order = torch.tensor([row for rows, _ in parts for row in rows], device=made.device)
+        return made[order.argsort()]
+
     def _shared_mixture(self, entries: list[_Entry | None], device: torch.device) -> Mixture:
         distinct, start, length = _pooled(entries)
         pool = Prefix.joined([self._prefix_of(entry) for entry in distinct]) if distinct else self._nothing
@@ -282,7 +330,7 @@ class PromptBank:
         distinct, start, length = _pooled(entries)
         nothing = torch.zeros(0, self._runner.get_input_embeddings().weight.shape[1])
         placed = torch.tensor([start, length], dtype=torch.int32).to(device)
-        prompts = torch.cat([nothing, *(entry.prompts for entry in distinct)]).to(device)
+        prompts = torch.cat([rows.to(device) for rows in (nothing, *(entry.prompts for entry in distinct))])
         deep = []
         for mode in dict.fromkeys(entry.settings.deep_prompt_mode for entry in distinct if entry.settings.deep):
             own = [
@@ -298,6 +346,8 @@ class PromptBank:
     def _prefix_of(self, entry: _Entry) -> Prefix:
         """The keys and values of a prompt, which are kept as far as `max_bytes` goes."""
         with self._lock:
+            if entry.trains:
+                return Prefix(self._capture(entry))
             if (prefix := self._kept.get(entry)) is not None:
                 self._kept.move_to_end(entry)
                 return prefix
@@ -317,12 +367,19 @@ class PromptBank:
             if entry.compiled:
                 tensors = [tensor.to(weight.device, weight.dtype, copy=True) for tensor in entry.compiled]
                 return Prefix(list(zip(tensors[::2], tensors[1::2], strict=True)))
-            path, mode = self._runner._hooks.prefix, entry.settings.deep_prompt_mode
-            layers = path.capture(entry.prompts, entry.deep, mode).layers
+            layers = self._capture(entry)
             # copies: a view would keep the queries with it
             return Prefix(
                 [(key.clone(memory_format=_PACKED), value.clone(memory_format=_PACKED)) for key, value in layers]
             )
+
+    def _capture(self, entry: _Entry) -> list[tuple[Tensor, Tensor]]:
+        mode = entry.settings.deep_prompt_mode
+        return self._runner._hooks.prefix.capture(entry.prompts, entry.deep, mode).layers
+
+    def _drop(self, entry: _Entry) -> None:
+        if (prefix := self._kept.pop(entry, None)) is not None:
+            self._kept_bytes -= prefix.nbytes
 
     def _run(self, input_ids: Tensor, mask: Tensor, mixture: Mixture) -> Tensor:
         hooks = self._runner._hooks

@@ -64,9 +64,12 @@ def main() -> None:
 @app.command()
 def train(
     model: Annotated[str, typer.Option(help="Folder or hub name of the frozen base.", show_default=False)],
-    task: Annotated[TaskName, typer.Option(help="What is learnt.", show_default=False)],
-    data: Annotated[Path, typer.Option(help="CSV, TSV or JSONL; CoNLL for tagging.", show_default=False)],
     out: Annotated[Path, typer.Option(help="Folder for the prompts, head and checkpoints.", show_default=False)],
+    task: Annotated[TaskName | None, typer.Option(help="What is learnt.")] = None,
+    data: Annotated[Path | None, typer.Option(help="CSV, TSV or JSONL; CoNLL for tagging.")] = None,
+    task_mix: Annotated[
+        str | None, typer.Option(help="YAML files of several tasks, with commas: trained together.", metavar="FILES")
+    ] = None,
     eval_data: Annotated[Path | None, typer.Option(help="Like --data. Default: a held-out part.")] = None,
     hold_out: Annotated[float, typer.Option(help="The share to hold out without --eval-data.")] = 0.1,
     text_column: TextColumn = None,
@@ -94,6 +97,14 @@ def train(
     with _one_line_errors():
         if plot and (plot.suffix.lower() != ".png" or not plot.absolute().parent.is_dir()):
             raise ValueError(f"--plot: expected a .png file in a folder that exists, got {plot}")
+        if task_mix is not None:
+            given = [name for name, value in (("task", task), ("data", data), ("plot", plot)) if value is not None]
+            if given or resume:
+                raise ValueError(f"--{(given or ['resume'])[0]}: not with --task-mix, whose files say what is learnt")
+            _train_mix([Path(file) for file in task_mix.split(",")], out, steps, model, dtype.value, seed, overwrite)
+            return
+        if task is None or data is None:
+            raise ValueError(f"--{'data' if task else 'task'}: expected one, or --task-mix")
         _quieten()
         from .data import Columns
         from .runs import Options, prepare
@@ -129,6 +140,18 @@ def train(
 
             plot_log(record["log"], run.task.metrics, plot)
     _print_metrics(record["metrics"], f"{out}, on {len(run.evaluation)} evaluation examples")
+
+
+def _train_mix(
+    files: list[Path], out: Path, steps: int | None, model: str, dtype: str, seed: int, overwrite: bool
+) -> None:
+    _quieten()
+    from .mix import read_mix, train_mix
+
+    options = read_mix(files, model=model, out=out, dtype=dtype, seed=seed, overwrite=overwrite)
+    records = train_mix(options, steps, notes.print, quiet=not sys.stderr.isatty())
+    for name, record in records.items():
+        _print_metrics(record["metrics"], f"{out / name}, on its evaluation examples")
 
 
 @app.command("eval")

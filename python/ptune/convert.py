@@ -24,23 +24,14 @@ from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
 
 from . import checkpoint
-from .auto import (
-    AutoPTuneModel,
-    AutoPTuneModelForCausalLM,
-    AutoPTuneModelForSequenceClassification,
-    AutoPTuneModelForTokenClassification,
-)
+from .auto import AutoPTuneModel
 from .checkpoint import MisfitError
+from .runs import MODELS
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 
-_LOADERS: dict[str | None, Any] = {
-    "classification": AutoPTuneModelForSequenceClassification,
-    "tagging": AutoPTuneModelForTokenClassification,
-    "generation": AutoPTuneModelForCausalLM,
-    None: AutoPTuneModel,
-}
+_LOADERS: dict[Any, Any] = {**MODELS, None: AutoPTuneModel}
 _TASK_TYPES = {
     "SEQ_CLS": "classification", "TOKEN_CLS": "tagging", "CAUSAL_LM": "generation", "FEATURE_EXTRACTION": None,
     None: None,

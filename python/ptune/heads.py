@@ -93,20 +93,42 @@ class Head:
             raise NotImplementedError(f"{skeleton.base_class.__name__}: its head has buffers, which nothing holds")
         self.model_class = skeleton.base_class
         self.config = model.config
-        self._model = model.eval()
+        self.model = model.eval()
+        self._own = list(own)
 
-    def __call__(self, states: Tensor, input_ids: Tensor, attention_mask: Tensor, column: Tensor) -> Any:
+    def own(self) -> dict[str, nn.Parameter]:
+        """The task's own parameters, by the names that its folder has."""
+        return {name: self.model.get_parameter(name) for name in self._own}
+
+    def unfreeze(self) -> dict[str, nn.Parameter]:
+        """`own`, which train from now on."""
+        own = self.own()
+        for parameter in own.values():
+            parameter.requires_grad_()
+        return own
+
+    def __call__(
+        self,
+        states: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        column: Tensor,
+        labels: Tensor | None = None,
+    ) -> Any:
         """The model's output for texts [k, n], of which the body made ``states`` [k, n, d].
 
         ``column`` [k]: where they begin.
         """
+        if labels is not None and self.model.can_generate() and labels.shape == input_ids.shape:
+            labels = labels.scatter(1, column[:, None].long(), -100)  # nothing of the text predicts its first token
         if self.model_class.__name__.endswith("ForSequenceClassification"):
             # as they are pooled where they begin in the first column
             states, input_ids, attention_mask = (roll_rows(x, column, 1) for x in (states, input_ids, attention_mask))
             column = torch.zeros_like(column)
         _thread.given = states, states[torch.arange(states.shape[0], device=states.device), column.long()]
         try:
-            return self._model(input_ids=input_ids, attention_mask=attention_mask, return_dict=True)
+            given = {} if labels is None else {"labels": labels}
+            return self.model(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **given)
         finally:
             _thread.given = None
 

@@ -80,7 +80,7 @@ class Run:
     """A model, a task and examples that fit each other, made by `prepare`."""
 
     options: Options
-    model: PreTrainedModel
+    model: Any  # with prompts and head
     task: Task
     train: Sequence[Any]
     evaluation: Sequence[Any]
@@ -112,6 +112,13 @@ class Run:
             say=say,
         )
         self.model.save_pretrained(options.out)
+        record = self.write_record(self._best(log), log)
+        _remove_checkpoints(checkpoints)
+        return record
+
+    def write_record(self, metrics: dict[str, float], log: Sequence[dict[str, float]]) -> dict[str, Any]:
+        """Write the `train.json` that makes a folder of prompts one of a finished run, and return it."""
+        options = self.options
         record = {
             "task": self.task.name,
             "max_length": self.task.max_length,
@@ -120,11 +127,10 @@ class Run:
             "learning_rate": self.learning_rate,
             "head_learning_rate": options.head_learning_rate,
             "seed": options.seed,
-            "metrics": self._best(log),
+            "metrics": metrics,
             "log": log,
         }
         _write_json(options.out / RECORD, record)
-        _remove_checkpoints(checkpoints)
         return record
 
     def _best(self, log: Sequence[dict[str, float]]) -> dict[str, float]:

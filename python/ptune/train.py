@@ -1,7 +1,7 @@
 """Trains and evaluates a model on a task: transformers' Trainer does the loop, this file sets it up."""
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,9 +90,16 @@ def _trainer(
 
 def parameter_groups(model: PreTrainedModel, learning_rate: float, head_learning_rate: float) -> list[dict[str, Any]]:
     """What of `model` requires grad, for an optimizer; see `fit` for the rates."""
+    return groups_of(model.named_parameters(), learning_rate, head_learning_rate)
+
+
+def groups_of(
+    named: Iterable[tuple[str, torch.nn.Parameter]], learning_rate: float, head_learning_rate: float
+) -> list[dict[str, Any]]:
+    """`parameter_groups` of parameters by their names."""
     prompts: list[torch.nn.Parameter] = []
     others: list[torch.nn.Parameter] = []
-    for name, parameter in model.named_parameters():
+    for name, parameter in named:
         if parameter.requires_grad:
             (prompts if name.endswith("prompt_embeddings.weight") else others).append(parameter)
     if not prompts:

@@ -362,3 +362,72 @@ class TestRefusals:
     def test_models_with_prompts(self, base_of):
         with pytest.raises(TypeError, match="expected a stock transformers model, got PTuneLlamaModel"):
             ptune.PromptBank(base_of("llama").tuned(tuning_mode="ptune", pre_seq_len=2))
+
+
+def to_the_left(values: Tensor, mask: Tensor, filling: int) -> Tensor:
+    """Rows whose real columns come first."""
+    moved = torch.full_like(values, filling)
+    for row, (its, real) in enumerate(zip(values, mask.bool(), strict=True)):
+        moved[row, : int(real.sum())] = its[real]
+    return moved
+
+
+@pytest.mark.parametrize("name", ["llama", "bert", "gpt2", "bloom"])
+@pytest.mark.parametrize("padding", ["right", "left"])
+def test_gradients_are_those_of_training_apart(base_of, tmp_path, name, padding):
+    base = base_of(name)
+    bank = bank_of(base)
+    folders = {}
+    for i, kind in enumerate(("shallow", "overwrite", "add", "long", "head")):
+        task = ("sequence", "token", "lm")[i % (3 if base.family.causal else 2)]
+        folders[kind] = (tuned(base, tmp_path, kind, task), task)
+        bank.add(kind, folders[kind][0])
+    names = [*folders, "shallow", "add", "overwrite"]
+    random.shuffle(names)
+    ids, mask = batch(len(names), padding)
+    trained = {kind: bank.unfreeze(kind) for kind in folders}
+    labels = {}
+    for kind, (_, task) in folders.items():
+        rows = [row for row, other in enumerate(names) if other == kind]
+        if task == "sequence":
+            labels[kind] = torch.randint(3, (len(rows),))
+        else:
+            labels[kind] = torch.randint(3, ids[rows].shape).where(mask[rows].bool(), -100)
+            labels[kind] = labels[kind] if task == "token" else ids[rows].where(mask[rows].bool(), -100)
+    if any((mask[names.index(kind)].sum() < 2) for kind, (_, task) in folders.items() if task == "lm"):
+        labels = {kind: its for kind, its in labels.items() if folders[kind][1] != "lm"}  # a text that predicts nothing
+    bank(ids, mask, prompt_names=names, labels=labels).loss.backward()
+    for kind, its in labels.items():
+        path, task = folders[kind]
+        model = LOADERS[task].from_pretrained(path, prefix_sharing=False).eval()
+        rows = [row for row, other in enumerate(names) if other == kind]
+        # padded on the right, where the stock model that a head alone has counts positions as the definition does
+        its = its if task == "sequence" else to_the_left(its, mask[rows], -100)
+        right = to_the_left(mask[rows], mask[rows], 0)
+        model(input_ids=to_the_left(ids[rows], mask[rows], 0), attention_mask=right, labels=its).loss.backward()
+        apart = {key: parameter for key, parameter in model.named_parameters() if parameter.requires_grad}
+        assert trained[kind].keys() == apart.keys()
+        for key, parameter in apart.items():
+            got, expected = trained[kind][key].grad, parameter.grad
+            scale = max(expected.abs().max().item(), 1e-6)
+            torch.testing.assert_close(
+                got, expected, rtol=0, atol=2e-5 * scale, msg=lambda m, k=(kind, key): f"{k}: {m}"
+            )
+
+
+def test_what_trains_is_saved(base_of, tmp_path):
+    base = base_of("llama")
+    bank = bank_of(base)
+    bank.add("a", tuned(base, tmp_path, "overwrite", "sequence"))
+    ids, mask = batch(3, "right")
+    before = bank(ids, mask, prompt_names=["a"] * 3).logits
+    with torch.no_grad():
+        for parameter in bank.unfreeze("a").values():
+            parameter.add_(torch.randn_like(parameter))
+    after = bank(ids, mask, prompt_names=["a"] * 3).logits
+    assert not torch.allclose(before[0], after[0])
+    bank.save("a", tmp_path / "saved")
+    for row in range(3):
+        close(after[row], alone(tmp_path / "saved", "sequence", ids[row], mask[row]), 2e-5)
+    bank.add("b", tmp_path / "saved")
+    close(bank(ids, mask, prompt_names=["b", None, "a"]).logits[0], after[0])

@@ -409,3 +409,64 @@ def test_generation_needs_prompts(tiny_llama, tmp_path):
     result = ptune("train", *arguments, "--tuning-mode", "none")
     assert result.exit_code == 2
     assert "generation has no head to train" in result.stderr
+
+
+def mix_of(folder: Path, **files: str) -> str:
+    for name, text in files.items():
+        (folder / f"{name}.yaml").write_text(text)
+    return ",".join(str(folder / f"{name}.yaml") for name in files)
+
+
+def metrics_of(folder: Path) -> dict[str, float]:
+    return json.loads((folder / "train.json").read_text())["metrics"]
+
+
+def test_tasks_trained_together(tiny_bert, tmp_path):
+    mood, names = classification_file(tmp_path), tagging_file(tmp_path)
+    mix = mix_of(
+        tmp_path,
+        mood=f"task: classification\ndata: {mood.name}\nbatch_size: 32\n",
+        people=f"name: names\ntask: tagging\ndata: {names.name}\nbatch_size: 32\npre_seq_len: 5\n",
+    )
+    out = tmp_path / "out"
+    shown = succeed("train", "--task-mix", mix, "--model", tiny_bert, "--out", out, "--steps", 120)
+    assert "macro f1" in shown
+    assert "entity f1" in shown
+    assert sorted(path.name for path in out.iterdir()) == ["mood", "names"]
+    assert metrics_of(out / "mood")["accuracy"] > 0.9
+    assert metrics_of(out / "names")["entity_f1"] > 0.9
+    assert json.loads(succeed("predict", out / "mood", "good red"))["label"] == "yes"
+    assert json.loads(succeed("predict", out / "names", "Ann is in Rome"))["tags"][0] == "B-person"
+
+
+def test_generation_trained_beside_classification(tiny_llama, tmp_path):
+    mix = mix_of(
+        tmp_path,
+        tale=f"task: generation\ndata: {generation_file(tmp_path).name}\ndeep_prompt_mode: add\nbatch_size: 32\n",
+        mood=f"task: classification\ndata: {classification_file(tmp_path).name}\ntuning_mode: none\n",
+    )
+    alone, out = tmp_path / "alone", tmp_path / "out"
+    arguments = ["--model", tiny_llama, "--steps", 60]
+    succeed("train", "--task-mix", mix, "--out", out, *arguments)
+    data = tmp_path / "stories0.jsonl"
+    succeed("train", "--task", "generation", "--data", data, "--deep-prompt-mode", "add", "--out", alone, *arguments)
+    assert metrics_of(out / "tale")["perplexity"] < 1.1 * metrics_of(alone)["perplexity"]
+    assert "(add)" in succeed("info", out / "tale")
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("task: [", "a.yaml: not YAML"),
+        ("task: tagging", "a.yaml: expected task, data and any of name"),
+        ("task: tagging\ndata: a\nmodel: b", "got task, data, model"),
+        ("task: tagging\ndata: nowhere.conll", "nowhere.conll"),
+        ("task: chess\ndata: a", "task: expected one of"),
+    ],
+)
+def test_what_is_wrong_with_a_mix(tiny_llama, tmp_path, text, problem):
+    (tmp_path / "a.yaml").write_text(text)
+    result = ptune("train", "--task-mix", tmp_path / "a.yaml", "--model", tiny_llama, "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert problem in " ".join(result.stderr.split())
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,197 @@
+"""Several tasks trained together: one frozen base, a prompt for each task, and batches that hold them all.
+
+A task's gradients are those that its own rows would give it alone.
+"""
+
+import random
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import yaml  # type: ignore[import-untyped]
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Sampler, SequentialSampler
+from transformers import AutoConfig, PrinterCallback, Trainer, TrainingArguments
+
+from .bank import PromptBank
+from .checkpoint import PROMPTS
+from .data import Columns
+from .runs import MODELS, Options, Run, prepare
+from .tasks import IGNORED, Features
+from .train import evaluate, groups_of
+
+# What a task's file may say; the rest is said once, for all.
+_KEYS = (
+    "name", "task", "data", "eval_data", "hold_out", "text_column", "label_column", "prompt_column",
+    "completion_column", "tuning_mode", "pre_seq_len", "deep_prompt_mode", "init_text", "max_length", "batch_size",
+    "learning_rate", "head_learning_rate",
+)  # fmt: skip
+_COLUMNS = ("text_column", "label_column", "prompt_column", "completion_column")
+_BATCH_SIZE = 32  # of all tasks together, where their files do not say
+
+
+def read_mix(paths: Sequence[Path], **shared: Any) -> dict[str, Options]:
+    """The options of each task, by its name (the file's, unless it says one), from one YAML file for each.
+
+    ``shared``: options of all; ``out`` is the folder of their folders. Paths in a file are relative to it. Raises
+    `ValueError` for a file that is no mapping or has other keys than the options of `ptune train`.
+    """
+    options: dict[str, Options] = {}
+    for path in paths:
+        try:
+            said = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}: not YAML: {error}") from None
+        if not isinstance(said, dict) or not {"task", "data"} <= said.keys() <= set(_KEYS):
+            keys = ", ".join(map(str, said)) if isinstance(said, dict) else type(said).__name__
+            raise ValueError(f"{path}: expected task, data and any of {', '.join(_KEYS)}, got {keys}")
+        name = str(said.pop("name", path.stem))
+        if name in options:
+            raise ValueError(f"{path}: name: {name!r} is another task's")
+        said["columns"] = Columns(*(said.pop(column, None) for column in _COLUMNS))
+        said |= {key: path.parent / said[key] for key in ("data", "eval_data") if said.get(key) is not None}
+        if said.get("tuning_mode") == "none":  # as on the command line
+            said["tuning_mode"] = None
+        said.setdefault("batch_size", max(1, _BATCH_SIZE // len(paths)))
+        try:
+            options[name] = Options(**said | shared | {"out": shared["out"] / name})
+        except TypeError as error:
+            raise ValueError(f"{path}: {error}") from None
+    return options
+
+
+class TaskMix(nn.Module):
+    """The prompts and heads of a bank, in training together; the base is not part of it.
+
+    Attributes:
+        bank: whose prompts `forward` runs.
+        parameters_of: by task, what trains for it, by the names that its folder has.
+    """
+
+    def __init__(self, bank: PromptBank) -> None:
+        super().__init__()
+        self.bank = bank
+        self.parameters_of = {name: bank.unfreeze(name) for name in bank.names}
+        self.prompts = nn.ParameterList(
+            parameter for own in self.parameters_of.values() for key, parameter in own.items() if key in PROMPTS
+        )
+        self.heads = nn.ModuleList(bank.head(name) for name in bank.names)
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, prompt_names: Sequence[str], labels_of: dict[str, Tensor]
+    ) -> dict[str, Tensor | None]:
+        """``loss``: the sum of the tasks', each the mean over its own rows."""
+        return {"loss": self.bank(input_ids, attention_mask, prompt_names=prompt_names, labels=labels_of).loss}
+
+
+def train_mix(
+    options: dict[str, Options], steps: int | None, say: Callable[[str], None], quiet: bool = False
+) -> dict[str, dict[str, Any]]:
+    """Train the tasks of `read_mix` together, and write a folder for each, as `Run.fit` does.
+
+    Args:
+        steps: optimizer steps, each with ``batch_size`` examples of every task; by default, what the task that takes
+            most has alone.
+        say: gets a line for each choice that was made, and for each task's metrics.
+        quiet: shows no progress bar.
+    Returns: by task, the record that stands in its `train.json`.
+    """
+    first = next(iter(options.values()))
+    runs: dict[str, Run] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, its in options.items():
+            run = prepare(its, lambda line, name=name: say(f"{name}: {line}"))  # type: ignore[misc]
+            run.model.save_prompts(Path(scratch, name))
+            runs[name] = replace(run, model=None)
+        bank = PromptBank(_base(first.model, first.dtype))
+        for name in options:
+            bank.add(name, Path(scratch, name))
+        mix = TaskMix(bank)
+        steps = steps or max(run.steps for run in runs.values())
+        arguments = TrainingArguments(
+            scratch, max_steps=steps, warmup_steps=round(0.1 * steps), per_device_train_batch_size=1,
+            save_strategy="no", remove_unused_columns=False, logging_steps=max(1, steps // 20), seed=first.seed,
+            report_to="none", disable_tqdm=quiet, dataloader_pin_memory=torch.cuda.is_available(),
+        )  # fmt: skip
+        trainer = _Trainer(mix, arguments, train_dataset=_Steps(runs, steps, first.seed), data_collator=_Collate(runs))
+        trainer.remove_callback(PrinterCallback)
+        groups = []
+        for name, run in runs.items():
+            own = mix.parameters_of[name].items()
+            groups += groups_of(own, run.learning_rate, run.options.head_learning_rate)
+        trainer.optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+        trainer.train()
+    records = {}
+    for name, run in runs.items():
+        out = run.options.out
+        bank.save(name, out)
+        metrics = evaluate(MODELS[run.task.name].from_pretrained(out), run.task, run.evaluation)
+        records[name] = replace(run, steps=steps).write_record(metrics, trainer.state.log_history)
+    return records
+
+
+def _base(model: str, dtype: str) -> Any:
+    """The base as the class that its checkpoint is of, which has all that any task takes from it."""
+    config = AutoConfig.from_pretrained(model)
+    kind = getattr(transformers, (config.architectures or ["AutoModel"])[0], transformers.AutoModel)
+    return kind.from_pretrained(model, dtype=dtype)
+
+
+class _Steps(Dataset):
+    """The examples of each step, of every task: as many as its batch size, without repeats until all were seen."""
+
+    def __init__(self, runs: dict[str, Run], steps: int, seed: int) -> None:
+        self.features = {name: [run.task.encode(example) for example in run.train] for name, run in runs.items()}
+        self.picked = {
+            name: list(_batches(len(run.train), run.options.batch_size, steps, random.Random(f"{seed} {name}")))
+            for name, run in runs.items()
+        }
+        self.steps = steps
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, step: int) -> dict[str, list[Features]]:
+        return {name: [self.features[name][i] for i in picked[step]] for name, picked in self.picked.items()}
+
+
+def _batches(count: int, size: int, steps: int, chooser: random.Random) -> Iterator[list[int]]:
+    waiting: list[int] = []
+    for _ in range(steps):
+        while len(waiting) < size:
+            waiting += chooser.sample(range(count), count)
+        yield waiting[:size]
+        del waiting[:size]
+
+
+class _Collate:
+    """One step's examples as one padded batch, with the labels of each task apart."""
+
+    def __init__(self, runs: dict[str, Run]) -> None:
+        self.runs = runs
+
+    def __call__(self, steps: Sequence[dict[str, list[Features]]]) -> dict[str, Any]:
+        (step,) = steps
+        parts = {name: self.runs[name].task.collate(features) for name, features in step.items()}
+        width = max(part["input_ids"].shape[1] for part in parts.values())
+        return {
+            "input_ids": torch.cat([_widened(part["input_ids"], width, 0) for part in parts.values()]),
+            "attention_mask": torch.cat([_widened(part["attention_mask"], width, 0) for part in parts.values()]),
+            "prompt_names": [name for name, part in parts.items() for _ in part["input_ids"]],
+            "labels_of": {name: _widened(part["labels"], width, IGNORED) for name, part in parts.items()},
+        }
+
+
+def _widened(tensor: Tensor, width: int, filling: int) -> Tensor:
+    """[k, n] → [k, width]; labels of classes, [k], as they are."""
+    return tensor if tensor.dim() == 1 else nn.functional.pad(tensor, (0, width - tensor.shape[1]), value=filling)
+
+
+class _Trainer(Trainer):
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
+        data: Any = self.train_dataset if train_dataset is None else train_dataset
+        return SequentialSampler(data)
