@@ -173,6 +173,23 @@ def test_generates_what_each_prompt_alone_does(base_of, tmp_path, name, how):
         assert torch.equal(made[row, ids.shape[1] :], expected[0, text.shape[1] :]), prompt
 
 
+@pytest.mark.parametrize("given", [True, False])
+def test_generates_for_texts_of_one_length(base_of, tmp_path, given):
+    """transformers may drop a mask that masks nothing, and what a shorter prompt leaves must be masked all the same."""
+    base = base_of("llama")
+    bank = bank_of(base)
+    folders = {kind: tuned(base, tmp_path, kind, "lm") for kind in ("shallow", "overwrite")}
+    for kind, folder in folders.items():
+        bank.add(kind, folder)
+    ids = torch.randint(3, VOCABULARY, (3, 4))
+    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    mask = {"attention_mask": torch.ones_like(ids)} if given else {}
+    made = bank.generate(ids, prompt_names=["overwrite", None, "shallow"], **mask, **options)
+    for row, folder in ((0, folders["overwrite"]), (2, folders["shallow"])):
+        model = ptune.AutoPTuneModelForCausalLM.from_pretrained(folder).eval()
+        assert torch.equal(made[row], model.generate(ids[row][None], **options)[0])
+
+
 def test_conversation_goes_on_from_a_cache(base_of, tmp_path):
     base = base_of("llama")
     bank = bank_of(base)
