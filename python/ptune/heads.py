@@ -3,6 +3,7 @@
 import copy
 import json
 import threading
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -114,6 +115,11 @@ class Head:
 _thread = threading.local()
 
 
+@dataclass
+class _Output(BaseModelOutputWithPoolingAndCrossAttentions):
+    router_logits: Any = None  # the heads of mixtures of experts hand it on
+
+
 class _States(nn.Module):
     """Stands where a body was, and returns the states that it made."""
 
@@ -126,4 +132,4 @@ class _States(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         states, first = _thread.given
         pooled = None if self.pooler is None else pool(self, first)
-        return BaseModelOutputWithPoolingAndCrossAttentions(last_hidden_state=states, pooler_output=pooled)
+        return _Output(last_hidden_state=states, pooler_output=pooled)

@@ -67,7 +67,8 @@ def alone(path: Path, task: str, ids: Tensor, mask: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("padding", ["right", "left"])
 @pytest.mark.parametrize(
-    "name", ["llama", "qwen3", "mistral", "gemma3", "gpt2", "bert", "roberta", "modernbert", "distilbert", "bloom"]
+    "name",
+    ["llama", "qwen3", "mistral", "mixtral", "gemma3", "gpt2", "bert", "roberta", "modernbert", "distilbert", "bloom"],
 )
 def test_mixed_batch_equals_each_prompt_alone(base_of, tmp_path, name, padding):
     base = base_of(name)
