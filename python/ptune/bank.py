@@ -206,7 +206,7 @@ class PromptBank:
                 )
         parts = self._parts(entries, input_ids.device, together=True)
         ((_, mixture),) = parts
-        with mixing(mixture):
+        with mixing(runner, mixture):
             return runner.generate(input_ids, attention_mask=attention_mask, **kwargs)
 
     def _entry(self, saved: dict[str, Any], tensors: dict[str, Tensor]) -> _Entry:
@@ -327,7 +327,7 @@ class PromptBank:
     def _run(self, input_ids: Tensor, mask: Tensor, mixture: Mixture) -> Tensor:
         hooks = self._runner._hooks
         no_cache = {"use_cache": False} if "use_cache" in hooks.parameters else {}
-        with mixing(mixture):
+        with mixing(self._runner, mixture):
             return hooks.body(input_ids=input_ids, attention_mask=mask, return_dict=True, **no_cache).last_hidden_state
 
 

@@ -60,7 +60,7 @@ class PromptHooks:
             return None
         set_call(None)
         _thread.reached = True
-        mixture = current_mixture()
+        mixture = current_mixture(self.model)
         if mixture is None and not self.model.prompts_enabled:
             return None
         arguments = dict(zip(self.parameters, args, strict=False)) | kwargs

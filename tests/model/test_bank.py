@@ -198,6 +198,25 @@ def test_generates_for_texts_without_padding(base_of, tmp_path, name, size, how)
         assert torch.equal(made[row], model.generate(ids[row][None], **options)[0]), prompt
 
 
+def test_other_models_with_prompts_run_while_it_generates(base_of, tmp_path):
+    base = base_of("llama")
+    bank, folder = bank_of(base), tuned(base, tmp_path, "shallow", "lm")
+    bank.add("long", tuned(base, tmp_path, "long", "lm"))
+    other = ptune.AutoPTuneModelForCausalLM.from_pretrained(folder).eval()
+    ids = torch.randint(3, VOCABULARY, (1, 5))
+    expected = other(ids).logits
+    seen = []
+
+    def judge(_, scores: Tensor) -> Tensor:
+        seen.append(other(ids).logits)
+        return scores
+
+    bank.generate(ids, prompt_names=["long"], max_new_tokens=2, pad_token_id=0, logits_processor=[judge])
+    assert seen
+    for logits in seen:
+        close(logits, expected)
+
+
 def test_conversation_goes_on_from_a_cache(base_of, tmp_path):
     base = base_of("llama")
     bank = bank_of(base)
