@@ -312,8 +312,9 @@ class PromptBank:
 
     def _compile(self, entry: _Entry) -> Prefix:
         weight = self._runner.get_input_embeddings().weight
-        # not inference tensors: they are kept for calls of any kind
-        with torch.inference_mode(False), torch.no_grad():
+        # neither inference tensors nor rounded by autocast: they are kept for calls of any kind
+        exact = torch.autocast(weight.device.type, enabled=False)
+        with torch.inference_mode(False), torch.no_grad(), exact:
             if entry.compiled:
                 tensors = [tensor.to(weight.device, weight.dtype, copy=True) for tensor in entry.compiled]
                 return Prefix(list(zip(tensors[::2], tensors[1::2], strict=True)))

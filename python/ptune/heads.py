@@ -90,6 +90,8 @@ class Head:
                 )
             owner, _, leaf = name.rpartition(".")
             model.get_submodule(owner)._parameters[leaf] = parameter
+        if inside := own.keys() - {name for name, _ in model.named_parameters(remove_duplicate=False)}:
+            raise checkpoint.MisfitError(f"head: expected parameters outside the body, got {sorted(inside)}")
         if any(buffer.is_meta for buffer in model.buffers()):
             raise NotImplementedError(f"{skeleton.base_class.__name__}: its head has buffers, which nothing holds")
         self.model_class = skeleton.base_class

@@ -217,6 +217,17 @@ def test_other_models_with_prompts_run_while_it_generates(base_of, tmp_path):
         close(logits, expected)
 
 
+def test_autocast_does_not_round_what_is_kept(base_of, tmp_path):
+    base = base_of("llama")
+    bank = bank_of(base)
+    folder = tuned(base, tmp_path, "add", "lm")
+    bank.add("a", folder)
+    ids, mask = torch.randint(3, VOCABULARY, (1, 5)), torch.ones(1, 5, dtype=torch.long)
+    with torch.autocast("cpu", torch.bfloat16):
+        bank(ids, mask, prompt_names=["a"])
+    close(bank(ids, mask, prompt_names=["a"]).logits[0], alone(folder, "lm", ids[0], mask[0]))
+
+
 def test_conversation_goes_on_from_a_cache(base_of, tmp_path):
     base = base_of("llama")
     bank = bank_of(base)
