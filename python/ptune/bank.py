@@ -245,7 +245,7 @@ class PromptBank:
                 )
         parts = self._parts(entries, input_ids.device, together=True)
         ((_, mixture),) = parts
-        with mixing(mixture):
+        with mixing(runner, mixture):
             return runner.generate(input_ids, attention_mask=attention_mask, **kwargs)
 
     def _entry(self, saved: dict[str, Any], tensors: dict[str, Tensor]) -> _Entry:
@@ -362,8 +362,9 @@ class PromptBank:
 
     def _compile(self, entry: _Entry) -> Prefix:
         weight = self._runner.get_input_embeddings().weight
-        # not inference tensors: they are kept for calls of any kind
-        with torch.inference_mode(False), torch.no_grad():
+        # neither inference tensors nor rounded by autocast: they are kept for calls of any kind
+        exact = torch.autocast(weight.device.type, enabled=False)
+        with torch.inference_mode(False), torch.no_grad(), exact:
             if entry.compiled:
                 tensors = [tensor.to(weight.device, weight.dtype, copy=True) for tensor in entry.compiled]
                 return Prefix(list(zip(tensors[::2], tensors[1::2], strict=True)))
@@ -384,7 +385,7 @@ class PromptBank:
     def _run(self, input_ids: Tensor, mask: Tensor, mixture: Mixture) -> Tensor:
         hooks = self._runner._hooks
         no_cache = {"use_cache": False} if "use_cache" in hooks.parameters else {}
-        with mixing(mixture):
+        with mixing(self._runner, mixture):
             return hooks.body(input_ids=input_ids, attention_mask=mask, return_dict=True, **no_cache).last_hidden_state
 
 

@@ -3,6 +3,7 @@
 import copy
 import json
 import threading
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -89,6 +90,8 @@ class Head:
                 )
             owner, _, leaf = name.rpartition(".")
             model.get_submodule(owner)._parameters[leaf] = parameter
+        if inside := own.keys() - {name for name, _ in model.named_parameters(remove_duplicate=False)}:
+            raise checkpoint.MisfitError(f"head: expected parameters outside the body, got {sorted(inside)}")
         if any(buffer.is_meta for buffer in model.buffers()):
             raise NotImplementedError(f"{skeleton.base_class.__name__}: its head has buffers, which nothing holds")
         self.model_class = skeleton.base_class
@@ -136,6 +139,11 @@ class Head:
 _thread = threading.local()
 
 
+@dataclass
+class _Output(BaseModelOutputWithPoolingAndCrossAttentions):
+    router_logits: Any = None  # the heads of mixtures of experts hand it on
+
+
 class _States(nn.Module):
     """Stands where a body was, and returns the states that it made."""
 
@@ -148,4 +156,4 @@ class _States(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         states, first = _thread.given
         pooled = None if self.pooler is None else pool(self, first)
-        return BaseModelOutputWithPoolingAndCrossAttentions(last_hidden_state=states, pooler_output=pooled)
+        return _Output(last_hidden_state=states, pooler_output=pooled)

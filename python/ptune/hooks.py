@@ -60,7 +60,7 @@ class PromptHooks:
             return None
         set_call(None)
         _thread.reached = True
-        mixture = current_mixture()
+        mixture = current_mixture(self.model)
         if mixture is None and not self.model.prompts_enabled:
             return None
         arguments = dict(zip(self.parameters, args, strict=False)) | kwargs
@@ -73,7 +73,11 @@ class PromptHooks:
             layout = Layout(self.num_prompts, text.shape[0], mask, text.device)
         else:
             if mask is None:
-                raise ValueError("attention_mask: expected one, where rows have prompts of their own")
+                # generate leaves out a mask of ones, and what a row lacks of the longest prompt must still be masked
+                seen = 0 if past is None else int(past.get_seq_length())
+                columns = text.shape[1] + max(0, seen - mixture.max_length)
+                mask = torch.ones(text.shape[0], columns, dtype=torch.long, device=text.device)
+                arguments["attention_mask"] = mask
             layout = Layout(mixture.max_length, text.shape[0], mask, text.device, mixture.expanded(text.shape[0]))
         if past is not None and _is_resumed(past, mask, text.shape[1]):
             # the prompt is in the cache: only what is said about the text's place changes

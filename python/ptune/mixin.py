@@ -94,7 +94,7 @@ class PTuneMixin:
     @property
     def prompt_columns(self: Any) -> int:
         """How many columns before the text a call takes, and a cache holds."""
-        if (mixture := current_mixture()) is not None:
+        if (mixture := current_mixture(self)) is not None:
             return mixture.max_length
         return self.ptune_config.pre_seq_len if self.prompts_enabled else 0
 

@@ -69,15 +69,17 @@ def _repeated(part: Any, times: int) -> Any:
 _thread = threading.local()
 
 
-def current_mixture() -> Mixture | None:
-    return getattr(_thread, "mixture", None)
+def current_mixture(model: Any) -> Mixture | None:
+    """The prompts that ``model`` has for now in place of its own."""
+    owner, mixture = getattr(_thread, "mixing", (None, None))
+    return mixture if owner is model else None
 
 
 @contextmanager
-def mixing(mixture: Mixture) -> Iterator[None]:
-    """Within it, calls by this thread bear the prompts of ``mixture`` in place of a model's own."""
-    outer, _thread.mixture = current_mixture(), mixture
+def mixing(model: Any, mixture: Mixture) -> Iterator[None]:
+    """Within it, calls of ``model`` by this thread bear the prompts of ``mixture`` in place of its own."""
+    outer, _thread.mixing = getattr(_thread, "mixing", (None, None)), (model, mixture)
     try:
         yield
     finally:
-        _thread.mixture = outer
+        _thread.mixing = outer

@@ -67,7 +67,8 @@ def alone(path: Path, task: str, ids: Tensor, mask: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("padding", ["right", "left"])
 @pytest.mark.parametrize(
-    "name", ["llama", "qwen3", "mistral", "gemma3", "gpt2", "bert", "roberta", "modernbert", "distilbert", "bloom"]
+    "name",
+    ["llama", "qwen3", "mistral", "mixtral", "gemma3", "gpt2", "bert", "roberta", "modernbert", "distilbert", "bloom"],
 )
 def test_mixed_batch_equals_each_prompt_alone(base_of, tmp_path, name, padding):
     base = base_of(name)
@@ -173,21 +174,58 @@ def test_generates_what_each_prompt_alone_does(base_of, tmp_path, name, how):
         assert torch.equal(made[row, ids.shape[1] :], expected[0, text.shape[1] :]), prompt
 
 
-@pytest.mark.parametrize("given", [True, False])
-def test_generates_for_texts_of_one_length(base_of, tmp_path, given):
-    """transformers may drop a mask that masks nothing, and what a shorter prompt leaves must be masked all the same."""
-    base = base_of("llama")
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("name", ["llama", "mistral", "bloom"])
+@pytest.mark.parametrize(
+    "how", [{}, {"cache_implementation": "static"}, {"prefill_chunk_size": 2}, {"use_cache": False}]
+)
+def test_generates_for_texts_without_padding(base_of, tmp_path, name, size, how):
+    """transformers leaves out a mask of ones."""
+    if name == "bloom" and how.get("cache_implementation"):
+        pytest.skip("bloom has no static cache")
+    base = base_of(name)
     bank = bank_of(base)
-    folders = {kind: tuned(base, tmp_path, kind, "lm") for kind in ("shallow", "overwrite")}
+    folders = {kind: tuned(base, tmp_path, kind, "lm") for kind in ("shallow", "long", "add")}
     for kind, folder in folders.items():
         bank.add(kind, folder)
-    ids = torch.randint(3, VOCABULARY, (3, 4))
-    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    mask = {"attention_mask": torch.ones_like(ids)} if given else {}
-    made = bank.generate(ids, prompt_names=["overwrite", None, "shallow"], **mask, **options)
-    for row, folder in ((0, folders["overwrite"]), (2, folders["shallow"])):
-        model = ptune.AutoPTuneModelForCausalLM.from_pretrained(folder).eval()
-        assert torch.equal(made[row], model.generate(ids[row][None], **options)[0])
+    names = random.sample([*folders], size)
+    ids = torch.randint(3, VOCABULARY, (size, 7))
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    made = bank.generate(ids, prompt_names=names, **options | how)
+    assert torch.equal(made, bank.generate(ids, torch.ones_like(ids), prompt_names=names, **options | how))
+    for row, prompt in enumerate(names):
+        model = ptune.AutoPTuneModelForCausalLM.from_pretrained(folders[prompt]).eval()
+        assert torch.equal(made[row], model.generate(ids[row][None], **options)[0]), prompt
+
+
+def test_other_models_with_prompts_run_while_it_generates(base_of, tmp_path):
+    base = base_of("llama")
+    bank, folder = bank_of(base), tuned(base, tmp_path, "shallow", "lm")
+    bank.add("long", tuned(base, tmp_path, "long", "lm"))
+    other = ptune.AutoPTuneModelForCausalLM.from_pretrained(folder).eval()
+    ids = torch.randint(3, VOCABULARY, (1, 5))
+    expected = other(ids).logits
+    seen = []
+
+    def judge(_, scores: Tensor) -> Tensor:
+        seen.append(other(ids).logits)
+        return scores
+
+    bank.generate(ids, prompt_names=["long"], max_new_tokens=2, pad_token_id=0, logits_processor=[judge])
+    assert seen
+    for logits in seen:
+        close(logits, expected)
+
+
+def test_autocast_does_not_round_what_is_kept(base_of, tmp_path):
+    base = base_of("llama")
+    bank = bank_of(base)
+    folder = tuned(base, tmp_path, "add", "lm")
+    bank.add("a", folder)
+    ids, mask = torch.randint(3, VOCABULARY, (1, 5)), torch.ones(1, 5, dtype=torch.long)
+    with torch.autocast("cpu", torch.bfloat16):
+        bank(ids, mask, prompt_names=["a"])
+    close(bank(ids, mask, prompt_names=["a"]).logits[0], alone(folder, "lm", ids[0], mask[0]))
 
 
 def test_conversation_goes_on_from_a_cache(base_of, tmp_path):
