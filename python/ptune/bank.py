@@ -139,7 +139,7 @@ class PromptBank:
                 raise ValueError(f"name: {name!r} is taken; remove it first")
             try:
                 entry = self._entry(saved, tensors)
-            except ValueError as error:
+            except (ValueError, NotImplementedError) as error:
                 raise type(error)(f"{name!r} ({os.fspath(folder)}): {error}") from None
             self._entries = self._entries | {name: entry}
 
@@ -243,10 +243,13 @@ class PromptBank:
                 raise ValueError(
                     f"prompt_names: {name!r} was trained on {entry.head.model_class.__name__}, which does not generate"
                 )
+            if entry is not None and entry.head.own():
+                raise NotImplementedError(f"prompt_names: {name!r} has an output layer of its own; load it by itself")
         parts = self._parts(entries, input_ids.device, together=True)
         ((_, mixture),) = parts
         with mixing(runner, mixture):
-            return runner.generate(input_ids, attention_mask=attention_mask, **kwargs)
+            mask = attention_mask if attention_mask is None else ones_and_zeros(attention_mask)
+            return runner.generate(input_ids, attention_mask=mask, **kwargs)
 
     def _entry(self, saved: dict[str, Any], tensors: dict[str, Tensor]) -> _Entry:
         settings = checkpoint.settings_of(saved)
@@ -259,6 +262,12 @@ class PromptBank:
         shared = plan.path == "prefix" and plan.limit is None
         if compiled and not shared:
             raise checkpoint.MisfitError(f"a compiled prefix, and prompts cannot be shared here: {plan.reason}")
+        if compiled and self._nothing is not None:
+            rows = [tensor for layer in self._nothing.layers for tensor in layer]
+            for name, got, own in zip(names, compiled, rows, strict=True):
+                expected = own.shape[0], settings.pre_seq_len, own.shape[2]
+                if got.shape != expected:
+                    raise checkpoint.MisfitError(f"{name}: expected {expected}, got {tuple(got.shape)}")
         return _Entry(saved, settings, prompts, deep, compiled, shared, head)
 
     def _plan_of(self, settings: PTuneConfig) -> Plan:

@@ -1,5 +1,6 @@
 """Mixed batches of a `PromptBank` against each prompt alone."""
 
+import json
 import random
 import threading
 from pathlib import Path
@@ -7,10 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from torch import Tensor
 
 import ptune
 import ptune.checkpoint
+from ptune import checkpoint
 
 from .common import close
 from .families import VOCABULARY
@@ -228,6 +231,17 @@ def test_autocast_does_not_round_what_is_kept(base_of, tmp_path):
     close(bank(ids, mask, prompt_names=["a"]).logits[0], alone(folder, "lm", ids[0], mask[0]))
 
 
+def test_generate_takes_any_mask(base_of, tmp_path):
+    base = base_of("llama")
+    bank = bank_of(base)
+    bank.add("a", tuned(base, tmp_path, "shallow", "lm"))
+    ids, mask = batch(3, "left")
+    options = {"prompt_names": ["a", None, "a"], "max_new_tokens": 4, "eos_token_id": None, "pad_token_id": 0}
+    made = bank.generate(ids, mask, **options)
+    for other in (mask * 7, mask.bool(), mask.float()):
+        assert torch.equal(bank.generate(ids, other, **options), made)
+
+
 def test_conversation_goes_on_from_a_cache(base_of, tmp_path):
     base = base_of("llama")
     bank = bank_of(base)
@@ -413,6 +427,36 @@ class TestRefusals:
         ids, mask = batch(1, "left")
         with pytest.raises(ValueError, match="LlamaModel cannot generate"):
             bank.generate(ids, mask, prompt_names=[None])
+
+    def test_output_layers_of_their_own_do_not_generate(self, base_of, tmp_path):
+        base = base_of("llama")
+        base.stock().save_pretrained(tmp_path / "body")
+        model = ptune.AutoPTuneModelForCausalLM.from_pretrained(tmp_path / "body", **KINDS["shallow"])
+        assert model._head == ["lm_head.weight"]
+        model.save_prompts(tmp_path / "own")
+        bank = bank_of(base)
+        bank.add("own", tmp_path / "own")
+        ids, mask = batch(1, "left")
+        close(bank(ids, mask, prompt_names=["own"]).logits[0], model.eval()(ids, mask).logits[0].detach())
+        with pytest.raises(NotImplementedError, match="'own' has an output layer of its own"):
+            bank.generate(ids, mask, prompt_names=["own"])
+
+    def test_heads_that_name_the_body(self, bank, tmp_path):
+        config = json.loads((self.folder / "ptune_config.json").read_text())
+        config["head"].append("model.norm.weight")
+        tensors = load_file(self.folder / "model.safetensors") | {"model.norm.weight": torch.ones(24)}
+        checkpoint.write(tmp_path / "inside", config, tensors)
+        with pytest.raises(ptune.checkpoint.MisfitError, match=r"outside the body, got \['model.norm.weight'\]"):
+            bank.add("b", tmp_path / "inside")
+
+    def test_compiled_prefix_of_another_shape(self, bank, tmp_path):
+        model = ptune.AutoPTuneModelForSequenceClassification.from_pretrained(self.folder).eval()
+        model.save_prefix(tmp_path / "prefix")
+        tensors = load_file(tmp_path / "prefix" / "model.safetensors")
+        tensors["compiled_prefix.key_1"] = tensors["compiled_prefix.key_1"][:1]
+        checkpoint.write(tmp_path / "prefix", checkpoint.read_config(tmp_path / "prefix"), tensors)
+        with pytest.raises(ptune.checkpoint.MisfitError, match=r"key_1: expected \(2, 5, 6\), got \(1, 5, 6\)"):
+            bank.add("b", tmp_path / "prefix")
 
     def test_models_with_prompts(self, base_of):
         with pytest.raises(TypeError, match="expected a stock transformers model, got PTuneLlamaModel"):
