@@ -167,7 +167,9 @@ class PromptBank:
         """
         mask = torch.ones_like(input_ids) if attention_mask is None else ones_and_zeros(attention_mask)
         entries = self._entries_of(prompt_names, input_ids)
-        rows_of = {name: [i for i, other in enumerate(prompt_names) if other == name] for name in prompt_names}
+        rows_of = {
+            name: [i for i, other in enumerate(prompt_names) if other == name] for name in dict.fromkeys(prompt_names)
+        }
         labels = labels or {}
         for name in labels:
             if name not in rows_of:
@@ -235,8 +237,6 @@ class PromptBank:
         runner = self._runner
         if not runner.can_generate():
             raise ValueError(f"{type(self._stock).__name__} cannot generate; load the base with AutoModelForCausalLM")
-        if isinstance(kwargs.get("assistant_model"), PTuneMixin):
-            raise NotImplementedError("assistant_model: expected a stock model, got one with prompts of its own")
         entries = self._entries_of(prompt_names, input_ids)
         for name, entry in zip(prompt_names, entries, strict=True):
             if entry is not None and entry.head.model_class is not runner.base_class:

@@ -61,8 +61,13 @@ def main() -> None:
     app(prog_name="ptune")
 
 
+# what is said once for all tasks that are trained together
+_OF_A_MIX = ("task_mix", "model", "out", "steps", "dtype", "seed", "overwrite")
+
+
 @app.command()
 def train(
+    context: typer.Context,
     model: Annotated[str, typer.Option(help="Folder or hub name of the frozen base.", show_default=False)],
     out: Annotated[Path, typer.Option(help="Folder for the prompts, head and checkpoints.", show_default=False)],
     task: Annotated[TaskName | None, typer.Option(help="What is learnt.")] = None,
@@ -98,9 +103,10 @@ def train(
         if plot and (plot.suffix.lower() != ".png" or not plot.absolute().parent.is_dir()):
             raise ValueError(f"--plot: expected a .png file in a folder that exists, got {plot}")
         if task_mix is not None:
-            given = [name for name, value in (("task", task), ("data", data), ("plot", plot)) if value is not None]
-            if given or resume:
-                raise ValueError(f"--{(given or ['resume'])[0]}: not with --task-mix, whose files say what is learnt")
+            for name in context.params:
+                source = context.get_parameter_source(name)
+                if name not in _OF_A_MIX and source is not None and source.name == "COMMANDLINE":
+                    raise ValueError(f"--{name.replace('_', '-')}: not with --task-mix, whose files say what is learnt")
             _train_mix([Path(file) for file in task_mix.split(",")], out, steps, model, dtype.value, seed, overwrite)
             return
         if task is None or data is None:

@@ -66,7 +66,7 @@ class Head:
 
     Attributes:
         model_class: the stock class.
-        config: with the task's labels.
+        model: a model of that class, with the task's labels and without the body.
     """
 
     def __init__(self, skeleton: Any, runner: Any, own: dict[str, Tensor]) -> None:
@@ -95,7 +95,6 @@ class Head:
         if any(buffer.is_meta for buffer in model.buffers()):
             raise NotImplementedError(f"{skeleton.base_class.__name__}: its head has buffers, which nothing holds")
         self.model_class = skeleton.base_class
-        self.config = model.config
         self.model = model.eval()
         self._own = list(own)
 

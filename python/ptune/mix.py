@@ -96,7 +96,7 @@ def train_mix(
     Args:
         steps: optimizer steps, each with ``batch_size`` examples of every task; by default, what the task that takes
             most has alone.
-        say: gets a line for each choice that was made, and for each task's metrics.
+        say: gets a line for each choice that was made.
         quiet: shows no progress bar.
     Returns: by task, the record that stands in its `train.json`.
     """

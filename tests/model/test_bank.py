@@ -231,6 +231,17 @@ def test_autocast_does_not_round_what_is_kept(base_of, tmp_path):
     close(bank(ids, mask, prompt_names=["a"]).logits[0], alone(folder, "lm", ids[0], mask[0]))
 
 
+def test_an_assistant_has_prompts_of_its_own(base_of, tmp_path):
+    base = base_of("llama")
+    bank, folder = bank_of(base), tuned(base, tmp_path, "shallow", "lm")
+    bank.add("long", tuned(base, tmp_path, "long", "lm"))
+    assistant = ptune.AutoPTuneModelForCausalLM.from_pretrained(folder).eval()
+    ids = torch.randint(3, VOCABULARY, (1, 5))
+    options = {"prompt_names": ["long"], "max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    assisted = bank.generate(ids, torch.ones_like(ids), assistant_model=assistant, **options)
+    assert torch.equal(assisted, bank.generate(ids, torch.ones_like(ids), **options))
+
+
 def test_generate_takes_any_mask(base_of, tmp_path):
     base = base_of("llama")
     bank = bank_of(base)

@@ -470,3 +470,11 @@ def test_what_is_wrong_with_a_mix(tiny_llama, tmp_path, text, problem):
     assert result.exit_code == 2
     assert problem in " ".join(result.stderr.split())
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("option", [["--task", "tagging"], ["--pre-seq-len", 3], ["--learning-rate", 1], ["--resume"]])
+def test_options_that_the_files_of_a_mix_say(tiny_llama, tmp_path, option):
+    mix = mix_of(tmp_path, a="task: tagging\ndata: names.conll\n")
+    result = ptune("train", "--task-mix", mix, "--model", tiny_llama, "--out", tmp_path / "out", *option)
+    assert result.exit_code == 2
+    assert f"{option[0]}: not with --task-mix" in " ".join(result.stderr.split())
