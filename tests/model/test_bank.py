@@ -77,6 +77,8 @@ def test_mixed_batch_equals_each_prompt_alone(base_of, tmp_path, name, padding):
     base = base_of(name)
     tasks = ("sequence", "token") + ("lm",) * base.family.causal
     bank = bank_of(base)
+    # a model that is found not to share answers right all the same, but slowly
+    assert (bank._nothing is None) == (name == "bloom")
     folders = {}
     for i, kind in enumerate(KINDS):
         for task in tasks:
