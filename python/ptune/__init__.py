@@ -3,6 +3,7 @@
 from .auto import (
     AutoPTuneModel,
     AutoPTuneModelForCausalLM,
+    AutoPTuneModelForSeq2SeqLM,
     AutoPTuneModelForSequenceClassification,
     AutoPTuneModelForTokenClassification,
 )
@@ -13,6 +14,7 @@ from .mixin import PTuneMixin
 __all__ = [
     "AutoPTuneModel",
     "AutoPTuneModelForCausalLM",
+    "AutoPTuneModelForSeq2SeqLM",
     "AutoPTuneModelForSequenceClassification",
     "AutoPTuneModelForTokenClassification",
     "PTuneConfig",

@@ -68,3 +68,9 @@ class AutoPTuneModelForTokenClassification(AutoPTuneModel):
     """Token classification with prompts (transformers' ``AutoModelForTokenClassification``)."""
 
     _loader = transformers.AutoModelForTokenClassification
+
+
+class AutoPTuneModelForSeq2SeqLM(AutoPTuneModel):
+    """Generation by an encoder-decoder with prompts in its encoder (transformers' ``AutoModelForSeq2SeqLM``)."""
+
+    _loader = transformers.AutoModelForSeq2SeqLM

@@ -414,6 +414,10 @@ def _sharing_weights(base: Any) -> Any:
     """A model of the same class and weights, whose modules are its own."""
     if isinstance(base, PTuneMixin) or not isinstance(base, PreTrainedModel):
         raise TypeError(f"base: expected a stock transformers model, got {type(base).__name__}")
+    if base.config.is_encoder_decoder:
+        raise NotImplementedError(
+            f"base: expected an encoder or a decoder, got the encoder-decoder {type(base).__name__}"
+        )
     if len(set(getattr(base, "hf_device_map", {}).values())) > 1:
         raise NotImplementedError("base: expected a model on one device, got one spread over several")
     weights = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in base.parameters()}

@@ -13,7 +13,7 @@ class PromptGeneration:
         self: Any, input_ids: Tensor, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any
     ) -> Any:
         chunked, mask = generation_config.prefill_chunk_size is not None, model_kwargs.get("attention_mask")
-        if chunked and self.prompts_enabled and mask is not None and bool((mask == 0).any()):
+        if chunked and self.prompt_columns > 0 and mask is not None and bool((mask == 0).any()):
             # a first chunk may be padding alone, and the prompt belongs before the first token of a later one
             raise NotImplementedError(
                 "prefill_chunk_size: not supported for padded batches with prompts; leave it out, or generate for "
@@ -57,7 +57,7 @@ class PromptGeneration:
         **kwargs: Any,
     ) -> Any:
         """A static cache's mask, [b, n] rather than 4-D: the body adds the prompt's columns and makes the rest."""
-        if is_first_iteration or isinstance(past_key_values.get_seq_length(), int):
+        if config.is_encoder_decoder or is_first_iteration or isinstance(past_key_values.get_seq_length(), int):
             return attention_mask
         # as wide at every step, or a compiled decoding step would be compiled again for each
         columns = past_key_values.get_max_length() - self.prompt_columns

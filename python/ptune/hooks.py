@@ -59,7 +59,7 @@ class PromptHooks:
         if (call := current_call()) is not None and call.capture is not None:
             return None
         set_call(None)
-        _thread.reached = True
+        note_body(reached=True)
         mixture = current_mixture(self.model)
         if mixture is None and not self.model.prompts_enabled:
             return None
@@ -138,10 +138,13 @@ class PromptHooks:
         else:
             if self._is_deep(call) and call.depth != self.num_layers:
                 raise RuntimeError(f"{type(body).__name__}: expected {self.num_layers} blocks to run, {call.depth} did")
-            self.concat.leave(call, output)
+            self.leave_concat(call, output)
         if output.get("pooler_output") is not None:
             output["pooler_output"] = pool(body, call.layout.first_token(output["last_hidden_state"]))
         return output.to_tuple() if call.as_tuple else output
+
+    def leave_concat(self, call: Call, output: Any) -> None:
+        self.concat.leave(call, output)
 
     def _is_deep(self, call: Call) -> bool:
         if call.capture is not None:
@@ -151,7 +154,7 @@ class PromptHooks:
         return self.model.intermediate_prompt_embeddings is not None
 
     def before_model(self, model: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-        _thread.reached = False
+        note_body(reached=False)
         mask, labels = kwargs.get("attention_mask"), kwargs.get("labels")
         if not model.can_generate() or mask is None or labels is None or not model.prompts_enabled:
             return None
@@ -204,6 +207,11 @@ class PromptHooks:
 def _overwrite(hidden: Tensor, prompts: Tensor, placement: Placement | None, depth: int, mode: str) -> Tensor:
     """``hidden`` with a block's deep prompts; the first block's are added, so that no parameter is dead."""
     return overwrite(hidden, matching(prompts, hidden), placement, "add" if depth == 0 else mode)
+
+
+def note_body(*, reached: bool) -> None:
+    """Remember, for `PromptHooks.after_model`, whether the running call of the model came to what bears its prompts."""
+    _thread.reached = reached
 
 
 def _end_call(body: nn.Module, args: tuple, output: Any) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import InitText, PTuneConfig
-from .support import device_of, find_blocks, position_limit
+from .support import device_of, find_blocks, find_body, position_limit
 
 _SAMPLE = 256  # tokens whose norms are measured
 _CONTEXT = 512  # tokens of a sampled text that are read
@@ -91,7 +91,7 @@ def _token_ids(model: Any, text: Any, tokenise: Tokenise | None, *, special_toke
 
 def _readable(model: Any, count: int) -> int:
     """``count``, or as many tokens as the model has positions for, learned or computed in advance."""
-    _, learned = position_limit(model.base_model)
+    _, learned = position_limit(find_body(model))
     limits = [learned, getattr(model.config, "max_position_embeddings", None)]
     return min([count, *(limit for limit in limits if limit is not None and limit > 0)])
 
@@ -124,12 +124,10 @@ def _states(model: Any, ids: Tensor, deep: bool) -> tuple[Tensor, Tensor]:
             )
         states.append(hidden[0].float().cpu())
 
-    handles = [
-        block.register_forward_pre_hook(record, with_kwargs=True)
-        for block in find_blocks(model.base_model, model.config)
-    ]
+    body = find_body(model)
+    handles = [block.register_forward_pre_hook(record, with_kwargs=True) for block in find_blocks(body, model.config)]
     try:
-        model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids))
+        body(input_ids=ids, attention_mask=torch.ones_like(ids))
     finally:
         for handle in handles:
             handle.remove()

@@ -21,7 +21,8 @@ from .initialise import Tokenise, initial_prompts
 from .loading import Origin, load_model, origin_of, tokenizer_of
 from .mixture import current_mixture
 from .plan import Plan, make_plan, obstacle
-from .support import check_base, device_of, find_blocks
+from .seq2seq import EncoderHooks
+from .support import check_base, device_of, find_blocks, find_body
 
 
 class PTuneMixin:
@@ -58,7 +59,7 @@ class PTuneMixin:
         shallow = deep = None
         if settings.tuning_mode is not None:
             if settings.deep:
-                find_blocks(self.base_model, self.config)
+                find_blocks(find_body(self), self.config)
             if settings.prefix_sharing is True and (reason := obstacle(self, settings)) is not None:
                 raise ValueError(f"prefix_sharing: True, but {type(self).__name__} cannot share prompts: {reason}")
             tokenise = _tokenise_with(tokenizer or (lambda: tokenizer_of(self.origin.name)))
@@ -96,7 +97,8 @@ class PTuneMixin:
         """How many columns before the text a call takes, and a cache holds."""
         if (mixture := current_mixture(self)) is not None:
             return mixture.max_length
-        return self.ptune_config.pre_seq_len if self.prompts_enabled else 0
+        # an encoder's prompt is in no cache of the text that the decoder writes
+        return self.ptune_config.pre_seq_len if self.prompts_enabled and not self.config.is_encoder_decoder else 0
 
     @contextmanager
     def disable_prompts(self: Any) -> Iterator[None]:
@@ -254,7 +256,7 @@ class PTuneMixin:
         self.prompt_embeddings = _table(shallow, self.get_input_embeddings())
         self.intermediate_prompt_embeddings = _table(deep, self.get_input_embeddings())
         self.compiled_prefix = CompiledPrefix.of(compiled, self.get_input_embeddings().weight) if compiled else None
-        self._hooks = PromptHooks(self) if settings.tuning_mode is not None else None
+        self._hooks = self._new_hooks() if settings.tuning_mode is not None else None
         own = set(self._own_names())
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name in own)
@@ -264,6 +266,9 @@ class PTuneMixin:
         self._plan()
         if self._hooks is not None:
             self._hooks.prefix.keep_compiled = keep_compiled and self.prefix_plan.path == "prefix"
+
+    def _new_hooks(self: Any) -> PromptHooks:
+        return (EncoderHooks if self.config.is_encoder_decoder else PromptHooks)(self)
 
     def _set_dropout(self: Any) -> None:
         if self.prompts_disabled or self.ptune_config.base_dropout:

@@ -49,6 +49,8 @@ class Plan:
 def obstacle(model: Any, settings: PTuneConfig) -> str | None:
     """Why prompts of ``settings`` on ``model`` cannot be shared, as far as its config tells."""
     config = model.config
+    if config.is_encoder_decoder:
+        return "prompt rows of an encoder-decoder are read by its decoder"
     if settings.base_dropout:
         return "the base's dropout is on, and differs from row to row"
     if getattr(config, "is_causal", True) is False:

@@ -8,28 +8,36 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 _MIXES = "it mixes neighbouring columns outside attention, padding with text"
-_BY_COLUMN = "it approximates attention over all columns, padding included"
+_APPROXIMATE = "it approximates attention over all columns, padding included"
 _UNSUITED = {
     "xlnet": "its blocks take the sequence before the batch",
     "reformer": "it hashes and chunks the sequence by column",
     "funnel": "it shortens the sequence between blocks",
     "convbert": _MIXES,
     "mobilebert": _MIXES,
-    "nystromformer": _BY_COLUMN,
-    "yoso": _BY_COLUMN,
-    "mra": _BY_COLUMN,
+    "nystromformer": _APPROXIMATE,
+    "yoso": _APPROXIMATE,
+    "mra": _APPROXIMATE,
     "rwkv": "its state takes in padding, whatever the attention_mask",
     "ibert": "its modules hand on scaling factors beside states",
     "tipsv2_text_model": "it pools inside its own forward",
     "dpr": "it returns no states of its tokens",
 }
 _TEXT = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids")
+# Encoder-decoders that prompts can be put on; the encoders of the first number distances, of the others columns.
+BY_DISTANCE = ("t5", "mt5", "umt5")
+_BY_COLUMN = ("bart", "mbart", "marian", "pegasus", "blenderbot", "blenderbot-small", "m2m_100")
 _POSITION_TABLES = ("position_embeddings", "embed_positions", "wpe", "positions_embed")
 _POOLS_BY_PAD_ID = ("CTRLForSequenceClassification", "ModernBertDecoderForSequenceClassification")
 
 
 def find_body(model: Any) -> Any:
-    """The submodel of ``model`` that turns token ids into states; heads may call one in ``base_model`` (OPT's do)."""
+    """The submodel of ``model`` that turns token ids into states; heads may call one in ``base_model`` (OPT's do).
+
+    Of an encoder-decoder it is the encoder.
+    """
+    if model.config.is_encoder_decoder:
+        return model.get_encoder()
     body = model.base_model
     while True:
         inner = [child for child in body.children() if isinstance(child, PreTrainedModel) and _lacks(child) is None]
@@ -45,11 +53,15 @@ def _lacks(body: nn.Module) -> str | None:
 
 def check_base(model: Any) -> None:
     """Raises `NotImplementedError` for a base whose prompts could not follow the definition."""
-    config, name, body = model.config, type(model).__name__, find_body(model)
+    config, name = model.config, type(model).__name__
     if getattr(model, "hf_quantizer", None) is not None or getattr(model, "is_quantized", False):
         _refuse(name, "a quantised base decides the dtypes of its own modules, and has not been checked")
-    if config.is_encoder_decoder:
-        _refuse(name, "an encoder-decoder has two sequences, and the definition places a prompt in one")
+    if config.is_encoder_decoder and config.model_type not in BY_DISTANCE + _BY_COLUMN:
+        _refuse(
+            name, f"it is an encoder-decoder, and of these only {', '.join(BY_DISTANCE + _BY_COLUMN)} have been tried"
+        )
+    if config.is_encoder_decoder and not (model.can_generate() or model.base_model is model):
+        _refuse(name, "of an encoder-decoder only the model that generates has been tried")
     if model.main_input_name != "input_ids" or config.get_text_config() is not config:
         _refuse(name, f"a multimodal model ({config.model_type}) builds its input from more than token ids")
     if config.model_type in _UNSUITED:
@@ -58,6 +70,7 @@ def check_base(model: Any) -> None:
         _refuse(name, "its block-sparse attention cuts texts by column; load it with attention_type='original_full'")
     if name.removeprefix("PTune") in _POOLS_BY_PAD_ID:
         _refuse(name, "it pools by pad_token_id, inside its own forward")
+    body = find_body(model)
     parameters = inspect.signature(body.forward).parameters
     if (needed := _lacks(body)) is not None:
         _refuse(name, f"{type(body).__name__}.forward takes no {needed}")

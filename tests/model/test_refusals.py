@@ -37,7 +37,10 @@ def test_settings(values, error):
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        (lambda: hf.T5Config(vocab_size=61, d_model=16, d_kv=8, d_ff=16, num_layers=2, num_heads=2), "encoder-decoder"),
+        (
+            lambda: hf.LEDConfig(vocab_size=61, d_model=16, encoder_layers=2, decoder_layers=2, attention_window=4),
+            "it is an encoder-decoder, and of these only t5, mt5,",
+        ),
         (lambda: hf.ViTConfig(**SMALL), "multimodal"),
         (lambda: hf.FNetConfig(**SMALL), "FNetModel.forward takes no attention_mask"),
         (lambda: hf.MambaConfig(vocab_size=61, hidden_size=16, num_hidden_layers=2), "no key-value cache"),
@@ -61,13 +64,19 @@ def test_settings(values, error):
         ),
     ],
     ids=[
-        "T5", "ViT", "FNet", "Mamba", "XLNet", "ConvBERT", "MobileBERT", "Nystromformer", "YOSO", "MRA", "RWKV",
+        "LED", "ViT", "FNet", "Mamba", "XLNet", "ConvBERT", "MobileBERT", "Nystromformer", "YOSO", "MRA", "RWKV",
         "BigBird", "I-BERT", "DPR", "Gemma 3n",
     ],
 )  # fmt: skip
 def test_bases(config, reason):
     with pytest.raises(NotImplementedError, match=reason):
         ptune.AutoPTuneModel.from_config(config(), **settings_for("shallow"))
+
+
+def test_encoder_decoders_that_do_not_generate():
+    config = hf.T5Config(vocab_size=61, d_model=16, d_kv=8, d_ff=16, num_layers=2, num_heads=2)
+    with pytest.raises(NotImplementedError, match="only the model that generates has been tried"):
+        ptune.AutoPTuneModelForSequenceClassification.from_config(config, **settings_for("shallow"))
 
 
 def test_quantised_bases(base_of):
