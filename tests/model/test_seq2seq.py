@@ -17,7 +17,8 @@ _T5 = _SIZES | {
 }  # fmt: skip
 _BART = _SIZES | {
     "encoder_layers": 3, "decoder_layers": 2, "encoder_ffn_dim": 40, "decoder_ffn_dim": 40,
-    "encoder_attention_heads": 4, "decoder_attention_heads": 4, "max_position_embeddings": 32, "decoder_start_token_id": 2, "init_std": 0.3,
+    "encoder_attention_heads": 4, "decoder_attention_heads": 4, "max_position_embeddings": 32,
+    "decoder_start_token_id": 2, "init_std": 0.3,
     "forced_eos_token_id": None, "scale_embedding": True, "dropout": 0.3, "encoder_layerdrop": 0.3,
 }  # fmt: skip
 
