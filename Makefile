@@ -7,7 +7,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc ptune_kernels python -name '*.so' -prune -o -type f -not -path '*/__pycache__/*' -print)
 
-.PHONY: demo test lint bench wheel clean
+.PHONY: demo test lint fuzz sanitize bench wheel clean
 
 demo: .venv/.installed
 	$(BIN)/ptune demo
@@ -19,6 +19,22 @@ lint: .venv/.tools
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+fuzz: .venv/.tools
+	PTUNE_FUZZ_CASES=10000 $(BIN)/pytest tests/ops/test_fuzz.py
+
+# The CPU library with AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the package that shadows the installed one.
+sanitize: .venv/.tools
+	rm -rf build/sanitize && mkdir -p build/sanitize && cp -r ptune_kernels build/sanitize && rm -f build/sanitize/*/*.so
+	PTUNE_NO_CUDA=1 $(BIN)/cmake -S . -B build/sanitize/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
+	  -DTORCH_DIR=$$($(BIN)/python -c "import torch; print(*torch.__path__)") \
+	  -DCMAKE_CXX_FLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g -O1"
+	$(BIN)/cmake --build build/sanitize/cmake
+	$(BIN)/cmake --install build/sanitize/cmake --prefix build/sanitize/ptune_kernels
+	for isa in plain avx2 avx512; do \
+	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	  PTUNE_CPU_ISA=$$isa PYTHONPATH=build/sanitize $(BIN)/pytest tests/ops -k "native and not huge" || exit 1; \
+	done
 
 bench: .venv/.tools
 	$(BIN)/python -m bench

@@ -171,7 +171,7 @@ Overwrite check_overwrite(const Tensor& hidden, const Tensor& prompts, Optional 
   o.batch = hidden.size(0), o.rows = hidden.size(1), o.pool_rows = prompts.size(0), o.width = hidden.size(2);
   o.add = add;
   o.placement = placement({start, length, column, max_length}, hidden, o.pool_rows);
-  if (!o.placement.start.data)
+  if (!start)
     PTUNE_CHECK(o.pool_rows <= o.rows, "prompts: expected at most ", o.rows, " rows (the rows of hidden), got ", o.pool_rows);
   check_values(o.placement, o.batch, o.pool_rows, o.rows, false);
   return o;
@@ -250,7 +250,7 @@ Tensor sum_prompts(const Tensor& grad, int64_t num_prompts, Optional start, Opti
   s.rows = grad.size(grad.dim() - 2), s.pool_rows = num_prompts, s.width = grad.size(grad.dim() - 1);
   s.prepended = prepended;
   s.placement = placement({start, length, column, max_length}, grad, num_prompts);
-  if (!s.placement.start.data)
+  if (!start)
     PTUNE_CHECK(num_prompts <= s.rows, "num_prompts: expected at most ", s.rows, " (the rows of grad), got ", num_prompts);
   check_values(s.placement, s.batch, s.pool_rows, prepended ? s.rows - s.placement.max_length : s.rows, prepended);
 
