@@ -33,7 +33,7 @@ sanitize: .venv/.tools
 	$(BIN)/cmake --install build/sanitize/cmake --prefix build/sanitize/ptune_kernels
 	for isa in plain avx2 avx512; do \
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
-	  PTUNE_CPU_ISA=$$isa PYTHONPATH=build/sanitize $(BIN)/pytest tests/ops -k "native and not huge" || exit 1; \
+	  PTUNE_CPU_ISA=$$isa PYTHONPATH=build/sanitize $(BIN)/pytest --capture=sys tests/ops -k "native and not huge" || exit 1; \
 	done
 
 bench: .venv/.tools
