@@ -7,7 +7,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc ptune_kernels python -name '*.so' -prune -o -type f -not -path '*/__pycache__/*' -print)
 
-.PHONY: demo test lint fuzz sanitize bench wheel clean
+.PHONY: demo test lint fuzz sanitize bench gpu-check wheel clean
 
 demo: .venv/.installed
 	$(BIN)/ptune demo
@@ -38,6 +38,11 @@ sanitize: .venv/.tools
 
 bench: .venv/.tools
 	$(BIN)/python -m bench
+
+# On a machine with a GPU, with the Python and torch found there and the wheel in dist/, wherever it was built.
+OUT ?= bench/results
+gpu-check:
+	$(PYTHON) -m bench.gpu_check --out $(OUT)
 
 wheel: dist/.built
 

@@ -61,11 +61,17 @@ class Case:
 
 
 def _peft(prompts: Tensor, batch: int) -> Tensor:
-    return F.embedding(torch.arange(len(prompts)).unsqueeze(0), prompts).repeat(batch, 1, 1).to(DTYPE)
+    return (
+        F.embedding(torch.arange(len(prompts), device=prompts.device).unsqueeze(0), prompts)
+        .repeat(batch, 1, 1)
+        .to(DTYPE)
+    )
 
 
 def _petals(prompts: Tensor, batch: int) -> Tensor:
-    return F.embedding(torch.arange(len(prompts)).unsqueeze(0).expand(batch, -1), prompts).to(DTYPE)
+    return F.embedding(torch.arange(len(prompts), device=prompts.device).unsqueeze(0).expand(batch, -1), prompts).to(
+        DTYPE
+    )
 
 
 def _case(name: str, ours: Way, others: dict[str, Way], trained: tuple[Tensor, ...] = ()) -> Case:

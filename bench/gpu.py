@@ -1,0 +1,227 @@
+"""``python -m bench.gpu``: the ops, a training step and generation on a GPU, as a dated JSON file and a picture.
+
+Every op from a few KB to a GB on both of our backends, beside PEFT's and Petals' chains, these compiled, and a copy of
+the output; a training step and generation of Llamas of 1B and 8B parameters (random weights, bfloat16) beside PEFT.
+Timed by events with a cold L2 cache; every figure is the median of rounds in which all ways took their turn.
+
+``--rehearse`` goes the same way on the CPU, with tiny sizes, and writes nothing.
+"""
+
+import argparse
+import copy
+import datetime
+import gc
+import json
+import statistics
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import peft
+import torch
+import transformers
+
+import ptune
+import ptune_kernels
+from ptune.models import ptune_class
+from ptune_kernels import native
+
+from .cases import COPY, OURS, Case, Sizes, cases
+from .generate import run as generate
+from .timing import RESULTS, interleaved
+from .train_step import PAIRS, batch, step
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+ROUNDS = 5
+SIZES = (
+    Sizes(batch=1, length=1, prompt=4, width=1024, heads=8),
+    Sizes(batch=4, length=64, prompt=16, width=2048, heads=16),
+    Sizes(batch=16, length=496, prompt=16, width=4096),
+    Sizes(batch=64, length=2016, prompt=32, width=4096),
+)
+TINY = (Sizes(batch=2, length=4, prompt=2, width=16, heads=2, vocabulary=9),)
+POINTS = ((20, 128, 16), (100, 64, 32), (200, 256, 8))
+LLAMAS = {
+    "1B": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32},
+    "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
+}
+TINY_LLAMA = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 8}
+
+
+def seconds_of(ways: dict[Any, Callable[[], Any]], device: str) -> dict[Any, float]:
+    """Medians; on a GPU of launches that find the L2 cache cold."""
+    if device == "cpu":
+        return interleaved(ways, ROUNDS)
+    from triton.testing import do_bench
+
+    times: dict[Any, list[float]] = {way: [] for way in ways}
+    for _ in range(ROUNDS):
+        for way, run in ways.items():
+            times[way].append(do_bench(run, warmup=5, rep=20, return_mode="median") / 1e3)
+    return {way: statistics.median(taken) for way, taken in times.items()}
+
+
+def backends(device: str) -> list[str]:
+    return ["native"] if device == "cpu" else ["triton"] + ["native"] * native.loaded("cuda")
+
+
+def on_backend(case: Case, backend: str) -> Callable[[], None]:
+    def run() -> None:
+        with ptune_kernels.use_backend(backend):
+            case.run(OURS)
+
+    return run
+
+
+def ops(device: str, tiny: bool) -> Iterator[dict[str, Any]]:
+    for sizes in TINY if tiny else SIZES:
+        making = cases(sizes)
+        while (case := next_on(device, making)) is not None:
+            ways: dict[str, Callable[[], Any]] = {f"ours, {b}": on_backend(case, b) for b in backends(device)}
+            ways |= {way: partial(case.run, way) for way in case.ways if way != OURS}
+            for backend in backends(device):
+                with ptune_kernels.use_backend(backend):
+                    case.check()
+            yield {
+                "case": case.name, "output bytes": sum(t.nbytes for t in case.ways[OURS]()), **vars(sizes),
+                "us": {way: seconds * 1e6 for way, seconds in seconds_of(ways, device).items()},
+            }  # fmt: skip
+
+
+def next_on(device: str, making: Iterator[Case]) -> Case | None:
+    gc.collect()  # the largest cases do not fit beside one another
+    with torch.device(device):
+        return next(making, None)
+
+
+def llama(sizes: dict[str, int], device: str) -> Any:
+    config = transformers.LlamaConfig(
+        vocab_size=2048, num_key_value_heads=8, max_position_embeddings=1024, **sizes, dtype=torch.bfloat16
+    )
+    with torch.device(device):
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+
+
+def pair(mode: str, rows: int, sizes: dict[str, int], device: str) -> dict[str, Any]:
+    """A model with prompts of ours and one with PEFT's, on the same weights."""
+    ours = llama(sizes, device)
+    theirs = copy.deepcopy(ours, {id(p): p for p in ours.parameters()})
+    ours.__class__ = ptune_class(type(ours))
+    ours.adopt([])
+    ours.init_prompts(ptune.PTuneConfig(tuning_mode=mode, pre_seq_len=rows))
+    kind = peft.PromptTuningConfig if PAIRS[mode] == "PROMPT_TUNING" else peft.PrefixTuningConfig
+    return {
+        "ours": ours,
+        "peft": peft.get_peft_model(theirs, kind(task_type="CAUSAL_LM", num_virtual_tokens=rows)).to(device),
+    }
+
+
+def peak(run: Callable[[], Any], device: str) -> int:
+    """Bytes that a step needs beyond what is there before it."""
+    if device == "cpu":
+        run()
+        return 1
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def training(name: str, sizes: dict[str, int], points: Any, device: str) -> Iterator[dict[str, Any]]:
+    for mode, beside in PAIRS.items():
+        for rows, length, size in points:
+            with torch.device(device):
+                inputs = batch(length, size)
+            models = pair(mode, rows, sizes, device)
+            steps = {side: step(model.train(), inputs) for side, model in models.items()}
+            memory = {side: peak(run, device) for side, run in steps.items()}
+            seconds = seconds_of(steps, device)
+            yield {
+                "model": name, "beside": beside, "m": rows, "n": length, "b": size,
+                "B": size * (rows + length) / (rows + size * length),
+                "time, peft / ours": seconds["peft"] / seconds["ours"],
+                "peak memory, peft / ours": memory["peft"] / memory["ours"],
+            }  # fmt: skip
+            del models, steps
+            gc.collect()
+
+
+def generation(name: str, sizes: dict[str, int], points: Any, device: str) -> Iterator[dict[str, Any]]:
+    new = 17
+    for rows, length, size in points:
+        ids = torch.randint(3, 2048, (size, length), device=device)
+        models = pair("ptune", rows, sizes, device)
+        models["ours"].compile_prompts()
+        ways = {
+            (side, n): partial(generate, model.eval(), ids, n) for side, model in models.items() for n in (1, new)
+        }  # fmt: skip
+        seconds = seconds_of(ways, device)
+        each = {side: seconds[side, new] - seconds[side, 1] for side in models}
+        yield {
+            "model": name, "m": rows, "n": length, "b": size,
+            "first token, peft / ours": seconds["peft", 1] / seconds["ours", 1],
+            "each token, peft / ours": each["peft"] / each["ours"],
+        }  # fmt: skip
+        del models, ways
+        gc.collect()
+
+
+def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
+    """Time over that of a copy of the output, by the bytes of the output."""
+    names = sorted({row["case"] for row in rows if COPY in row["us"]})
+    figure, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 4), layout="constrained", sharey=True)
+    for name, axis in zip(names, axes, strict=True):
+        for way in next(row["us"] for row in rows if row["case"] == name):
+            points = [(row["output bytes"], row["us"][way] / row["us"][COPY]) for row in rows if row["case"] == name]
+            axis.plot(*zip(*points, strict=True), marker="o", label=way)
+        axis.set(xscale="log", title=name, xlabel="bytes of the output")
+        axis.legend(fontsize=7)
+    axes[0].set_ylabel("time / clone")
+    figure.suptitle(title, fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
+    parser.add_argument("--rehearse", action="store_true", help="on the CPU, with tiny sizes, writing nothing")
+    chosen = parser.parse_args()
+    device = "cpu" if chosen.rehearse else "cuda"
+    if not chosen.rehearse and not torch.cuda.is_available():
+        raise SystemExit("no CUDA device; --rehearse goes the same way on the CPU")
+    llamas = {"tiny": TINY_LLAMA} if chosen.rehearse else LLAMAS
+    points = ((3, 5, 2),) if chosen.rehearse else POINTS
+    found: dict[str, list[dict[str, Any]]] = {"ops": [], "training": [], "generation": []}
+
+    def note(kind: str, row: dict[str, Any]) -> None:
+        found[kind].append(row)
+        print(kind, json.dumps(row), flush=True)
+
+    for row in ops(device, chosen.rehearse):
+        note("ops", row)
+    for name, sizes in llamas.items():
+        for row in training(name, sizes, points, device):
+            note("training", row)
+        for row in generation(name, sizes, points, device):
+            note("generation", row)
+    if chosen.rehearse:
+        return
+    date = datetime.date.today().isoformat()
+    about = (
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, transformers {transformers.__version__}, peft "
+        f"{peft.__version__}, medians of {ROUNDS} interleaved rounds, {date}"
+    )
+    chosen.out.mkdir(parents=True, exist_ok=True)
+    path = chosen.out / f"gpu-{date}.json"
+    path.write_text(json.dumps({"about": about, **found}, indent=1))
+    draw(found["ops"], path.with_suffix(".png"), about)
+    print(f"{about}\n{path}")
+
+
+if __name__ == "__main__":
+    main()
