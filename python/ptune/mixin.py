@@ -1,6 +1,7 @@
 """`PTuneMixin`: a transformers model whose base is frozen and whose prompts and head train."""
 
 import copy
+import inspect
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -80,6 +81,16 @@ class PTuneMixin:
             None if table is None else _expanded(table.weight, batch_size, dtype) for table in self._tables()
         )
         return shallow, deep
+
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """Whether the loss is divided by a ``num_items_in_batch``, which Trainer asks before it passes one.
+
+        Unasked, it takes the ``**kwargs`` of a classifier's forward for a yes, and trains on the sum of what it
+        accumulates.
+        """
+        forward = inspect.unwrap(self.base_class.forward)  # type: ignore[attr-defined]
+        return self.can_generate() and "loss_function" in forward.__code__.co_names
 
     @property
     def prompts_disabled(self) -> bool:
