@@ -1,11 +1,16 @@
 """What prompts cannot be put on, refused by name with the reason, before anything changes."""
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from .quantised import is_quantised
+from .quantised import refusal as quantised_refusal
 
 _MIXES = "it mixes neighbouring columns outside attention, padding with text"
 _BY_COLUMN = "it approximates attention over all columns, padding included"
@@ -46,8 +51,8 @@ def _lacks(body: nn.Module) -> str | None:
 def check_base(model: Any) -> None:
     """Raises `NotImplementedError` for a base whose prompts could not follow the definition."""
     config, name, body = model.config, type(model).__name__, find_body(model)
-    if getattr(model, "hf_quantizer", None) is not None or getattr(model, "is_quantized", False):
-        _refuse(name, "a quantised base decides the dtypes of its own modules, and has not been checked")
+    if is_quantised(model) and (reason := quantised_refusal(model)) is not None:
+        _refuse(name, reason)
     if config.is_encoder_decoder:
         _refuse(name, "an encoder-decoder has two sequences, and the definition places a prompt in one")
     if model.main_input_name != "input_ids" or config.get_text_config() is not config:
@@ -85,6 +90,18 @@ def device_of(embedding: Any) -> torch.device:
     if device.type == "meta" and hasattr(embedding, "_hf_hook"):
         return torch.device(embedding._hf_hook.execution_device)
     return device
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside the block no module is in training."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def position_limit(body: nn.Module) -> tuple[int, int | None]:

@@ -1,5 +1,6 @@
 """transformers' Trainer and TRL's SFTTrainer train prompts as they train whole models."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.optim.lr_scheduler import LambdaLR
+from transformers import BitsAndBytesConfig, TorchAoConfig
 
 from ptune import AutoPTuneModelForCausalLM
 
@@ -26,6 +28,22 @@ CASES = [("classifier", "shallow"), ("classifier", "deep"), ("language model", "
 @pytest.fixture
 def base_of(tiny_bert, tiny_llama):
     return lambda kind: tiny_bert if kind == "classifier" else tiny_llama
+
+
+def quantised(backend):
+    if backend == "int8 weights":
+        config = TorchAoConfig(pytest.importorskip("torchao.quantization").Int8WeightOnlyConfig())
+    else:
+        pytest.importorskip("bitsandbytes")
+        config = BitsAndBytesConfig(
+            load_in_4bit=backend == "nf4", load_in_8bit=backend != "nf4", bnb_4bit_quant_type="nf4"
+        )
+    return {"quantization_config": config, "device_map": "cpu"}
+
+
+def parts(parameter):
+    """The tensors that a parameter is made of."""
+    return [getattr(parameter, part) for part in ("qdata", "scale") if hasattr(parameter, part)] or [parameter]
 
 
 def assert_same(got, expected, tolerance=0.0):
@@ -113,6 +131,32 @@ def test_packed_texts_are_refused(tiny_llama, tmp_path, options):
     trainer = make_trainer("sft", make_model("sft", tiny_llama, **SHALLOW), tiny_llama, tmp_path, **options)
     with pytest.raises(NotImplementedError, match="packed batches are not supported"):
         trainer.train()
+
+
+@pytest.mark.parametrize("backend", ["nf4", "LLM.int8", "int8 weights"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_quantised_bases(base_of, tmp_path, caplog, kind, backend):
+    """Trainer refuses one without an adapter, and TRL rounds what trains on one of bitsandbytes' to bfloat16."""
+    base, given = base_of(kind), quantised(backend)
+    model = make_model(kind, base, **DEEP, **given)
+    frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
+    start = trained(model)
+    trainer = make_trainer(kind, model, base, tmp_path, max_steps=8, save_strategy="steps", save_steps=4)
+    assert_same(trained(model), start)
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < before - 0.05
+    assert {p.dtype for p in trained(model).values()} == {torch.float32}
+    for name, value in frozen.items():
+        assert all(torch.equal(a, b) for a, b in zip(parts(model.get_parameter(name)), parts(value), strict=True)), name
+    assert load_file(tmp_path / "checkpoint-4" / "model.safetensors").keys() == start.keys()
+    resumed = make_model(kind, base, **DEEP, **quantised(backend))
+    trainer = make_trainer(kind, resumed, base, tmp_path / "again", max_steps=8)
+    logging.getLogger("transformers").addHandler(caplog.handler)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    logging.getLogger("transformers").removeHandler(caplog.handler)
+    assert not [record for record in caplog.records if "missing keys" in record.message]
+    assert_same(trained(resumed), trained(model))
 
 
 def test_two_processes_have_the_losses_of_one(tiny_bert, tiny_llama, base_of, tmp_path):
