@@ -277,7 +277,7 @@ class PTuneMixin:
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name in own)
         # Trainer, which loads a checkpoint of prompts into the whole model, expects exactly these to be missing
-        self._keys_to_ignore_on_save = set(self.state_dict()) - own
+        self._keys_to_ignore_on_save = set(self.load_state_dict({}, strict=False).missing_keys) - own
         self._set_dropout()
         self._plan()
         if self._hooks is not None:
