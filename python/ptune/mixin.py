@@ -25,6 +25,8 @@ from .plan import Plan, make_plan, obstacle
 from .quantised import described, is_quantised, prepare, unquantised_head
 from .support import check_base, device_of, evaluating, find_blocks
 
+_PROMPT_MODULES = ("prompt_embeddings", "intermediate_prompt_embeddings", "compiled_prefix")
+
 
 class PTuneMixin:
     """Put before a transformers model class by `ptune.models`; see `AutoPTuneModel` for how to load one.
@@ -399,7 +401,8 @@ class PTuneMixin:
 
     @contextmanager
     def _as_base(self: Any) -> Iterator[None]:
-        """Be the stock class, with the config it came with, for as long as it takes to save it."""
+        """Be the stock class, without prompts and with the config it came with, for as long as it takes to save it."""
+        prompts = {name: self._modules.pop(name) for name in _PROMPT_MODULES if name in self._modules}
         own, ignored, adapted = type(self), self._keys_to_ignore_on_save, self._hf_peft_config_loaded
         self.__class__ = self.base_class
         self._keys_to_ignore_on_save = set()
@@ -408,6 +411,7 @@ class PTuneMixin:
         try:
             yield
         finally:
+            self._modules.update(prompts)
             self.__class__ = own
             self._keys_to_ignore_on_save = ignored
             self._hf_peft_config_loaded = adapted

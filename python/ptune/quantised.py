@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers.quantizers.auto import AutoQuantizationConfig
 
-# torchao's int8 activations are rounded without a gradient: what reaches the prompts is 99% off
+# Where torchao rounds activations too, hardly any gradient passes the rounding.
 _TORCHAO = ("Int8WeightOnlyConfig", "Float8WeightOnlyConfig")
 _WITHIN = ("PerRow", "PerTensor", "PerGroup", "torch.dtype")
 
@@ -38,7 +38,8 @@ def refusal(model: Any) -> str | None:
         return f"gradients through {method} have not been checked; bitsandbytes' and torchao's have"
     if config.llm_int8_has_fp16_weight:
         return "its weights are quantised anew at every call (llm_int8_has_fp16_weight)"
-    if any(getattr(getattr(p, "quant_state", None), "packing_format_for_cpu", False) for p in model.parameters()):
+    holders = (*model.parameters(), *model.modules())
+    if any(getattr(getattr(holder, "quant_state", None), "packing_format_for_cpu", False) for holder in holders):
         return "a call has packed its weights for inference on a CPU, which has no gradient; load it anew"
     return None
 

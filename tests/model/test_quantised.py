@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 import transformers
+from safetensors import safe_open
 from torch import nn
 
 import ptune
@@ -138,10 +139,13 @@ def test_folders_of_prompts_say_how_the_base_was_quantised(base_of, tmp_path, ba
     assert torch.equal(whole.prompt_embeddings.weight, model.prompt_embeddings.weight)
 
 
-@pytest.mark.parametrize("backend", ["nf4", "LLM.int8"])
+@pytest.mark.parametrize("backend", ["nf4", "LLM.int8", "int8 weights"])
 def test_with_the_base_inside(base_of, tmp_path, backend):
     model = base_of("llama").tuned(ptune.AutoPTuneModelForCausalLM, **quantised(backend), **settings_for("overwrite"))
     model.save_pretrained(tmp_path, save_base=True)
+    with safe_open(tmp_path / "base" / "model.safetensors", "pt") as file:
+        assert not [name for name in file.keys() if "prompt" in name]  # noqa: SIM118 (no mapping)
+    assert model.prompts_enabled
     loaded = ptune.AutoPTuneModelForCausalLM.from_pretrained(tmp_path, device_map="cpu")
     assert same_bits(bits(loaded), bits(model))
     ids = torch.randint(3, 61, (2, 5))
@@ -167,6 +171,28 @@ def test_compiled_prompts_and_generation(base_of, backend):
         logits = model(input_ids=generated, attention_mask=steps).logits
     logits[..., model.config.eos_token_id] = -torch.inf  # as it must not end
     assert torch.equal(logits[:, ids.shape[1] - 1 : -1].argmax(-1), generated[:, ids.shape[1] :])
+
+
+@pytest.mark.parametrize("backend", WEIGHTS_ALONE)
+def test_banks(base_of, tmp_path, backend):
+    base, loader = base_of("llama"), ptune.AutoPTuneModelForCausalLM
+    bank = ptune.PromptBank(base.stock(transformers.AutoModelForCausalLM, **quantised(backend)))
+    ids, models = torch.randint(3, 61, (3, 5)), {}
+    for mode in ("shallow", "overwrite"):
+        models[mode] = base.tuned(loader, **quantised(backend), **settings_for(mode))
+        models[mode].save_prompts(tmp_path / mode)
+        bank.add(mode, tmp_path / mode)
+    with torch.no_grad():
+        logits = bank(ids, torch.ones_like(ids), prompt_names=["shallow", None, "overwrite"]).logits
+        close(logits[0], models["shallow"](ids[:1]).logits[0])
+        close(logits[2], models["overwrite"](ids[2:]).logits[0])
+        with models["overwrite"].disable_prompts():
+            close(logits[1], models["overwrite"](ids[1:2]).logits[0])
+
+
+def test_banks_cannot_share_the_scales_of_modules(base_of):
+    with pytest.raises(NotImplementedError, match=r"base: LLM\.int8 keeps scales in its modules"):
+        ptune.PromptBank(base_of("llama").stock(transformers.AutoModelForCausalLM, **quantised("LLM.int8")))
 
 
 def test_what_is_refused(base_of, tmp_path):
