@@ -420,6 +420,10 @@ def _sharing_weights(base: Any) -> Any:
         )
     if len(set(getattr(base, "hf_device_map", {}).values())) > 1:
         raise NotImplementedError("base: expected a model on one device, got one spread over several")
+    if any(hasattr(parameter, "SCB") for parameter in base.parameters()):
+        raise NotImplementedError(
+            "base: LLM.int8 keeps scales in its modules, which cannot be shared; quantise to 4 bits"
+        )
     weights = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in base.parameters()}
     return copy.deepcopy(base, weights | {id(buffer): buffer for buffer in base.buffers()}).eval()
 

@@ -29,7 +29,7 @@ COMPILED = "compiled_prefix."
 _NOT_THE_BASE = {
     "_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "use_cache",
     "return_dict", "output_attentions", "output_hidden_states", "id2label", "label2id", "num_labels", "problem_type",
-    "finetuning_task",
+    "finetuning_task", "quantization_config",
 }  # fmt: skip
 _KEYS: dict[str, type | tuple[type, ...]] = {
     "format_version": int, "base": dict, "model_class": str, "tuning_mode": (str, type(None)), "pre_seq_len": int,
@@ -38,6 +38,7 @@ _KEYS: dict[str, type | tuple[type, ...]] = {
 }  # fmt: skip
 _BASE_KEYS: dict[str, type | tuple[type, ...]] = {
     "name": str, "fingerprint": str, "config": dict, "overrides": dict, "dtype": (str, type(None)),
+    "quantization": (dict, type(None)),
 }  # fmt: skip
 # None: a folder of before these were saved
 _DTYPES = (None, "float64", "float32", "float16", "bfloat16")

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, modeling_u
 
 from . import checkpoint
 from .config import PTuneConfig, settings_on, take_settings
+from .quantised import config_from
 
 _FOR_CONFIG = (
     "cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token", "trust_remote_code",
@@ -69,7 +70,7 @@ def load_model(
         _check_same(settings, saved)
         if "config" not in kwargs:
             kwargs = saved_overrides(saved, own) | kwargs
-        kwargs = _saved_defaults(saved, kwargs) | kwargs
+        kwargs = _saved_defaults(saved, own, kwargs) | kwargs
     with _reporting_all_but([] if saved is None else saved["head"]) as loading:
         model, info = loader.from_pretrained(base, *args, output_loading_info=True, **kwargs)
         loading.append(info)
@@ -136,13 +137,16 @@ def saved_overrides(saved: dict[str, Any], own: Any) -> dict[str, Any]:
     return overrides
 
 
-def _saved_defaults(saved: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+def _saved_defaults(saved: dict[str, Any], own: Any, given: dict[str, Any]) -> dict[str, Any]:
     """How a base is loaded for a folder of prompts, unless told otherwise."""
     defaults: dict[str, Any] = {}
     if saved["head"]:
         defaults["ignore_mismatched_sizes"] = True  # the head may have replaced one of the checkpoint's
     if (dtype := saved["base"].get("dtype")) is not None and "torch_dtype" not in given:
         defaults["dtype"] = getattr(torch, dtype)
+    quantisation = saved["base"].get("quantization")
+    if quantisation is not None and getattr(own, "quantization_config", None) is None:
+        defaults["quantization_config"] = config_from(quantisation)
     return defaults
 
 

@@ -1,6 +1,7 @@
 """`PTuneMixin`: a transformers model whose base is frozen and whose prompts and head train."""
 
 import copy
+import inspect
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,8 +22,11 @@ from .initialise import Tokenise, initial_prompts
 from .loading import Origin, load_model, origin_of, tokenizer_of
 from .mixture import current_mixture
 from .plan import Plan, make_plan, obstacle
+from .quantised import described, is_quantised, prepare, unquantised_head
 from .seq2seq import EncoderHooks
-from .support import check_base, device_of, find_blocks, find_body
+from .support import check_base, device_of, evaluating, find_blocks, find_body
+
+_PROMPT_MODULES = ("prompt_embeddings", "intermediate_prompt_embeddings", "compiled_prefix")
 
 
 class PTuneMixin:
@@ -36,6 +40,9 @@ class PTuneMixin:
     """
 
     base_class: ClassVar[type]
+
+    # TRL rounds what trains to bfloat16 where a model says that it was loaded so
+    is_loaded_in_8bit = is_loaded_in_4bit = property(lambda self: False)
 
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         config = copy.deepcopy(config)
@@ -63,7 +70,7 @@ class PTuneMixin:
             if settings.prefix_sharing is True and (reason := obstacle(self, settings)) is not None:
                 raise ValueError(f"prefix_sharing: True, but {type(self).__name__} cannot share prompts: {reason}")
             tokenise = _tokenise_with(tokenizer or (lambda: tokenizer_of(self.origin.name)))
-            with self.disable_prompts(), _evaluating(self):
+            with self.disable_prompts(), evaluating(self):
                 shallow, deep = initial_prompts(self, settings, tokenise)
         self._install(settings, shallow, deep)
 
@@ -81,6 +88,16 @@ class PTuneMixin:
             None if table is None else _expanded(table.weight, batch_size, dtype) for table in self._tables()
         )
         return shallow, deep
+
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """Whether the loss is divided by a ``num_items_in_batch``, which Trainer asks before it passes one.
+
+        Unasked, it takes the ``**kwargs`` of a classifier's forward for a yes, and trains on the sum of what it
+        accumulates.
+        """
+        forward = inspect.unwrap(self.base_class.forward)  # type: ignore[attr-defined]
+        return self.can_generate() and "loss_function" in forward.__code__.co_names
 
     @property
     def prompts_disabled(self) -> bool:
@@ -148,7 +165,7 @@ class PTuneMixin:
         """
         if self.prefix_plan.path != "prefix":
             raise ValueError(f"save_prefix: prompts are not shared here: {self.prefix_plan.reason}")
-        with torch.no_grad(), _evaluating(self):
+        with torch.no_grad(), evaluating(self):
             compiled = CompiledPrefix(self._hooks.prefix.prefix())
         state = self.state_dict()
         tensors = {name: state[name] for name in self._head} | compiled.state_dict(prefix=checkpoint.COMPILED)
@@ -214,6 +231,9 @@ class PTuneMixin:
     def adopt(self: Any, head: Iterable[str]) -> None:
         """Make a stock model that has just become one of this class ready for prompts, with ``head`` to train."""
         check_base(self)
+        if is_quantised(self):
+            unquantised_head(self, head := list(head))
+            prepare(self)
         self.origin = origin_of(self.config)
         self.ptune_config = PTuneConfig()
         self._loaded_vocabulary = self.get_input_embeddings().num_embeddings
@@ -261,7 +281,7 @@ class PTuneMixin:
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name in own)
         # Trainer, which loads a checkpoint of prompts into the whole model, expects exactly these to be missing
-        self._keys_to_ignore_on_save = set(self.state_dict()) - own
+        self._keys_to_ignore_on_save = set(self.load_state_dict({}, strict=False).missing_keys) - own
         self._set_dropout()
         self._plan()
         if self._hooks is not None:
@@ -281,7 +301,7 @@ class PTuneMixin:
             return
         disabled, self._disabled = self._disabled, 0  # the plan is made by trying calls with prompts
         try:
-            with _evaluating(self):
+            with evaluating(self):
                 self._hooks.prefix.plan = make_plan(self._hooks)
         finally:
             self._disabled = disabled
@@ -328,6 +348,7 @@ class PTuneMixin:
                 "config": origin.config,
                 "overrides": origin.overrides,
                 "dtype": str(self.get_input_embeddings().weight.dtype).removeprefix("torch."),
+                "quantization": described(self.config),
             },
             "model_class": self.base_class.__name__,
             "tuning_mode": settings.tuning_mode,
@@ -385,16 +406,20 @@ class PTuneMixin:
 
     @contextmanager
     def _as_base(self: Any) -> Iterator[None]:
-        """Be the stock class, with the config it came with, for as long as it takes to save it."""
-        own, ignored = type(self), self._keys_to_ignore_on_save
+        """Be the stock class, without prompts and with the config it came with, for as long as it takes to save it."""
+        prompts = {name: self._modules.pop(name) for name in _PROMPT_MODULES if name in self._modules}
+        own, ignored, adapted = type(self), self._keys_to_ignore_on_save, self._hf_peft_config_loaded
         self.__class__ = self.base_class
         self._keys_to_ignore_on_save = set()
+        self._hf_peft_config_loaded = False
         self._dropout.restore()
         try:
             yield
         finally:
+            self._modules.update(prompts)
             self.__class__ = own
             self._keys_to_ignore_on_save = ignored
+            self._hf_peft_config_loaded = adapted
             self._set_dropout()
 
     def _apply(self: Any, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -459,6 +484,8 @@ def _expanded(rows: Tensor, batch_size: int, dtype: torch.dtype) -> Tensor:
 
 def _cast_inputs(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     dtype = next(module.parameters(recurse=False)).dtype
+    if not dtype.is_floating_point:  # quantised, and casts by itself
+        return args
     return tuple(x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in args)
 
 
@@ -470,17 +497,6 @@ def _tokenise_with(tokenizer: Any) -> Tokenise:
         return tokenizer.encode(text, add_special_tokens=special_tokens)
 
     return tokenise
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _shape(shape: torch.Size | None) -> str:

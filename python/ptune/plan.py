@@ -9,6 +9,7 @@ from torch import Tensor
 from . import checkpoint
 from .attention import sharing_name, stock_name
 from .config import PTuneConfig
+from .quantised import rounds_by_batch
 
 # Models whose tokens mix in their attentions alone, which hand keywords to these and honour position_ids.
 # tests/model/test_plan.py holds the two paths of each to one another.
@@ -53,6 +54,8 @@ def obstacle(model: Any, settings: PTuneConfig) -> str | None:
         return "prompt rows of an encoder-decoder are read by its decoder"
     if settings.base_dropout:
         return "the base's dropout is on, and differs from row to row"
+    if rounds_by_batch(config):
+        return "LLM.int8 looks for outliers over all rows of a call, unless llm_int8_threshold=0"
     if getattr(config, "is_causal", True) is False:
         return "its attention was made bidirectional"
     if getattr(config, "attention_chunk_size", None) is not None:

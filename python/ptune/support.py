@@ -1,11 +1,16 @@
 """What prompts cannot be put on, refused by name with the reason, before anything changes."""
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from .quantised import is_quantised
+from .quantised import refusal as quantised_refusal
 
 _MIXES = "it mixes neighbouring columns outside attention, padding with text"
 _APPROXIMATE = "it approximates attention over all columns, padding included"
@@ -54,8 +59,8 @@ def _lacks(body: nn.Module) -> str | None:
 def check_base(model: Any) -> None:
     """Raises `NotImplementedError` for a base whose prompts could not follow the definition."""
     config, name = model.config, type(model).__name__
-    if getattr(model, "hf_quantizer", None) is not None or getattr(model, "is_quantized", False):
-        _refuse(name, "a quantised base decides the dtypes of its own modules, and has not been checked")
+    if is_quantised(model) and (reason := quantised_refusal(model)) is not None:
+        _refuse(name, reason)
     if config.is_encoder_decoder and config.model_type not in BY_DISTANCE + _BY_COLUMN:
         _refuse(
             name, f"it is an encoder-decoder, and of these only {', '.join(BY_DISTANCE + _BY_COLUMN)} have been tried"
@@ -98,6 +103,18 @@ def device_of(embedding: Any) -> torch.device:
     if device.type == "meta" and hasattr(embedding, "_hf_hook"):
         return torch.device(embedding._hf_hook.execution_device)
     return device
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside the block no module is in training."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def position_limit(body: nn.Module) -> tuple[int, int | None]:

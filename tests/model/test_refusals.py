@@ -79,13 +79,13 @@ def test_encoder_decoders_that_do_not_generate():
         ptune.AutoPTuneModelForSequenceClassification.from_config(config, **settings_for("shallow"))
 
 
-def test_quantised_bases(base_of):
+def test_bases_quantised_by_other_means(base_of):
     base = base_of("llama")
     model = base.stock()
     model.is_quantized = True
     model.__class__ = ptune.models.ptune_class(type(model))
     with pytest.raises(
-        NotImplementedError, match="PTuneLlamaModel: prompts are not supported, because a quantised base"
+        NotImplementedError, match="PTuneLlamaModel: prompts are not supported, because it was quantised by other"
     ):
         model.adopt([])
 
