@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from . import checkpoint
+from . import checkpoint, hub
 from .attention import Prefix
 from .config import PTuneConfig, take_settings
 from .heads import Head, Heads
@@ -124,16 +124,18 @@ class PromptBank:
         """How much memory compiled prompts take."""
         return self._kept_bytes
 
-    def add(self, name: str, folder: str | os.PathLike[str]) -> None:
+    def add(self, name: str, folder: str | os.PathLike[str], **options: Any) -> None:
         """Take in the prompts and head of ``folder`` (of `save_prompts`, `save_prefix` or a Trainer) as ``name``.
 
-        Raises `ValueError`, or `FileNotFoundError`, that names it where that is not possible: a name that is taken
-        or is not one of letters, digits, ``_``, ``.`` and ``-``, a folder that is damaged, or one that does not fit
+        ``folder`` may be the name of a repository on the hub, with the ``options`` of `ptune.hub.download`. Raises
+        `ValueError`, or `FileNotFoundError`, that names it where that is not possible: a name that is taken or is not
+        one of letters, digits, ``_``, ``.`` and ``-``, a folder that is damaged, or one that does not fit
         (`ptune.checkpoint.MisfitError`). The bank is then as it was.
         """
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise ValueError(f"name: expected up to 100 letters, digits, '_', '.' and '-', got {name!r}")
-        saved, tensors = checkpoint.read_config(folder), checkpoint.read_tensors(folder)
+        here = hub.folder_of(folder, **options)
+        saved, tensors = checkpoint.read_config(here), checkpoint.read_tensors(here)
         with self._lock:
             if name in self._entries:
                 raise ValueError(f"name: {name!r} is taken; remove it first")

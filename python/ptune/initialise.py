@@ -41,6 +41,18 @@ def initial_prompts(model: Any, settings: PTuneConfig, tokenise: Tokenise | None
     return shallow, layers.flatten(0, 1)
 
 
+def tokenise_with(tokenizer: Any) -> Tokenise:
+    """By a tokenizer, or by the one that a function returns when it is first needed."""
+
+    def tokenise(text: str, special_tokens: bool) -> list[int]:
+        nonlocal tokenizer
+        if not hasattr(tokenizer, "encode"):
+            tokenizer = tokenizer()
+        return tokenizer.encode(text, add_special_tokens=special_tokens)
+
+    return tokenise
+
+
 def _random(model: Any, settings: PTuneConfig) -> tuple[Tensor, Tensor]:
     ids = _real_tokens(model, _readable(model, _SAMPLE))
     shallow, layers = _states(model, ids, settings.deep)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, modeling_utils
 
-from . import checkpoint
+from . import checkpoint, hub
 from .config import PTuneConfig, settings_on, take_settings
 
 _FOR_CONFIG = (
@@ -57,6 +57,11 @@ def load_model(
     class afterwards.
     """
     settings = take_settings(kwargs)
+    found = hub.download(path, **{name: kwargs[name] for name in hub.OPTIONS if name in kwargs})
+    if found is not None:
+        path = found
+        for name in hub.OF_THE_PROMPTS:
+            kwargs.pop(name, None)
     saved = checkpoint.read_config(path) if checkpoint.is_prompt_folder(path) else None
     base = _base_of(path, saved, base_model)
     own = AutoConfig.from_pretrained(base, **{name: kwargs[name] for name in _FOR_CONFIG if name in kwargs})

@@ -44,7 +44,7 @@ def model(request, base_of):
 
 def test_round_trip(model, tmp_path, base_of):
     model.save_prompts(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {CONFIG_NAME, WEIGHTS_NAME}
+    assert {path.name for path in tmp_path.iterdir()} == {CONFIG_NAME, WEIGHTS_NAME, "README.md"}
     loaded = CLASSIFIER.from_pretrained(tmp_path)
     assert type(loaded) is type(model)
     assert loaded.ptune_config == model.ptune_config
