@@ -80,8 +80,10 @@ def _cached(repo_id: str, name: str, options: dict[str, Any]) -> str | None:
 def folder_of(path: str | os.PathLike[str], **options: Any) -> str | os.PathLike[str]:
     """``path``, where it is a folder, else what `download` makes of it.
 
-    Raises `FileNotFoundError` where that is nothing, and `TypeError` for unknown ``options``.
+    Raises `FileNotFoundError` where that is nothing, and `TypeError` for what is no path and for unknown ``options``.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"folder: expected a path, or the name of a repository, got {path!r}")
     if unknown := options.keys() - set(OPTIONS):
         raise TypeError(f"expected keywords among {', '.join(OPTIONS)}, got {', '.join(sorted(unknown))}")
     if not is_repo_id(path):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import InitText, PTuneConfig
-from .support import device_of, find_blocks, position_limit
+from .support import device_of, find_blocks, lack_of_positions, position_limit
 
 _SAMPLE = 256  # tokens whose norms are measured
 _CONTEXT = 512  # tokens of a sampled text that are read
@@ -24,8 +24,11 @@ def initial_prompts(model: Any, settings: PTuneConfig, tokenise: Tokenise | None
     """The first values of the prompts of ``model`` (prompts off, in evaluation mode), on the CPU in float32.
 
     Returns ``prompt_embeddings`` [m, d] and ``intermediate_prompt_embeddings`` [L·m, d] or ``None``. ``tokenise(text,
-    special_tokens)`` turns a string into token ids.
+    special_tokens)`` turns a string into token ids. Raises `ValueError` for more rows than learned positions leave room
+    for.
     """
+    if (lack := lack_of_positions(model, settings.pre_seq_len)) is not None:
+        raise ValueError(lack)
     if settings.prompt_init == "random":
         shallow, layers = _random(model, settings)
     elif settings.prompt_init == "vocab":

@@ -132,13 +132,18 @@ def _base_of(path: Any, saved: dict[str, Any] | None, base_model: Any) -> str:
 def saved_overrides(saved: dict[str, Any], own: Any) -> dict[str, Any]:
     """How the base's config was changed: its own settings alone, lest a folder slip in a keyword that trusts code."""
     known = checkpoint.base_config(own)
-    overrides = {name: value for name, value in saved["base"]["overrides"].items() if name in known}
+    return {name: value for name, value in saved["base"]["overrides"].items() if name in known} | saved_labels(saved)
+
+
+def saved_labels(saved: dict[str, Any]) -> dict[str, Any]:
+    """The task's part of a base's config: its labels, and of what kind they are."""
+    labels: dict[str, Any] = {}
     if saved["id2label"] is not None:
-        overrides["id2label"] = {int(i): label for i, label in saved["id2label"].items()}
-        overrides["label2id"] = {label: i for i, label in overrides["id2label"].items()}
+        labels["id2label"] = {int(i): label for i, label in saved["id2label"].items()}
+        labels["label2id"] = {label: i for i, label in labels["id2label"].items()}
     if saved.get("problem_type") is not None:
-        overrides["problem_type"] = saved["problem_type"]
-    return overrides
+        labels["problem_type"] = saved["problem_type"]
+    return labels
 
 
 def _saved_defaults(saved: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:

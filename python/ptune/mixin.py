@@ -22,7 +22,7 @@ from .initialise import initial_prompts, tokenise_with
 from .loading import Origin, load_model, origin_of, tokenizer_of
 from .mixture import current_mixture
 from .plan import Plan, make_plan, obstacle
-from .support import check_base, device_of, find_blocks
+from .support import check_base, device_of, evaluating, find_blocks, lack_of_positions
 
 
 class PTuneMixin:
@@ -63,7 +63,7 @@ class PTuneMixin:
             if settings.prefix_sharing is True and (reason := obstacle(self, settings)) is not None:
                 raise ValueError(f"prefix_sharing: True, but {type(self).__name__} cannot share prompts: {reason}")
             tokenise = tokenise_with(tokenizer or (lambda: tokenizer_of(self.origin.name)))
-            with self.disable_prompts(), _evaluating(self):
+            with self.disable_prompts(), evaluating(self):
                 shallow, deep = initial_prompts(self, settings, tokenise)
         self._install(settings, shallow, deep)
 
@@ -160,7 +160,7 @@ class PTuneMixin:
         """
         if self.prefix_plan.path != "prefix":
             raise ValueError(f"save_prefix: prompts are not shared here: {self.prefix_plan.reason}")
-        with torch.no_grad(), _evaluating(self):
+        with torch.no_grad(), evaluating(self):
             compiled = CompiledPrefix(self._hooks.prefix.prefix())
         state = self.state_dict()
         tensors = {name: state[name] for name in self._head} | compiled.state_dict(prefix=checkpoint.COMPILED)
@@ -302,7 +302,7 @@ class PTuneMixin:
             return
         disabled, self._disabled = self._disabled, 0  # the plan is made by trying calls with prompts
         try:
-            with _evaluating(self):
+            with evaluating(self):
                 self._hooks.prefix.plan = make_plan(self._hooks)
         finally:
             self._disabled = disabled
@@ -371,6 +371,8 @@ class PTuneMixin:
             for name in ("embedding_size", "hidden_size", "num_layers")
             if saved[name] != here[name]
         ]
+        if (lack := lack_of_positions(self, saved["pre_seq_len"])) is not None:
+            reasons.append(lack)
         now = checkpoint.fingerprint(checkpoint.base_config(self.config))
         if saved["base"]["fingerprint"] not in (here["base"]["fingerprint"], now):
             reasons += checkpoint.differences(saved["base"]["config"], here["base"]["config"])
@@ -481,17 +483,6 @@ def _expanded(rows: Tensor, batch_size: int, dtype: torch.dtype) -> Tensor:
 def _cast_inputs(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     dtype = next(module.parameters(recurse=False)).dtype
     return tuple(x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in args)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _shape(shape: torch.Size | None) -> str:

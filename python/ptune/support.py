@@ -1,6 +1,8 @@
 """What prompts cannot be put on, refused by name with the reason, before anything changes."""
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
@@ -97,6 +99,28 @@ def position_limit(body: nn.Module) -> tuple[int, int | None]:
             first = 0 if module.padding_idx is None else module.padding_idx + 1
             return first, module.num_embeddings - first - getattr(module, "offset", 0)
     return 0, None
+
+
+def lack_of_positions(model: Any, count: int) -> str | None:
+    """Why ``count`` prompt rows are too many for ``model``; ``None`` where they leave positions to text."""
+    _, learned = position_limit(find_body(model))
+    if learned is None or count < learned:
+        return None
+    return (
+        f"pre_seq_len: expected less than the {learned} positions that {type(model).__name__} has learned, got {count}"
+    )
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within it, ``model`` is in evaluation mode."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def check_inputs(arguments: dict[str, Any], parameters: tuple[str, ...]) -> None:
