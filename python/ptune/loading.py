@@ -64,7 +64,12 @@ def load_model(
             kwargs.pop(name, None)
     saved = checkpoint.read_config(path) if checkpoint.is_prompt_folder(path) else None
     base = _base_of(path, saved, base_model)
-    own = AutoConfig.from_pretrained(base, **{name: kwargs[name] for name in _FOR_CONFIG if name in kwargs})
+    try:
+        own = AutoConfig.from_pretrained(base, **{name: kwargs[name] for name in _FOR_CONFIG if name in kwargs})
+    except (OSError, ValueError) as error:
+        if saved is None:
+            raise
+        raise OSError(f"{path}: its base, {base!r}, cannot be loaded: {error}") from error
     carried = take_settings(own)
     if saved is None:
         given = kwargs.get("config")

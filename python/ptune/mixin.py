@@ -178,15 +178,12 @@ class PTuneMixin:
         settings.prefix_sharing = self.ptune_config.prefix_sharing
         self._check_fit(saved, tensors)
         self._set_head(saved["head"])
+        names = checkpoint.compiled_names(settings, self.config.num_hidden_layers)
+        compiled = [tensors[name] for name in names if name in tensors]
+        self._install(settings, *(tensors.get(name) for name in checkpoint.PROMPTS), compiled)
         with torch.no_grad():
             for name in saved["head"]:
                 self.get_parameter(name).copy_(tensors[name])
-        compiled = [
-            tensors[name]
-            for name in checkpoint.compiled_names(settings, self.config.num_hidden_layers)
-            if name in tensors
-        ]
-        self._install(settings, *(tensors.get(name) for name in checkpoint.PROMPTS), compiled)
 
     def save_pretrained(
         self: Any,
@@ -258,9 +255,20 @@ class PTuneMixin:
         before = (self.ptune_config, *tables, () if self.compiled_prefix is None else self.compiled_prefix.tensors())
         try:
             self._put(settings, shallow, deep, compiled)
+            self._check_compiled(compiled)
         except ValueError:  # they were to be shared, and the check found that they cannot be
             self._put(*before)
             raise
+
+    def _check_compiled(self: Any, compiled: Sequence[Tensor]) -> None:
+        if not compiled or self.prefix_plan.path != "prefix":
+            return
+        with torch.no_grad(), evaluating(self):
+            own = [tensor for layer in self._hooks.prefix._capture(None).layers for tensor in layer]
+        names = checkpoint.compiled_names(self.ptune_config, len(own) // 2)
+        for name, got, expected in zip(names, compiled, own, strict=True):
+            if got.shape != expected.shape:
+                raise checkpoint.MisfitError(f"{name}: expected {_shape(expected.shape)}, got {_shape(got.shape)}")
 
     def _tables(self: Any) -> tuple[nn.Embedding | None, nn.Embedding | None]:
         return self.prompt_embeddings, self.intermediate_prompt_embeddings
