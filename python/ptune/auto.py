@@ -24,16 +24,17 @@ class AutoPTuneModel:
         """Load a base and give it prompts, or load a folder of prompts and the base that it names.
 
         Args:
-            path: a base (a folder, or a name on the hub), or a folder of prompts (`save_prompts`, `save_pretrained` and
-                Trainer write such).
+            path: a base (a folder, or a name on the hub), or prompts (a folder that `save_prompts`, `save_pretrained`
+                or Trainer wrote, or the name of a repository on the hub that holds one).
             tuning_mode, pre_seq_len, deep_prompt_mode, prompt_init, prompt_init_text, base_dropout: see `PTuneConfig`.
                 They may be attributes of the ``config=`` given instead; the model's own copy of it is rid of them.
             tokenizer: reads a ``prompt_init_text`` of strings; by default the base's own.
             base_model: the base of a folder of prompts, where it is no longer in its place.
 
-        All other keywords are those of transformers' ``from_pretrained``; with a folder of prompts, ``dtype`` is by
-        default the one that the base had in training. Only prompts and the task head (what the base's checkpoint did
-        not have) require gradients; both are float32, whatever the base's dtype.
+        All other keywords are those of transformers' ``from_pretrained``; with prompts, ``dtype`` is by default the one
+        that the base had in training, and ``revision`` and ``subfolder`` are those of the prompts' repository, if they
+        come from one. Only prompts and the task head (what the base's checkpoint did not have) require gradients; both
+        are float32, whatever the base's dtype.
 
         Raises `NotImplementedError` for a base that prompts cannot be put on, and `ptune.checkpoint.MisfitError` for
         prompts that do not fit the base.

@@ -5,7 +5,7 @@ import os
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from . import checkpoint
+from . import checkpoint, hub
 from .attention import Prefix
 from .config import PTuneConfig, take_settings
 from .heads import Head, Heads
@@ -93,8 +93,8 @@ class PromptBank:
     """
 
     def __init__(self, base: Any, max_bytes: int | None = None) -> None:
-        if max_bytes is not None and max_bytes < 0:
-            raise ValueError(f"max_bytes: expected at least 0, got {max_bytes}")
+        if max_bytes is not None and (not isinstance(max_bytes, int) or isinstance(max_bytes, bool) or max_bytes < 0):
+            raise ValueError(f"max_bytes: expected None or an int of at least 0, got {max_bytes!r}")
         self.max_bytes = max_bytes
         self._stock = _sharing_weights(base)
         self._lock = threading.RLock()
@@ -124,16 +124,18 @@ class PromptBank:
         """How much memory compiled prompts take."""
         return self._kept_bytes
 
-    def add(self, name: str, folder: str | os.PathLike[str]) -> None:
+    def add(self, name: str, folder: str | os.PathLike[str], **options: Any) -> None:
         """Take in the prompts and head of ``folder`` (of `save_prompts`, `save_prefix` or a Trainer) as ``name``.
 
-        Raises `ValueError`, or `FileNotFoundError`, that names it where that is not possible: a name that is taken
-        or is not one of letters, digits, ``_``, ``.`` and ``-``, a folder that is damaged, or one that does not fit
+        ``folder`` may be the name of a repository on the hub, with the ``options`` of `ptune.hub.download`. Raises
+        `ValueError`, or `FileNotFoundError`, that names it where that is not possible: a name that is taken or is not
+        one of letters, digits, ``_``, ``.`` and ``-``, a folder that is damaged, or one that does not fit
         (`ptune.checkpoint.MisfitError`). The bank is then as it was.
         """
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise ValueError(f"name: expected up to 100 letters, digits, '_', '.' and '-', got {name!r}")
-        saved, tensors = checkpoint.read_config(folder), checkpoint.read_tensors(folder)
+        here = hub.folder_of(folder, **options)
+        saved, tensors = checkpoint.read_config(here), checkpoint.read_tensors(here)
         with self._lock:
             if name in self._entries:
                 raise ValueError(f"name: {name!r} is taken; remove it first")
@@ -156,28 +158,27 @@ class PromptBank:
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         *,
-        prompt_names: Sequence[str | None],
+        prompt_names: Iterable[str | None],
         labels: Mapping[Any, Tensor] | None = None,
+        token_type_ids: Tensor | None = None,
     ) -> BankOutput:
         """Run texts [b, n], row i with the prompt ``prompt_names[i]``; ``None`` is the base alone.
 
         Every row equals what its prompt alone would make of it. ``labels``: by name, those of its rows, as its model
-        class takes them. Gradients flow to prompts that train (see `unfreeze`) alone. Raises `ValueError` for names
-        that the bank does not have, before anything is run.
+        class takes them. ``token_type_ids`` [b, n]: where the base takes such. Gradients flow to prompts that train
+        (see `unfreeze`) alone. Raises `ValueError` for names that the bank does not have, before anything is run.
         """
-        mask = torch.ones_like(input_ids) if attention_mask is None else ones_and_zeros(attention_mask)
-        entries = self._entries_of(prompt_names, input_ids)
-        rows_of = {
-            name: [i for i, other in enumerate(prompt_names) if other == name] for name in dict.fromkeys(prompt_names)
-        }
+        names, entries = self._named_rows(prompt_names, input_ids)
+        mask = torch.ones_like(input_ids) if attention_mask is None else _mask(attention_mask, input_ids)
+        if token_type_ids is not None:
+            self._check_types(token_type_ids, input_ids)
+        rows_of = {name: [i for i, other in enumerate(names) if other == name] for name in dict.fromkeys(names)}
+        _check_labels(labels, rows_of)
         labels = labels or {}
-        for name in labels:
-            if name not in rows_of:
-                raise ValueError(f"labels: expected names that the batch has, got {name!r}")
         column = mask.to(torch.int32).argmax(-1).to(torch.int32)
         trains = any(entry is not None and entry.trains for entry in entries)
         with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
-            states = self._states(entries, input_ids, mask)
+            states = self._states(entries, input_ids, mask, token_type_ids, column)
             output = BankOutput(states, logits=[None] * len(entries))
             for name, rows in rows_of.items():
                 head = self._base_head if (entry := entries[rows[0]]) is None else entry.head
@@ -227,7 +228,7 @@ class PromptBank:
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         *,
-        prompt_names: Sequence[str | None],
+        prompt_names: Iterable[str | None],
         **kwargs: Any,
     ) -> Any:
         """transformers' ``generate`` for texts [b, n], row i with the prompt ``prompt_names[i]``.
@@ -237,18 +238,19 @@ class PromptBank:
         runner = self._runner
         if not runner.can_generate():
             raise ValueError(f"{type(self._stock).__name__} cannot generate; load the base with AutoModelForCausalLM")
-        entries = self._entries_of(prompt_names, input_ids)
-        for name, entry in zip(prompt_names, entries, strict=True):
+        if kwargs.get("token_type_ids") is not None:
+            raise NotImplementedError("token_type_ids: not supported in generation with mixed prompts")
+        names, entries = self._named_rows(prompt_names, input_ids)
+        mask = attention_mask if attention_mask is None else _mask(attention_mask, input_ids)
+        for name, entry in zip(names, entries, strict=True):
             if entry is not None and entry.head.model_class is not runner.base_class:
                 raise ValueError(
                     f"prompt_names: {name!r} was trained on {entry.head.model_class.__name__}, which does not generate"
                 )
             if entry is not None and entry.head.own():
                 raise NotImplementedError(f"prompt_names: {name!r} has an output layer of its own; load it by itself")
-        parts = self._parts(entries, input_ids.device, together=True)
-        ((_, mixture),) = parts
+        ((_, mixture),) = self._parts(entries, input_ids.device, together=True)
         with mixing(runner, mixture):
-            mask = attention_mask if attention_mask is None else ones_and_zeros(attention_mask)
             return runner.generate(input_ids, attention_mask=mask, **kwargs)
 
     def _entry(self, saved: dict[str, Any], tensors: dict[str, Tensor]) -> _Entry:
@@ -288,41 +290,77 @@ class PromptBank:
         return self._plans[kind]
 
     def _named(self, name: str) -> _Entry:
-        if name not in self._entries:
+        if not isinstance(name, str) or name not in self._entries:
             known = ", ".join(map(repr, list(self._entries)[:10])) or "none"
             raise ValueError(f"no prompt {name!r} in this bank, which has {len(self._entries)}: {known}")
         return self._entries[name]
 
-    def _entries_of(self, names: Sequence[str | None], input_ids: Tensor) -> list[_Entry | None]:
+    def _named_rows(
+        self, names: Iterable[str | None], input_ids: Tensor
+    ) -> tuple[list[str | None], list[_Entry | None]]:
+        """The name of each row of a batch, and its prompt."""
+        if not isinstance(input_ids, Tensor) or input_ids.is_floating_point() or input_ids.is_complex():
+            raise ValueError(f"input_ids: expected a tensor of integers, got {_said(input_ids)}")
         if input_ids.dim() != 2 or input_ids.shape[0] == 0 or input_ids.shape[1] == 0:
             raise ValueError(f"input_ids: expected [b, n] with at least one token, got shape {tuple(input_ids.shape)}")
-        if isinstance(names, str) or len(names) != input_ids.shape[0]:
-            raise ValueError(f"prompt_names: expected {input_ids.shape[0]} names, one for each row, got {names!r}")
+        given = [] if isinstance(names, str) or not isinstance(names, Iterable) else list(names)
+        if len(given) != input_ids.shape[0]:
+            got = f"{len(given)}: {given!r}" if given else repr(names)
+            raise ValueError(f"prompt_names: expected {input_ids.shape[0]} names, one for each row, got {got}")
         with self._lock:
-            return [None if name is None else self._named(name) for name in names]
+            return given, [None if name is None else self._named(name) for name in given]
+
+    def _check_types(self, types: Any, input_ids: Tensor) -> None:
+        if "token_type_ids" not in self._runner._hooks.parameters:
+            raise ValueError(f"token_type_ids: {type(self._stock).__name__} takes none")
+        if not isinstance(types, Tensor) or types.shape != input_ids.shape or types.is_floating_point():
+            raise ValueError(f"token_type_ids: expected integers of shape {tuple(input_ids.shape)}, got {_said(types)}")
 
     def _parts(
-        self, entries: list[_Entry | None], device: torch.device, together: bool = False
+        self,
+        entries: list[_Entry | None],
+        device: torch.device,
+        together: bool = False,
+        typed: Sequence[int] = (),
     ) -> list[tuple[Any, Mixture]]:
-        """The calls of the base that a batch takes: which rows, and what stands before them."""
-        apart = [row for row, entry in enumerate(entries) if entry is not None and entry.count and not entry.shared]
+        """The calls of the base that a batch takes: which rows, and what stands before them.
+
+        ``typed``: rows whose prompts take another token type than the one that they are compiled with.
+        """
+        apart = [
+            row
+            for row, entry in enumerate(entries)
+            if entry is not None and entry.count and (not entry.shared or row in typed)
+        ]
         if self._nothing is not None and not apart:
             return [(slice(None), self._shared_mixture(entries, device))]
-        shared = [row for row, entry in enumerate(entries) if entry is not None and entry.count and entry.shared]
-        if self._nothing is None or not shared or together:
+        rest = sorted(set(range(len(entries))) - set(apart))
+        if self._nothing is None or together or not any(e is not None and e.count for e in (entries[r] for r in rest)):
             return [(slice(None), self._mixture(entries, device))]
-        shared = sorted(set(range(len(entries))) - set(apart))
         return [
-            (shared, self._shared_mixture([entries[row] for row in shared], device)),
+            (rest, self._shared_mixture([entries[row] for row in rest], device)),
             (apart, self._mixture([entries[row] for row in apart], device)),
         ]
 
-    def _states(self, entries: list[_Entry | None], input_ids: Tensor, mask: Tensor) -> Tensor:
+    def _states(
+        self,
+        entries: list[_Entry | None],
+        input_ids: Tensor,
+        mask: Tensor,
+        types: Tensor | None,
+        column: Tensor,
+    ) -> Tensor:
         """[b, n, d], by one call of the base, or two."""
-        parts = self._parts(entries, input_ids.device)
+        typed: list[int] = []
+        if types is not None:
+            # prompt rows have the type of the token they stand before; compiled ones were given none
+            first = types.gather(1, column[:, None].long())[:, 0].tolist()
+            typed = [row for row, kind in enumerate(first) if kind != 0 or self._runner.prefix_plan.causal]
+        parts = self._parts(entries, input_ids.device, typed=typed)
+        given = {"input_ids": input_ids, "attention_mask": mask} | ({} if types is None else {"token_type_ids": types})
         if len(parts) == 1:
-            return self._run(input_ids, mask, parts[0][1])
-        made = torch.cat([self._run(input_ids[rows], mask[rows], mixture) for rows, mixture in parts])
+            return self._run(given, parts[0][1])
+        made = torch.cat([self._run({n: t[rows] for n, t in given.items()}, mixture) for rows, mixture in parts])
         order = torch.tensor([row for rows, _ in parts for row in rows], device=made.device)
         return made[order.argsort()]
 
@@ -335,7 +373,7 @@ class PromptBank:
     def _mixture(self, entries: list[_Entry | None], device: torch.device) -> Mixture:
         for entry in entries:
             if entry is not None and entry.count and entry.prompts is None:
-                raise NotImplementedError("a compiled prefix cannot generate beside prompts that are not shared")
+                raise NotImplementedError("a compiled prefix is without its rows, which have to run with the text here")
         distinct, start, length = _pooled(entries)
         nothing = torch.zeros(0, self._runner.get_input_embeddings().weight.shape[1])
         placed = torch.tensor([start, length], dtype=torch.int32).to(device)
@@ -391,11 +429,32 @@ class PromptBank:
         if (prefix := self._kept.pop(entry, None)) is not None:
             self._kept_bytes -= prefix.nbytes
 
-    def _run(self, input_ids: Tensor, mask: Tensor, mixture: Mixture) -> Tensor:
+    def _run(self, given: dict[str, Tensor], mixture: Mixture) -> Tensor:
         hooks = self._runner._hooks
         no_cache = {"use_cache": False} if "use_cache" in hooks.parameters else {}
         with mixing(self._runner, mixture):
-            return hooks.body(input_ids=input_ids, attention_mask=mask, return_dict=True, **no_cache).last_hidden_state
+            return hooks.body(**given, return_dict=True, **no_cache).last_hidden_state
+
+
+def _mask(attention_mask: Any, input_ids: Tensor) -> Tensor:
+    if not isinstance(attention_mask, Tensor) or attention_mask.shape != input_ids.shape:
+        expected = f"a tensor of shape {tuple(input_ids.shape)}"
+        raise ValueError(f"attention_mask: expected {expected}, got {_said(attention_mask)}")
+    return ones_and_zeros(attention_mask)
+
+
+def _check_labels(labels: Any, names: Any) -> None:
+    if labels is not None and not isinstance(labels, Mapping):
+        raise ValueError(f"labels: expected tensors by the names of prompts, got {_said(labels)}")
+    for name, its in (labels or {}).items():
+        if name not in names:
+            raise ValueError(f"labels: expected names that the batch has, got {name!r}")
+        if not isinstance(its, Tensor):
+            raise ValueError(f"labels: expected a tensor for {name!r}, got {_said(its)}")
+
+
+def _said(value: Any) -> str:
+    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def _pooled(entries: Sequence[_Entry | None]) -> tuple[list[_Entry], list[int], list[int]]:

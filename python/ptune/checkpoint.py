@@ -40,6 +40,7 @@ _BASE_KEYS: dict[str, type | tuple[type, ...]] = {
     "name": str, "fingerprint": str, "config": dict, "overrides": dict, "dtype": (str, type(None)),
     "quantization": (dict, type(None)),
 }  # fmt: skip
+_ADDED_LATER = ("problem_type", "dtype")
 # None: a folder of before these were saved
 _DTYPES = (None, "float64", "float32", "float16", "bfloat16")
 _PROBLEM_TYPES = (None, "regression", "single_label_classification", "multi_label_classification")
@@ -72,7 +73,8 @@ def differences(saved: dict[str, Any], present: dict[str, Any]) -> list[str]:
 
 
 def is_prompt_folder(path: Any) -> bool:
-    return isinstance(path, str | os.PathLike) and os.path.isfile(os.path.join(path, CONFIG_NAME))
+    # one whose config is no file is damaged, and not a base
+    return isinstance(path, str | os.PathLike) and os.path.lexists(os.path.join(path, CONFIG_NAME))
 
 
 def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -90,7 +92,7 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"{path}: expected format_version {FORMAT_VERSION}, got {found!r}")
     for part, kinds in ((config, _KEYS), (config.get("base", {}), _BASE_KEYS)):
         for name, kind in kinds.items():
-            if not isinstance(part.get(name), kind):
+            if (name not in part and name not in _ADDED_LATER) or not isinstance(part.get(name), kind):
                 raise ValueError(f"{path}: {name}: expected {kind}, got {part.get(name)!r}")
     for part, name, choices in (
         (config, "prompt_init", PROMPT_INITS),
@@ -127,8 +129,13 @@ def compiled_names(settings: PTuneConfig, num_layers: int) -> list[str]:
 
 
 def read_tensors(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The prompts and head of a folder, on the CPU."""
+    """The prompts and head of a folder, on the CPU.
+
+    Raises `FileNotFoundError` without them, and `ValueError` for a damaged file, or for what is not finite float32.
+    """
     path = Path(folder, WEIGHTS_NAME)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)

@@ -18,7 +18,6 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
@@ -42,6 +41,7 @@ _CLASSES = {
     "CAUSAL_LM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
 }
 _OUTPUT_LAYERS = ("out_proj.weight", "score.weight", "classifier.weight")
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _ROWS = ("PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING")
 _KEYS_AND_VALUES = ("PREFIX_TUNING", "CARTRIDGE")
 
@@ -79,12 +79,14 @@ def convert(
     """
     foreign = _read_peft(Path(source), task_id) if os.path.isdir(source) else _read_file(Path(source))
     base = base_model or foreign.base
-    if base is None:
+    if not base:
         raise ValueError(f"base_model: expected one, for {source} does not name its base")
     task = task or foreign.task
     if task not in _LOADERS:
         raise ValueError(f"task: expected one of {', '.join(repr(name) for name in _LOADERS if name)}, got {task!r}")
     rows = foreign.prefix if foreign.prompts is None else foreign.prompts
+    if rows.shape[0] == 0:
+        raise ValueError(f"{source}: expected prompts of at least one row, got {_shape(rows)}")
     shallow = foreign.prefix is None and foreign.deep is None
     settings = {
         "tuning_mode": "ptune" if shallow else "deep_ptune",
@@ -176,9 +178,11 @@ def _read_peft(folder: Path, task_id: int | None) -> _Foreign:
     kind, task_type, base = (config.get(key) for key in ("peft_type", "task_type", "base_model_name_or_path"))
     if kind not in _ROWS + _KEYS_AND_VALUES:
         raise ValueError(f"{path}: peft_type: expected one of {', '.join(_ROWS + _KEYS_AND_VALUES)}, got {kind!r}")
-    if task_type not in _TASK_TYPES:
+    if not isinstance(task_type, str | None) or task_type not in _TASK_TYPES:
         known = ", ".join(name for name in _TASK_TYPES if name)
         raise ValueError(f"{path}: task_type: expected one of {known}, got {task_type!r}")
+    if not isinstance(base, str | None):
+        raise ValueError(f"{path}: base_model_name_or_path: expected a name, got {base!r}")
     weights = folder / WEIGHTS_NAME
     tensors = _tensors(weights if weights.is_file() else folder / "adapter_model.bin")
     prompts = tensors.pop("prompt_embeddings", None)
@@ -267,13 +271,13 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         )
     except UnpicklingError:
         raise ValueError(f"{path}: holds pickled code, or is no file of tensors; it was not read") from None
-    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
+    except Exception as error:  # reading damaged bytes may fail in any way
         raise ValueError(f"{path}: not a file of tensors: {error}") from None
     if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise ValueError(f"{path}: expected tensors by their names, got {type(tensors).__name__}")
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            raise ValueError(f"{path}: {name}: expected floating-point numbers, got {tensor.dtype}")
+        if tensor.dtype not in _DTYPES:
+            raise ValueError(f"{path}: {name}: expected floating-point numbers of 16 bits or more, got {tensor.dtype}")
         if not bool(tensor.isfinite().all()):
             raise ValueError(f"{path}: {name}: expected finite numbers, got NaN or infinity among them")
     return {name: tensor.float() for name, tensor in tensors.items()}
@@ -286,7 +290,7 @@ def _without(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def _num_labels(head: dict[str, Tensor]) -> int:
     for ending in _OUTPUT_LAYERS:
         for name, tensor in head.items():
-            if name.endswith(ending):
+            if name.endswith(ending) and tensor.dim() == 2:
                 return tensor.shape[0]
     raise ValueError(f"head: expected one of {', '.join(_OUTPUT_LAYERS)}, got {', '.join(head)}")
 

@@ -17,7 +17,7 @@ from .attention import stock_name
 from .dropout import FrozenDropout
 from .hooks import pool
 from .layout import roll_rows
-from .loading import saved_overrides
+from .loading import saved_labels
 from .models import ptune_class
 from .support import find_body
 
@@ -33,28 +33,31 @@ class Heads:
         """The head of a folder's config and tensors. Raises `MisfitError` where it does not fit the base."""
         skeleton = self._skeleton(saved)
         skeleton._set_head(saved["head"])
-        skeleton._check_fit(saved, tensors)
+        # the base as it was in training: here nothing can be changed of it any more
+        config = saved["base"]["config"] | saved["base"]["overrides"]
+        base = saved["base"] | {"config": config, "fingerprint": checkpoint.fingerprint(config)}
+        skeleton._check_fit(saved | {"base": base}, tensors)
         return Head(skeleton, self.runner, {name: tensors[name] for name in saved["head"]})
 
     def of_base(self) -> "Head":
         """The head that the base itself has."""
-        own = {"model_class": self.runner.base_class.__name__, "base": {"overrides": {}}, "id2label": None, "head": []}
+        own = {"model_class": self.runner.base_class.__name__, "id2label": None}
         return Head(self._skeleton(own), self.runner, {})
 
     def _skeleton(self, saved: dict[str, Any]) -> Any:
         """A model of the folder's class and labels, without memory for its weights."""
         config = copy.deepcopy(self.runner.config)
         config._attn_implementation = stock_name(config._attn_implementation)
-        overrides = saved_overrides(saved, config)
-        key = json.dumps([saved["model_class"], overrides], default=str)
+        labels = saved_labels(saved)
+        key = json.dumps([saved["model_class"], labels])
         if key not in self._skeletons:
             kind: Any = getattr(transformers, saved["model_class"], None)
             is_model = isinstance(kind, type) and issubclass(kind, PreTrainedModel)
-            if not is_model or kind.config_class is not type(config):
+            if not is_model or kind.forward is nn.Module.forward or kind.config_class is not type(config):
                 raise checkpoint.MisfitError(
                     f"model_class: expected a class of {type(config).__name__}'s models, got {saved['model_class']}"
                 )
-            for name, value in overrides.items():
+            for name, value in labels.items():
                 setattr(config, name, value)
             with torch.device("meta"):
                 self._skeletons[key] = ptune_class(kind)(config)

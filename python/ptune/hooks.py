@@ -81,9 +81,9 @@ class PromptHooks:
             layout = Layout(mixture.max_length, text.shape[0], mask, text.device, mixture.expanded(text.shape[0]))
         if past is not None and _is_resumed(past, mask, text.shape[1]):
             # the prompt is in the cache: only what is said about the text's place changes
-            self._check_resumed(layout.num_prompts, past, mask, text.shape[1])
+            self._check_resumed(layout, past, mask, text.shape[1])
             return (), arguments | self._resumed_positions(layout, arguments, text.shape[1])
-        self._check_length(layout.num_prompts, text.shape[1])
+        self._check_length(layout, text.shape[1], mask)
         if (return_dict := arguments.get("return_dict")) is None:
             return_dict = getattr(body.config, "return_dict", True)
         shared = mixture.prefix is not None if mixture else self.prefix.serves(arguments, layout, text)
@@ -183,12 +183,12 @@ class PromptHooks:
                 resumed["position_ids"] = positions + layout.lengths
         return resumed
 
-    def _check_resumed(self, count: int, past: Any, mask: Tensor | None, length: int) -> None:
+    def _check_resumed(self, layout: Layout, past: Any, mask: Tensor | None, length: int) -> None:
         seen, static = past.get_seq_length(), past.is_compileable
         if not isinstance(seen, int):
             return  # a static cache counts in a tensor, which is left alone: reading it would synchronise
-        self._check_length(count, seen - count + length)
-        text_length = seen - count + length
+        text_length = seen - layout.num_prompts + length
+        self._check_length(layout, text_length, mask)
         # a static cache's mask may be as wide as the cache
         if mask is not None and mask.shape[1] != text_length and not (static and mask.shape[1] > text_length):
             raise ValueError(
@@ -196,12 +196,21 @@ class PromptHooks:
                 f"past_key_values and {length} new ones, got {mask.shape[1]}"
             )
 
-    def _check_length(self, count: int, length: int) -> None:
-        if self.position_limit is not None and count + length > self.position_limit:
-            raise ValueError(
-                f"input too long: {count} prompt rows and the text make {count + length} positions, "
-                f"and {type(self.model).__name__} has learned {self.position_limit}"
-            )
+    def _check_length(self, layout: Layout, length: int, mask: Tensor | None) -> None:
+        count, limit = layout.num_prompts, self.position_limit
+        if limit is None or count + length <= limit:
+            return
+        if layout.mixture is not None and mask is not None:
+            # each row has positions of its own, which padding does not take
+            counts, lengths = layout.mixture.length, mask.sum(-1)
+            row = int((counts + lengths).argmax())
+            count, length = int(counts[row]), int(lengths[row])
+            if count + length <= limit:
+                return
+        raise ValueError(
+            f"input too long: {count} prompt rows and the text make {count + length} positions, "
+            f"and {type(self.model).__name__} has learned {limit}"
+        )
 
 
 def _overwrite(hidden: Tensor, prompts: Tensor, placement: Placement | None, depth: int, mode: str) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import InitText, PTuneConfig
-from .support import device_of, find_blocks, find_body, position_limit
+from .support import device_of, find_blocks, find_body, lack_of_positions, position_limit
 
 _SAMPLE = 256  # tokens whose norms are measured
 _CONTEXT = 512  # tokens of a sampled text that are read
@@ -24,8 +24,11 @@ def initial_prompts(model: Any, settings: PTuneConfig, tokenise: Tokenise | None
     """The first values of the prompts of ``model`` (prompts off, in evaluation mode), on the CPU in float32.
 
     Returns ``prompt_embeddings`` [m, d] and ``intermediate_prompt_embeddings`` [L·m, d] or ``None``. ``tokenise(text,
-    special_tokens)`` turns a string into token ids.
+    special_tokens)`` turns a string into token ids. Raises `ValueError` for more rows than learned positions leave room
+    for.
     """
+    if (lack := lack_of_positions(model, settings.pre_seq_len)) is not None:
+        raise ValueError(lack)
     if settings.prompt_init == "random":
         shallow, layers = _random(model, settings)
     elif settings.prompt_init == "vocab":
@@ -39,6 +42,18 @@ def initial_prompts(model: Any, settings: PTuneConfig, tokenise: Tokenise | None
     # block 0 adds its rows to what the shallow ones became there
     layers[0] = 0
     return shallow, layers.flatten(0, 1)
+
+
+def tokenise_with(tokenizer: Any) -> Tokenise:
+    """By a tokenizer, or by the one that a function returns when it is first needed."""
+
+    def tokenise(text: str, special_tokens: bool) -> list[int]:
+        nonlocal tokenizer
+        if not hasattr(tokenizer, "encode"):
+            tokenizer = tokenizer()
+        return tokenizer.encode(text, add_special_tokens=special_tokens)
+
+    return tokenise
 
 
 def _random(model: Any, settings: PTuneConfig) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, modeling_utils
 
-from . import checkpoint
+from . import checkpoint, hub
 from .config import PTuneConfig, settings_on, take_settings
 from .quantised import config_from
 
@@ -58,9 +58,19 @@ def load_model(
     class afterwards.
     """
     settings = take_settings(kwargs)
+    found = hub.download(path, **{name: kwargs[name] for name in hub.OPTIONS if name in kwargs})
+    if found is not None:
+        path = found
+        for name in hub.OF_THE_PROMPTS:
+            kwargs.pop(name, None)
     saved = checkpoint.read_config(path) if checkpoint.is_prompt_folder(path) else None
     base = _base_of(path, saved, base_model)
-    own = AutoConfig.from_pretrained(base, **{name: kwargs[name] for name in _FOR_CONFIG if name in kwargs})
+    try:
+        own = AutoConfig.from_pretrained(base, **{name: kwargs[name] for name in _FOR_CONFIG if name in kwargs})
+    except (OSError, ValueError) as error:
+        if saved is None:
+            raise
+        raise OSError(f"{path}: its base, {base!r}, cannot be loaded: {error}") from error
     carried = take_settings(own)
     if saved is None:
         given = kwargs.get("config")
@@ -128,13 +138,18 @@ def _base_of(path: Any, saved: dict[str, Any] | None, base_model: Any) -> str:
 def saved_overrides(saved: dict[str, Any], own: Any) -> dict[str, Any]:
     """How the base's config was changed: its own settings alone, lest a folder slip in a keyword that trusts code."""
     known = checkpoint.base_config(own)
-    overrides = {name: value for name, value in saved["base"]["overrides"].items() if name in known}
+    return {name: value for name, value in saved["base"]["overrides"].items() if name in known} | saved_labels(saved)
+
+
+def saved_labels(saved: dict[str, Any]) -> dict[str, Any]:
+    """The task's part of a base's config: its labels, and of what kind they are."""
+    labels: dict[str, Any] = {}
     if saved["id2label"] is not None:
-        overrides["id2label"] = {int(i): label for i, label in saved["id2label"].items()}
-        overrides["label2id"] = {label: i for i, label in overrides["id2label"].items()}
+        labels["id2label"] = {int(i): label for i, label in saved["id2label"].items()}
+        labels["label2id"] = {label: i for i, label in labels["id2label"].items()}
     if saved.get("problem_type") is not None:
-        overrides["problem_type"] = saved["problem_type"]
-    return overrides
+        labels["problem_type"] = saved["problem_type"]
+    return labels
 
 
 def _saved_defaults(saved: dict[str, Any], own: Any, given: dict[str, Any]) -> dict[str, Any]:

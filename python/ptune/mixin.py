@@ -3,6 +3,7 @@
 import copy
 import inspect
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -12,19 +13,19 @@ from torch import Tensor, nn
 
 from ptune_kernels import prepend
 
-from . import checkpoint
+from . import checkpoint, hub
 from .cache import CompiledPrefix
 from .call import CheckpointWithCall
 from .config import PTuneConfig, take_settings
 from .dropout import FrozenDropout
 from .hooks import PromptHooks
-from .initialise import Tokenise, initial_prompts
+from .initialise import initial_prompts, tokenise_with
 from .loading import Origin, load_model, origin_of, tokenizer_of
 from .mixture import current_mixture
 from .plan import Plan, make_plan, obstacle
 from .quantised import described, is_quantised, prepare, unquantised_head
 from .seq2seq import EncoderHooks
-from .support import check_base, device_of, evaluating, find_blocks, find_body
+from .support import check_base, device_of, evaluating, find_blocks, find_body, lack_of_positions
 
 _PROMPT_MODULES = ("prompt_embeddings", "intermediate_prompt_embeddings", "compiled_prefix")
 
@@ -69,7 +70,7 @@ class PTuneMixin:
                 find_blocks(find_body(self), self.config)
             if settings.prefix_sharing is True and (reason := obstacle(self, settings)) is not None:
                 raise ValueError(f"prefix_sharing: True, but {type(self).__name__} cannot share prompts: {reason}")
-            tokenise = _tokenise_with(tokenizer or (lambda: tokenizer_of(self.origin.name)))
+            tokenise = tokenise_with(tokenizer or (lambda: tokenizer_of(self.origin.name)))
             with self.disable_prompts(), evaluating(self):
                 shallow, deep = initial_prompts(self, settings, tokenise)
         self._install(settings, shallow, deep)
@@ -153,9 +154,22 @@ class PTuneMixin:
         """How many numbers train: prompts and head."""
         return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
 
-    def save_prompts(self: Any, folder: str | os.PathLike[str]) -> None:
-        """Write prompts and head, float32, with what they fit, to ``folder``; each file atomically."""
-        self.save_pretrained(folder)
+    def save_prompts(self: Any, folder: str | os.PathLike[str], push_to_hub: bool = False, **options: Any) -> None:
+        """Write prompts and head, float32, with what they fit, and a model card, to ``folder``; each file atomically.
+
+        A card that was edited is left as it is. ``push_to_hub=True`` then uploads the files, with the ``options`` of
+        `ptune.hub.upload`, ``repo_id`` among them.
+        """
+        self._check_vocabulary()
+        self._write(folder, self.origin, self.state_dict(), hub.write)
+        if push_to_hub:
+            hub.upload(folder, **options)
+
+    def push_to_hub(self: Any, repo_id: str, **options: Any) -> Any:
+        """Upload what `save_prompts` writes, with the ``options`` of `ptune.hub.upload`, which returns the commit."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_prompts(folder)
+            return hub.upload(folder, repo_id, **options)
 
     def save_prefix(self: Any, folder: str | os.PathLike[str]) -> None:
         """Write the keys and values of the prompt rows, and the head, to ``folder``: all that inference needs.
@@ -169,27 +183,26 @@ class PTuneMixin:
             compiled = CompiledPrefix(self._hooks.prefix.prefix())
         state = self.state_dict()
         tensors = {name: state[name] for name in self._head} | compiled.state_dict(prefix=checkpoint.COMPILED)
-        checkpoint.write(folder, self._description(self.origin), tensors)
+        hub.write(folder, self._description(self.origin), tensors)
 
-    def load_prompts(self: Any, folder: str | os.PathLike[str]) -> None:
+    def load_prompts(self: Any, folder: str | os.PathLike[str], **options: Any) -> None:
         """Take over the prompts and head of ``folder``, or what `save_prefix` wrote there, with their mode and length.
 
-        Raises `ptune.checkpoint.MisfitError` where they do not fit this base, saying why; nothing is changed then.
+        ``folder`` may be the name of a repository on the hub, with the ``options`` of `ptune.hub.download`. Raises
+        `ptune.checkpoint.MisfitError` where prompts do not fit this base, saying why; nothing is changed then.
         """
+        folder = hub.folder_of(folder, **options)
         saved, tensors = checkpoint.read_config(folder), checkpoint.read_tensors(folder)
         settings = checkpoint.settings_of(saved)
         settings.prefix_sharing = self.ptune_config.prefix_sharing
         self._check_fit(saved, tensors)
         self._set_head(saved["head"])
+        names = checkpoint.compiled_names(settings, self.config.num_hidden_layers)
+        compiled = [tensors[name] for name in names if name in tensors]
+        self._install(settings, *(tensors.get(name) for name in checkpoint.PROMPTS), compiled)
         with torch.no_grad():
             for name in saved["head"]:
                 self.get_parameter(name).copy_(tensors[name])
-        compiled = [
-            tensors[name]
-            for name in checkpoint.compiled_names(settings, self.config.num_hidden_layers)
-            if name in tensors
-        ]
-        self._install(settings, *(tensors.get(name) for name in checkpoint.PROMPTS), compiled)
 
     def save_pretrained(
         self: Any,
@@ -200,22 +213,20 @@ class PTuneMixin:
         push_to_hub: bool = False,
         **kwargs: Any,
     ) -> None:
-        """`save_prompts`, under the name that Trainer calls; ``save_base=True`` adds the base, in a folder of its own.
+        """Write prompts and head, as Trainer asks for; ``save_base=True`` adds the base, in a folder of its own.
 
-        ``state_dict`` is the whole model's, if not its present one. Further keywords are those of transformers'
-        ``save_pretrained``, for the base.
+        ``state_dict`` is the whole model's, if not its present one. ``push_to_hub=True`` adds a model card and uploads,
+        as `save_prompts` does. Further keywords are those of the upload, or of transformers' ``save_pretrained`` for
+        the base.
         """
-        if push_to_hub:
-            raise ValueError("push_to_hub: expected False; upload the saved folder instead")
-        origin, vocabulary = self.origin, self.get_input_embeddings().num_embeddings
+        if push_to_hub and save_base:
+            raise ValueError("push_to_hub: expected False with save_base=True, for a base is never uploaded")
+        origin = self.origin
         if save_base:
             # as it is now: its config may have been changed since it was loaded
             origin = Origin(checkpoint.BASE_FOLDER, checkpoint.base_config(self.config))
-        elif vocabulary != self._loaded_vocabulary:
-            raise ValueError(
-                f"vocab_size: expected {self._loaded_vocabulary}, as it was loaded, got {vocabulary}; a folder of "
-                "prompts does not hold resized embeddings: save with save_base=True"
-            )
+        else:
+            self._check_vocabulary()
         state = self.state_dict() if state_dict is None else state_dict
         if save_base:
             folder = os.path.join(save_directory, checkpoint.BASE_FOLDER)
@@ -225,8 +236,20 @@ class PTuneMixin:
             with self._as_base():
                 self.save_pretrained(folder, is_main_process=is_main_process, state_dict=base_state, **kwargs)
         if is_main_process:
-            tensors = {name: state[name] for name in self._own_names()}
-            checkpoint.write(save_directory, self._description(origin), tensors)
+            self._write(save_directory, origin, state, hub.write if push_to_hub else checkpoint.write)
+            if push_to_hub:
+                hub.upload(save_directory, **kwargs)
+
+    def _check_vocabulary(self: Any) -> None:
+        vocabulary = self.get_input_embeddings().num_embeddings
+        if vocabulary != self._loaded_vocabulary:
+            raise ValueError(
+                f"vocab_size: expected {self._loaded_vocabulary}, as it was loaded, got {vocabulary}; a folder of "
+                "prompts does not hold resized embeddings: save with save_base=True"
+            )
+
+    def _write(self: Any, folder: Any, origin: Origin, state: dict[str, Tensor], write: Callable[..., None]) -> None:
+        write(folder, self._description(origin), {name: state[name] for name in self._own_names()})
 
     def adopt(self: Any, head: Iterable[str]) -> None:
         """Make a stock model that has just become one of this class ready for prompts, with ``head`` to train."""
@@ -254,9 +277,20 @@ class PTuneMixin:
         before = (self.ptune_config, *tables, () if self.compiled_prefix is None else self.compiled_prefix.tensors())
         try:
             self._put(settings, shallow, deep, compiled)
+            self._check_compiled(compiled)
         except ValueError:  # they were to be shared, and the check found that they cannot be
             self._put(*before)
             raise
+
+    def _check_compiled(self: Any, compiled: Sequence[Tensor]) -> None:
+        if not compiled or self.prefix_plan.path != "prefix":
+            return
+        with torch.no_grad(), evaluating(self):
+            own = [tensor for layer in self._hooks.prefix._capture(None).layers for tensor in layer]
+        names = checkpoint.compiled_names(self.ptune_config, len(own) // 2)
+        for name, got, expected in zip(names, compiled, own, strict=True):
+            if got.shape != expected.shape:
+                raise checkpoint.MisfitError(f"{name}: expected {_shape(expected.shape)}, got {_shape(got.shape)}")
 
     def _tables(self: Any) -> tuple[nn.Embedding | None, nn.Embedding | None]:
         return self.prompt_embeddings, self.intermediate_prompt_embeddings
@@ -371,6 +405,8 @@ class PTuneMixin:
             for name in ("embedding_size", "hidden_size", "num_layers")
             if saved[name] != here[name]
         ]
+        if (lack := lack_of_positions(self, saved["pre_seq_len"])) is not None:
+            reasons.append(lack)
         now = checkpoint.fingerprint(checkpoint.base_config(self.config))
         if saved["base"]["fingerprint"] not in (here["base"]["fingerprint"], now):
             reasons += checkpoint.differences(saved["base"]["config"], here["base"]["config"])
@@ -487,16 +523,6 @@ def _cast_inputs(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     if not dtype.is_floating_point:  # quantised, and casts by itself
         return args
     return tuple(x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in args)
-
-
-def _tokenise_with(tokenizer: Any) -> Tokenise:
-    def tokenise(text: str, special_tokens: bool) -> list[int]:
-        nonlocal tokenizer
-        if not hasattr(tokenizer, "encode"):
-            tokenizer = tokenizer()
-        return tokenizer.encode(text, add_special_tokens=special_tokens)
-
-    return tokenise
 
 
 def _shape(shape: torch.Size | None) -> str:

@@ -129,6 +129,28 @@ def position_limit(body: nn.Module) -> tuple[int, int | None]:
     return 0, None
 
 
+def lack_of_positions(model: Any, count: int) -> str | None:
+    """Why ``count`` prompt rows are too many for ``model``; ``None`` where they leave positions to text."""
+    _, learned = position_limit(find_body(model))
+    if learned is None or count < learned:
+        return None
+    return (
+        f"pre_seq_len: expected less than the {learned} positions that {type(model).__name__} has learned, got {count}"
+    )
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within it, ``model`` is in evaluation mode."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 def check_inputs(arguments: dict[str, Any], parameters: tuple[str, ...]) -> None:
     """Raises `ValueError` or `NotImplementedError` for a call of the body that prompts do not cover.
 

@@ -255,3 +255,37 @@ class TestRefusals:
         model.save_prompts(tmp_path / "ours")
         with pytest.raises(ValueError, match="PEFT has no deep prompts but keys and values"):
             to_peft(tmp_path / "ours", tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("how", ["bfloat16", "bin", "no task", "no base"])
+def test_adapters_as_people_have_them(base_of, tmp_path, kind, how):
+    """In half precision, in torch's format, or without saying what they are for or on; in a folder with spaces."""
+    base, folder = base_of("llama"), tmp_path / "my adapter é"
+    model = peft_model(base, kind, "SEQ_CLS")
+    model.save_pretrained(folder)
+    path, config = folder / "adapter_model.safetensors", json.loads((folder / "adapter_config.json").read_text())
+    tensors = load_file(path)
+    if how == "bfloat16":
+        save_file({name: tensor.bfloat16() for name, tensor in tensors.items()}, path)
+    elif how == "bin":
+        path.unlink()
+        torch.save(tensors, folder / "adapter_model.bin")
+    config |= {"no task": {"task_type": None}, "no base": {"base_model_name_or_path": ""}}.get(how, {})
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    given = {"no task": {"task": "classification"}, "no base": {"base_model": base.folder}}.get(how, {})
+    task_id = {"task_id": 1} if kind == "MULTITASK_PROMPT_TUNING" else {}
+    if how == "no base":
+        with pytest.raises(ValueError, match="base_model: expected one"):
+            convert(folder, tmp_path / "ours", **task_id)
+    convert(folder, tmp_path / "ours", **given, **task_id)
+    ours = TASKS["SEQ_CLS"][1].from_pretrained(tmp_path / "ours").eval()
+    ids, mask = texts()
+    if how == "bfloat16":
+        theirs = peft.PeftModel.from_pretrained(
+            TASKS["SEQ_CLS"][0].from_pretrained(base.folder, num_labels=5), folder
+        ).eval()
+    else:
+        theirs = model
+    rest = {"task_ids": torch.full((3,), 1)} if task_id else {}
+    close(logits(ours, ids, mask), logits(theirs, ids, mask, **rest))

@@ -44,7 +44,7 @@ def model(request, base_of):
 
 def test_round_trip(model, tmp_path, base_of):
     model.save_prompts(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {CONFIG_NAME, WEIGHTS_NAME}
+    assert {path.name for path in tmp_path.iterdir()} == {CONFIG_NAME, WEIGHTS_NAME, "README.md"}
     loaded = CLASSIFIER.from_pretrained(tmp_path)
     assert type(loaded) is type(model)
     assert loaded.ptune_config == model.ptune_config
@@ -306,6 +306,8 @@ def test_a_misfit_says_why_and_changes_nothing(base_of, tmp_path, other, loader,
         (lambda c: c.update(format_version=2), "expected format_version 1, got 2"),
         (lambda c: c.update(pre_seq_len="4"), "pre_seq_len: expected"),
         (lambda c: c.pop("head"), "head: expected"),
+        (lambda c: c.pop("tuning_mode"), "tuning_mode: expected"),
+        (lambda c: c.pop("id2label"), "id2label: expected"),
         (lambda c: c["base"].pop("name"), "name: expected"),
         (lambda c: c.update(pre_seq_len=5), r"prompt_embeddings.weight: expected \(5, 24\), got \(4, 24\)"),
         (lambda c: c.update(tuning_mode="ptune"), r"intermediate_prompt_embeddings.weight: expected nothing"),
@@ -363,3 +365,17 @@ def test_a_failed_save_leaves_the_old_files(base_of, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         model.save_prompts(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("change", [lambda t: t[:1], lambda t: t[..., :3]], ids=["heads", "width"])
+def test_a_compiled_prefix_of_another_shape(base_of, tmp_path, change):
+    model = base_of("llama").tuned(CLASSIFIER, num_labels=2, **settings_for("overwrite")).eval()
+    model.save_prefix(tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS_NAME)
+    tensors["compiled_prefix.value_1"] = change(tensors["compiled_prefix.value_1"]).contiguous()
+    tensors["score.weight"] += 1
+    save_file(tensors, tmp_path / WEIGHTS_NAME)
+    before = state(model)
+    with pytest.raises(MisfitError, match=r"compiled_prefix.value_1: expected \(2, 4, 6\), got"):
+        model.load_prompts(tmp_path)
+    assert same(state(model), before)

@@ -1,0 +1,192 @@
+"""Prompts on the Hugging Face hub: the card of a folder, its upload, and repositories of prompts as local folders.
+
+A repository holds what a folder does, ``ptune_config.json`` and ``model.safetensors``, with a card, and never the base.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitInfo, HfApi, ModelCardData, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from torch import Tensor
+from transformers.models.auto import modeling_auto
+from transformers.utils import cached_file
+from transformers.utils.hub import extract_commit_hash
+
+from . import checkpoint
+
+CARD_NAME = "README.md"
+# of `download`; the latter two are of the repository of prompts, and not of the one of its base
+OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "token", "revision", "subfolder")
+OF_THE_PROMPTS = OPTIONS[-2:]
+
+_TASKS = {  # the hub's name, the class that loads such prompts, the model classes
+    "text-classification": ("SequenceClassification", modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES),
+    "token-classification": ("TokenClassification", modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES),
+    "text-generation": ("CausalLM", modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+}
+_WHAT = {
+    None: "A task head",
+    "ptune": "A soft prompt",
+    "deep_ptune": "Soft prompts for every block",
+}
+
+
+def is_repo_id(path: Any) -> bool:
+    """Whether ``path`` may be the name of a repository: a folder of that name goes first."""
+    return isinstance(path, str) and not os.path.isdir(path) and _is_valid(path)
+
+
+def download(repo_id: Any, **options: Any) -> Path | None:
+    """A local folder with the prompts of a repository; ``None`` where there are none, or it cannot be reached.
+
+    ``options``: those of `OPTIONS` that are given, as transformers takes them. Raises `FileNotFoundError` for a
+    repository without weights.
+    """
+    if not is_repo_id(repo_id) or _is_known_base(repo_id, options):
+        return None
+    if (config := _cached(repo_id, checkpoint.CONFIG_NAME, options)) is None:
+        return None
+    # of the same commit, whatever is pushed meanwhile
+    options["revision"] = extract_commit_hash(config, None) or options.get("revision")
+    if (weights := _cached(repo_id, checkpoint.WEIGHTS_NAME, options)) is None:
+        raise FileNotFoundError(f"{repo_id}: expected {checkpoint.WEIGHTS_NAME} beside {checkpoint.CONFIG_NAME}")
+    return Path(weights).parent
+
+
+def _is_known_base(repo_id: str, options: dict[str, Any]) -> bool:
+    """Whether the cache holds it as a base, whose ``config.json`` prompts never have: that saves a request."""
+    name = os.path.join(options.get("subfolder") or "", "config.json")
+    found = try_to_load_from_cache(repo_id, name, options.get("cache_dir"), options.get("revision"))
+    return isinstance(found, str)
+
+
+def _cached(repo_id: str, name: str, options: dict[str, Any]) -> str | None:
+    try:
+        return cached_file(
+            repo_id,
+            name,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            **options,
+        )
+    except OSError:  # no such repository, or revision
+        return None
+
+
+def folder_of(path: str | os.PathLike[str], **options: Any) -> str | os.PathLike[str]:
+    """``path``, where it is a folder, else what `download` makes of it.
+
+    Raises `FileNotFoundError` where that is nothing, and `TypeError` for what is no path and for unknown ``options``.
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"folder: expected a path, or the name of a repository, got {path!r}")
+    if unknown := options.keys() - set(OPTIONS):
+        raise TypeError(f"expected keywords among {', '.join(OPTIONS)}, got {', '.join(sorted(unknown))}")
+    if not is_repo_id(path):
+        return path
+    if (folder := download(path, **options)) is None:
+        raise FileNotFoundError(
+            f"{path}: expected a folder of prompts, or a repository on the hub with {checkpoint.CONFIG_NAME}; found "
+            "neither, nor a copy of such a repository in the cache"
+        )
+    return folder
+
+
+def upload(
+    folder: str | os.PathLike[str],
+    repo_id: str | None = None,
+    *,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str = "Upload prompts",
+    commit_description: str | None = None,
+) -> CommitInfo:
+    """Upload the files of prompts in ``folder``, and nothing else, to a repository, which is made if there is none.
+
+    By default it has the folder's name. A card that the repository has is kept. The keywords are those of `HfApi`.
+    """
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id or Path(folder).absolute().name, private=private, exist_ok=True).repo_id
+    if revision is not None and not create_pr:
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    names = [checkpoint.CONFIG_NAME, checkpoint.WEIGHTS_NAME]
+    if not api.file_exists(repo_id, CARD_NAME, revision=revision):
+        names.append(CARD_NAME)
+    return api.upload_folder(
+        repo_id=repo_id,
+        folder_path=os.fspath(folder),
+        allow_patterns=names,
+        revision=revision,
+        create_pr=create_pr,
+        commit_message=commit_message,
+        commit_description=commit_description,
+    )
+
+
+def write(folder: str | os.PathLike[str], config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """`checkpoint.write`, with a model card; one that was edited is left as it is."""
+    path = Path(folder, CARD_NAME)
+    keep = path.exists() and not _is_unedited(path)
+    checkpoint.write(folder, config, tensors)
+    if not keep:
+        text = card(config)
+        checkpoint.replace_file(path, lambda scratch: scratch.write_text(text, encoding="utf-8"))
+
+
+def card(config: dict[str, Any]) -> str:
+    """The model card of a folder with this ``ptune_config.json``."""
+    base, name = config["base"]["name"], config["model_class"]
+    tag, loader = next(
+        ((tag, f"For{loader}") for tag, (loader, names) in _TASKS.items() if name in names.values()),
+        ("feature-extraction", ""),
+    )
+    on_hub = base != checkpoint.BASE_FOLDER and _is_valid(base)
+    data = ModelCardData(
+        base_model=base if on_hub else None,
+        library_name="ptune-kernels",
+        pipeline_tag=tag,
+        tags=["prompt-tuning", "ptune-kernels"],
+    )
+    elsewhere = "" if on_hub else ", base_model=…"
+    return f"""---
+{data.to_yaml()}
+---
+
+# {_WHAT[config["tuning_mode"]]} on {f"[{base}](https://huggingface.co/{base})" if on_hub else "a frozen model"}
+
+Trained with ptune-kernels on a frozen `{name}`, whose own weights are not in here.
+
+| setting | |
+|---|---|
+| `tuning_mode` | `{config["tuning_mode"]}` |
+| `pre_seq_len` | {config["pre_seq_len"]} |
+| `deep_prompt_mode` | `{config["deep_prompt_mode"]}` |
+
+```python
+from ptune import AutoPTuneModel{loader}
+
+model = AutoPTuneModel{loader}.from_pretrained("…"{elsewhere})  # this repository, or a folder
+```
+"""
+
+
+def _is_valid(repo_id: str) -> bool:
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _is_unedited(path: Path) -> bool:
+    """Whether a folder's card is what `card` made of its config."""
+    try:
+        return path.read_text(encoding="utf-8") == card(checkpoint.read_config(path.parent))
+    except (OSError, ValueError):
+        return False
