@@ -94,8 +94,8 @@ def _cast(query: Tensor, key: Tensor, value: Tensor, dtype: torch.dtype) -> tupl
 
 def cast_kv(key: Tensor, value: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Key and value [b, h, n, head_dim] in ``dtype``, in one launch."""
-    if key.dtype == value.dtype == dtype:
-        return key, value
+    if key.dtype != value.dtype or key.dtype == dtype:
+        return key.to(dtype), value.to(dtype)  # they differ under autocast
     no_k, no_v = (x.new_empty(x.shape[1], 0, x.shape[3]) for x in (key, value))
     return prepend_kv(no_k, no_v, key, value, dtype=dtype)
 
