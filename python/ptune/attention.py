@@ -8,7 +8,7 @@ model's config, which holds one, is all that knows of it.
 
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -80,10 +80,14 @@ class Attention:
         cast = _cast(query, key, value, self.dtype)
         if kwargs.get("position_bias") is not None:
             kwargs["position_bias"] = kwargs["position_bias"].to(self.dtype)
-        device = query.device.type
-        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+        with no_autocast(query.device.type):
             output, weights = function(module, *cast, _additive_in(self.dtype, mask), **kwargs)
         return output.to(query.dtype), weights
+
+
+def no_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Within it, dtypes are what they are said to be."""
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
 def _cast(query: Tensor, key: Tensor, value: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

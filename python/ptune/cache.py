@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, EncoderDecoderCache
 
-from .attention import Prefix, cast_kv
+from .attention import Prefix, cast_kv, no_autocast
 
 
 class CompiledPrefix(nn.Module):
@@ -71,7 +71,7 @@ class PrefixedCache(_StandIn):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         key, value = self.prefix.before(layer_idx, key_states, value_states, self.dtype)
-        return _cast_layer(self.cache, layer_idx, self.dtype).update(key, value, layer_idx, *args, **kwargs)
+        return _update(self.cache, self.dtype, key, value, layer_idx, *args, **kwargs)
 
     def get_seq_length(self, layer_idx: int = 0) -> Any:
         return self.cache.get_seq_length(layer_idx) + self.prefix.num_columns
@@ -101,13 +101,18 @@ class CastCache(_StandIn):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         key, value = cast_kv(key_states, value_states, self.dtype)
-        return _cast_layer(self.cache, layer_idx, self.dtype).update(key, value, layer_idx, *args, **kwargs)
+        return _update(self.cache, self.dtype, key, value, layer_idx, *args, **kwargs)
 
 
-def _cast_layer(cache: Any, layer_idx: int, dtype: torch.dtype | None) -> Any:
-    """``cache``, of which a layer that was filled, or made for static shapes, in another dtype is now in ``dtype``."""
+def _update(
+    cache: Any, dtype: torch.dtype | None, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+) -> tuple[Tensor, Tensor]:
+    """Write to ``cache``; a layer that was made or filled in another dtype goes over to ``dtype``."""
+    if dtype is None:
+        return cache.update(key, value, layer_idx, *args, **kwargs)
     layer: Any = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
     keys = getattr(layer, "keys", None)
-    if dtype is not None and keys is not None and keys.dtype != dtype:
+    if keys is not None and keys.dtype != dtype:
         layer.keys, layer.values, layer.dtype = keys.to(dtype), layer.values.to(dtype), dtype
-    return cache
+    with no_autocast(key.device.type):  # it would not concatenate float16 on a CPU
+        return cache.update(key, value, layer_idx, *args, **kwargs)

@@ -1,7 +1,8 @@
 """`hybrid`: attention in half precision, beside a plain attention of this file's own, and all else float32.
 
-The oracle puts its attention in place of transformers': products and softmax of rounded inputs, in float64. What it is off
-the float32 model is what rounding costs at least; what `hybrid` may be off the oracle is a share of that.
+The oracle puts its attention in place of transformers': products and softmax in float64, of inputs that were rounded,
+with probabilities and output rounded as well. What it is off the float32 model is what half-precision attention costs, and
+`hybrid` may cost twice that.
 """
 
 import copy
@@ -32,7 +33,7 @@ STARTS = ("Once upon a time", "Tom and Lily", "The dog", "One day, a big red", "
 
 
 def rounded_attention(dtype, module, query, key, value, mask, scaling=None, is_causal=None, **kwargs):
-    """Scores and softmax in float64, of inputs that were rounded to ``dtype``; stock sdpa's arguments."""
+    """Stock sdpa's arguments; inputs, probabilities and output are rounded to ``dtype``, the rest is in float64."""
     q, k, v = (x.to(dtype).double() for x in (query, key, value))
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     scores = q @ k.transpose(2, 3) * (q.shape[3] ** -0.5 if scaling is None else scaling)
@@ -41,7 +42,7 @@ def rounded_attention(dtype, module, query, key, value, mask, scaling=None, is_c
         mask = torch.ones(scores.shape[2:], dtype=torch.bool).tril(scores.shape[3] - scores.shape[2])
     if mask is not None:
         scores = scores.masked_fill(~mask, -1e30)
-    return (scores.softmax(-1) @ v).transpose(1, 2).float(), None
+    return (scores.softmax(-1).to(dtype).double() @ v).transpose(1, 2).to(dtype).float(), None
 
 
 @pytest.fixture
@@ -51,8 +52,7 @@ def oracle(monkeypatch):
     def put(dtype):
         monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", partial(rounded_attention, dtype))
 
-    with monkeypatch.context():
-        yield put
+    return put
 
 
 @pytest.fixture
@@ -100,9 +100,7 @@ def test_stock_models(base_of, oracle, launches, name, dtype, padding):
     assert torch.equal(text_of(model(ids, attention_mask=mask, **how)[0], mask), exact)
     oracle(dtype)
     least = text_of(model(ids, attention_mask=mask, **how)[0], mask)
-    # rounding the inputs is half the story: probabilities and outputs are rounded to the same digits
-    assert 0 < distance(got, exact) <= 3 * distance(least, exact)
-    assert distance(got, least) <= 2 * distance(least, exact)
+    assert 0 < distance(got, exact) <= 2 * distance(least, exact)
 
 
 def outcome(model, inputs):
@@ -122,9 +120,12 @@ def test_prompts(base_of, launches, oracle, name, mode, padding):
     if not FAMILIES[name].causal:
         task, loader = "tagging", ptune.AutoPTuneModelForTokenClassification
     torch.manual_seed(0)
-    model = base_of(name).tuned(loader, **settings_for(mode))
+    labels = {} if task == "generation" else {"num_labels": 3}
+    model = base_of(name).tuned(loader, **labels, **settings_for(mode))
     set_prompts(model, mode)
     inputs = batch(padding, task, model.config.pad_token_id)
+    if FAMILIES[name].causal:
+        inputs["use_cache"] = False
     plan_before = model.prefix_plan.path
     exact, exact_grads = outcome(model, inputs)
     ptune.hybrid(model, torch.bfloat16)
@@ -147,13 +148,13 @@ def test_prompts(base_of, launches, oracle, name, mode, padding):
     least, least_grads = outcome(model, inputs)
     for logits, gradients in got.values():
         assert logits.dtype == torch.float32
-        assert distance(logits, exact) <= 3 * distance(least, exact)
+        assert distance(logits, exact) <= 2 * distance(least, exact)
         assert {gradient.dtype for gradient in gradients.values()} == {torch.float32}
         error, floor = (
             math.sqrt(sum(distance(g[n], exact_grads[n]) ** 2 for n in g if "prompt" in n))
             for g in (gradients, least_grads)
         )
-        assert 0 < error <= 3 * floor
+        assert 0 < error <= 2 * floor
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=["fp16", "bf16"])
@@ -369,12 +370,14 @@ class TestState:
             assert loader.from_pretrained(tmp_path, **how).config._attn_implementation == name
         bank = ptune.PromptBank(ptune.hybrid(base.stock(hf.AutoModelForCausalLM), torch.float16))
         bank.add("one", tmp_path)
-        mixed = bank(ids, prompt_names=["one", None]).logits
+        whole = ptune.PromptBank(base.stock(hf.AutoModelForCausalLM))
+        whole.add("one", tmp_path)
+        mixed, exact = (each(ids, prompt_names=["one", None]).logits for each in (bank, whole))
         with model.disable_prompts():
             bare = model(ids).logits
-        for got, want in zip(mixed, (expected[0], bare[1]), strict=True):
-            close(got, want, 1e-2)
-            assert not torch.equal(got, want)
+        for got, want, other in zip(mixed, (expected[0], bare[1]), exact, strict=True):
+            close(got, want, 1e-3)
+            assert distance(got, want) < distance(got, other)
         config = hf.AutoConfig.from_pretrained(base.folder)
         assert loader.from_config(config, attn_dtype="bfloat16").config._attn_implementation == "ptune_torch_bf16"
 
