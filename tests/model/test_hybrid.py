@@ -1,8 +1,7 @@
 """`hybrid`: attention in half precision, beside a plain attention of this file's own, and all else float32.
 
-The oracle puts its attention in place of transformers': products and softmax in float64, of inputs that were rounded,
-with probabilities and output rounded as well. What it is off the float32 model is what half-precision attention costs, and
-`hybrid` may cost twice that.
+The oracle puts its attention in place of transformers': the textbook's, of rounded inputs and in their dtype. What it
+is off the float32 model is what half-precision attention costs, and `hybrid` may cost twice that.
 """
 
 import copy
@@ -33,16 +32,16 @@ STARTS = ("Once upon a time", "Tom and Lily", "The dog", "One day, a big red", "
 
 
 def rounded_attention(dtype, module, query, key, value, mask, scaling=None, is_causal=None, **kwargs):
-    """Stock sdpa's arguments; inputs, probabilities and output are rounded to ``dtype``, the rest is in float64."""
-    q, k, v = (x.to(dtype).double() for x in (query, key, value))
+    """Two products in ``dtype``, and a softmax in float32 between them; with stock sdpa's arguments."""
+    q, k, v = (x.to(dtype) for x in (query, key, value))
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     scores = q @ k.transpose(2, 3) * (q.shape[3] ** -0.5 if scaling is None else scaling)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if mask is None and causal and q.shape[2] > 1:
         mask = torch.ones(scores.shape[2:], dtype=torch.bool).tril(scores.shape[3] - scores.shape[2])
     if mask is not None:
-        scores = scores.masked_fill(~mask, -1e30)
-    return (scores.softmax(-1).to(dtype).double() @ v).transpose(1, 2).to(dtype).float(), None
+        scores = scores.masked_fill(~mask, torch.finfo(dtype).min)
+    return (scores.float().softmax(-1).to(dtype) @ v).transpose(1, 2).float(), None
 
 
 @pytest.fixture
