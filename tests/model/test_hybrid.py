@@ -237,6 +237,16 @@ def test_a_float32_cache_is_taken_over(base_of, launches):
         ptune.hybrid(model, None)
 
 
+@torch.no_grad()
+def test_a_prefix_is_cast_as_it_is_written(base_of, launches):
+    model = ptune.hybrid(base_of("llama").tuned(**settings_for("overwrite")).eval(), torch.float16)
+    for cache in (None, hf.StaticCache(config=model.config, max_cache_len=12)):
+        launches.update(cast_qkv=0, prepend_kv=0)
+        output = model(torch.randint(3, VOCABULARY, (2, 5)), past_key_values=cache)
+        assert {tensor.dtype for tensor in cache_tensors(output.past_key_values)} == {torch.float16}
+        assert launches == {"cast_qkv": 0, "prepend_kv": 3}
+
+
 class TestStories:
     """`stories260K`, a real Llama, in the six texts of the issue."""
 
