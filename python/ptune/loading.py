@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, modeling_u
 
 from . import checkpoint, hub
 from .config import PTuneConfig, settings_on, take_settings
+from .half_attention import SETTINGS, checked_dtypes, hybrid
 from .quantised import config_from
 
 _FOR_CONFIG = (
@@ -57,7 +58,7 @@ def load_model(
     The base is loaded as its stock class, by whose name and module transformers looks things up, and becomes the other
     class afterwards.
     """
-    settings = take_settings(kwargs)
+    settings, halves = take_settings(kwargs), take_dtypes(kwargs)
     found = hub.download(path, **{name: kwargs[name] for name in hub.OPTIONS if name in kwargs})
     if found is not None:
         path = found
@@ -88,6 +89,9 @@ def load_model(
     model.__class__ = class_for(type(model))
     model.adopt(_missing(info))
     model.origin = _origin(base, model.config, own)
+    if not halves and saved is not None and model.dtype == torch.float32:
+        halves = {name: saved["base"].get(name) for name in SETTINGS}
+    hybrid(model, **{"attn_dtype": None} | halves)
     if saved is None:
         model.init_prompts(prompts, tokenizer)
         if model.num_trainable_parameters() == 0:
@@ -100,6 +104,13 @@ def load_model(
         model.ptune_config.prefix_sharing = sharing
         model.load_prompts(path)
     return (model, info) if output_loading_info else model
+
+
+def take_dtypes(keywords: dict[str, Any]) -> dict[str, Any]:
+    """Remove what is for `hybrid` from ``keywords``, and return it. Raises `ValueError` as that does."""
+    dtypes = {name: keywords.pop(name) for name in SETTINGS if name in keywords}
+    checked_dtypes(*(dtypes.get(name) for name in SETTINGS))
+    return dtypes
 
 
 def _missing(info: dict[str, Any]) -> set[str]:

@@ -18,6 +18,7 @@ from .cache import CompiledPrefix
 from .call import CheckpointWithCall
 from .config import PTuneConfig, take_settings
 from .dropout import FrozenDropout
+from .half_attention import dtypes_of
 from .hooks import PromptHooks
 from .initialise import initial_prompts, tokenise_with
 from .loading import Origin, load_model, origin_of, tokenizer_of
@@ -383,6 +384,7 @@ class PTuneMixin:
                 "overrides": origin.overrides,
                 "dtype": str(self.get_input_embeddings().weight.dtype).removeprefix("torch."),
                 "quantization": described(self.config),
+                **dtypes_of(self),
             },
             "model_class": self.base_class.__name__,
             "tuning_mode": settings.tuning_mode,

@@ -139,18 +139,6 @@ def lack_of_positions(model: Any, count: int) -> str | None:
     )
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Within it, ``model`` is in evaluation mode."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
 def check_inputs(arguments: dict[str, Any], parameters: tuple[str, ...]) -> None:
     """Raises `ValueError` or `NotImplementedError` for a call of the body that prompts do not cover.
 
