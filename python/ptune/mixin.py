@@ -35,6 +35,7 @@ class PTuneMixin:
     """
 
     base_class: ClassVar[type]
+    blocks_are_here: ClassVar[bool] = True
 
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         config = copy.deepcopy(config)
