@@ -17,7 +17,7 @@ SERVED = sorted(FAMILIES.keys() - {"albert", "bloom", "mixtral"})
 
 
 def through(body, blocks, hidden, first, last, **arguments):
-    """What stock blocks ``first`` … ``last - 1`` make of ``hidden``, put in and taken out by hooks of this file's own."""
+    """What stock blocks ``first`` … ``last - 1`` make of ``hidden``, which hooks of this file's own put in."""
     made = []
 
     def put_in(block, args, kwargs):
