@@ -18,17 +18,16 @@ SERVED = [("llama", 1), ("llama", 2), ("llama", 4), ("qwen3", 1), ("mistral", 1)
 
 @pytest.fixture(scope="session")
 def cluster():
-    """Ray on this machine, for all tests of blocks on servers."""
+    """Ray on this machine, for all tests of blocks on servers; further nodes can be added."""
     ray = pytest.importorskip("ray", reason="ray is not installed")
-    ray.init(
-        namespace="ptune",
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        object_store_memory=200 * 2**20,
-    )
-    yield ray
+    from ray.cluster_utils import Cluster
+
+    head = {"num_cpus": 2, "include_dashboard": False, "object_store_memory": 200 * 2**20}
+    made = Cluster(initialize_head=True, head_node_args=head)
+    ray.init(address=made.address, namespace="ptune", log_to_driver=False)
+    yield made
     ray.shutdown()
+    made.shutdown()
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,7 @@ _SERVER_FAILED = (
 )  # fmt: skip
 
 
-class RemoteError(RuntimeError):
+class RemoteError(ConnectionError):
     """Blocks that could not be run, with all that went wrong on the way."""
 
 

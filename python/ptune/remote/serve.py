@@ -90,8 +90,11 @@ class Servers:
         self.actors = list(actors)
 
     def wait(self, timeout: float = 600.0) -> None:
-        """Until all have loaded their blocks. Raises what kept one from it."""
-        ray.get([actor.status.remote() for actor in self.actors], timeout=timeout)
+        """Until all have loaded their blocks. Raises `RemoteError` with what kept one from it."""
+        try:
+            ray.get([actor.status.remote() for actor in self.actors], timeout=timeout)
+        except RayError as error:
+            raise RemoteError(f"{self.name}: a server did not start: {error}") from error
 
     def stop(self) -> None:
         for actor in self.actors:
@@ -128,21 +131,29 @@ def serve_blocks(config: ServeConfig | None = None, **settings: Any) -> Servers:
 
 
 def join(address: str | None = None) -> None:
-    """Join the Ray cluster at ``address``, or start a local one; nothing where one is joined."""
-    if not ray.is_initialized():
+    """Join the Ray cluster at ``address``; nothing where one is joined.
+
+    By default that of the environment (RAY_ADDRESS), or a new one on this machine. ``"auto"``: the one that runs here.
+    Raises `RemoteError` where there is none.
+    """
+    if ray.is_initialized():
+        return
+    try:
         ray.init(address=address, namespace=NAMESPACE, include_dashboard=False, log_to_driver=False)
+    except ConnectionError as error:
+        raise RemoteError(f"address: expected a Ray cluster at {address!r}, got {error}") from None
 
 
 def connect(name: str, retries: Retries | None = None) -> Link:
     """A link to the servers that are named ``name``. Raises `RemoteError` where they do not serve all blocks."""
-    join()
+    join("auto")
     retries = retries or Retries()
     if os.path.isdir(name):
         name = os.path.abspath(name)
     found = _running().get(name)
     if not found:
         raise RemoteError(
-            f"no servers are named {name!r}; start them with `ptune serve-blocks --model {name}`, and join the cluster "
+            f"no servers are named {name!r}; start them with `ptune serve-blocks --model {name}`, or join the cluster "
             "that they are in (RAY_ADDRESS)"
         )
     spans = [
@@ -158,7 +169,7 @@ def connect(name: str, retries: Retries | None = None) -> Link:
 
 def status(name: str | None = None, timeout: float = 5.0) -> list[dict[str, Any]]:
     """What each server says of itself, with ``state``: ``"ready"``, or why it did not answer in time."""
-    join()
+    join("auto")
     rows: list[dict[str, Any]] = []
     for served, spans in sorted(_running().items()):
         if name not in (None, served):
