@@ -1,9 +1,9 @@
 """``python -m bench.remote``: blocks on servers of this machine beside the same model without, as one dated table.
 
-A training step of MiniLM with deep prompts, its six blocks on two servers: forward and backward, b = 32, m = 16. Gradients
-are first held to the local model's. Time is a multiple of the local step's, without micro-batches and with some. Bytes
-are those of the arrays at the client's boundary; beside them what Petals' scheme sends of prompts for the same step: a
-copy for each row of the batch, and as many gradients back.
+A training step of MiniLM with deep prompts, its six blocks on two servers: forward and backward, b = 32, m = 16.
+Gradients are first held to the local model's. Time is a multiple of the local step's, without micro-batches and with
+some. Bytes are those of the arrays at the client's boundary; beside them what Petals' scheme sends of prompts for the
+same step: a copy for each row of the batch, and as many gradients back.
 """
 
 from functools import partial

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -271,7 +271,7 @@ def serve_blocks(
         from . import remote
 
         options = {"model": model, "servers": servers, "replicas": replicas, "name": name, "device": device}
-        given = {key: value for key, value in options.items() if value is not None}
+        given: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
         if dtype is not None:
             given["dtype"] = dtype.value
         if config is None and model is None:
@@ -331,7 +331,7 @@ def _read_texts(path: Path) -> list[str]:
     return split_lines(decode(sys.stdin.buffer.read(), "standard input"))
 
 
-def _print_servers(rows: list[dict]) -> None:
+def _print_servers(rows: list[dict[str, Any]]) -> None:
     table = Table(title="servers of blocks", title_justify="left")
     for column in ("name", "span", "node", "state", "requests", "memory"):
         table.add_column(column, justify="right" if column in ("requests", "memory") else "left")

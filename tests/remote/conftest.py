@@ -9,10 +9,11 @@ import torch
 import transformers
 from model.families import FAMILIES
 
+from .common import LAYERS
+
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
-LAYERS = 4
 SERVED = [("llama", 1), ("llama", 2), ("llama", 4), ("qwen3", 1), ("mistral", 1), ("bert", 2)]
 
 

@@ -8,8 +8,6 @@ import pytest
 import torch
 import transformers
 from model.common import close
-from model.families import VOCABULARY
-from model.oracle import pad
 
 import ptune
 
@@ -19,29 +17,10 @@ from ptune import remote
 from ptune.models.bert import DistributedBertForTokenClassification
 from ptune.models.llama import DistributedLlamaForSequenceClassification
 
-from .conftest import LAYERS
+from .common import COUNT, LAYERS, batch_of, give, settings_for, trained
 
-COUNT = 4
 MODES = ("none", "shallow", "overwrite", "add")
 PADDINGS = ("none", "right", "left")
-
-
-def settings_for(mode):
-    if mode == "none":
-        return {}
-    if mode == "shallow":
-        return {"tuning_mode": "ptune", "pre_seq_len": COUNT}
-    return {"tuning_mode": "deep_ptune", "pre_seq_len": COUNT, "deep_prompt_mode": mode}
-
-
-def give(far, local):
-    """``far`` the trained parameters of ``local``, which are made random."""
-    theirs = dict(far.named_parameters())
-    with torch.no_grad():
-        for name, parameter in local.named_parameters():
-            if parameter.requires_grad:
-                parameter.normal_(std=0.5)
-                theirs[name].copy_(parameter)
 
 
 def pair_of(task, folder, servers, mode, **rest):
@@ -51,14 +30,6 @@ def pair_of(task, folder, servers, mode, **rest):
     )
     give(far, local)
     return local, far
-
-
-def batch_of(padding, lengths=(7, 3, 9, 1, 6)):
-    return pad([torch.randint(3, VOCABULARY, (6 if padding == "none" else n,)) for n in lengths], padding, 0)
-
-
-def trained(model):
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def check(local, far, batch, real):

@@ -13,16 +13,16 @@ import numpy as np
 import pytest
 import torch
 from model.common import close
-from model.families import VOCABULARY
 
-ray = pytest.importorskip("ray", reason="ray is not installed")
+pytest.importorskip("ray", reason="ray is not installed")
+
+import ray
 
 from ptune import remote
 from ptune.remote import sequential, session
 from ptune.remote.wire import Prompts, Request, SessionGone, TooLarge, to_array
 
-from .conftest import LAYERS
-from .test_equality import batch_of, give, settings_for
+from .common import batch_of, give, settings_for
 
 RETRIES = remote.Retries(attempts=12, first_delay=0.25, max_delay=4.0, timeout=60.0)
 SEED = 7
@@ -31,9 +31,7 @@ SEED = 7
 @pytest.fixture(scope="module")
 def servers(cluster, folder_of):
     """Two servers for each half of a model."""
-    started = remote.serve_blocks(
-        model=str(folder_of("llama")), servers=2, replicas=2, name="replicated", cpus=0
-    )
+    started = remote.serve_blocks(model=str(folder_of("llama")), servers=2, replicas=2, name="replicated", cpus=0)
     started.wait()
     yield started
     started.stop()

@@ -11,7 +11,7 @@ pytest.importorskip("ray", reason="ray is not installed")
 
 from ptune.remote.span import Span
 
-from .conftest import LAYERS
+from .common import LAYERS
 
 SERVED = sorted(FAMILIES.keys() - {"albert", "bloom", "mixtral"})
 
