@@ -46,6 +46,7 @@ def main() -> None:
         far[rows].load_state_dict(local.state_dict(), strict=False)
     step(local, batch)
     for model in far.values():
+        model.remote.link.traffic.clear()  # of what random prompts were begun from
         step(model, batch)
         for mine, other in zip(model.prompt_parameters(), local.prompt_parameters(), strict=True):
             scale = other.grad.abs().max().item()

@@ -20,19 +20,21 @@ from ptune.remote import AutoDistributedModelForSequenceClassification, serve_bl
 from ptune.train import HEAD_LEARNING_RATE, parameter_groups
 
 LABELS = ("ham", "spam")
+BATCH = 32
 
 
-def read(data: str, count: int) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
-    """Training and other messages, with the numbers of their labels."""
+def read(data: str, count: int, held_out: int) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
+    """So many training and other messages, with the numbers of their labels."""
     lines = [line.split("\t", 1) for line in Path(data).read_text(encoding="utf-8").splitlines()]
     examples = [(text, LABELS.index(label)) for label, text in lines if label in LABELS]
     random.Random(0).shuffle(examples)
-    return examples[:count], examples[count : count + 500]
+    return examples[:count], examples[count : count + held_out]
 
 
-def train(model: Any, tokenizer: Any, data: str, steps: int, at: dict[int, Any]) -> float:
-    """Accuracy after ``steps``; before step i, ``at[i]()`` is called."""
-    train_on, held_out = read(data, steps * 32)
+def train(
+    model: Any, tokenizer: Any, train_on: list[tuple[str, int]], held_out: list[tuple[str, int]], at: dict[int, Any]
+) -> float:
+    """Accuracy on ``held_out`` after a pass over ``train_on``; before step i, ``at[i]()`` is called."""
     optimizer = torch.optim.AdamW(parameter_groups(model, 1e-2, HEAD_LEARNING_RATE))
 
     def encode(examples: list[tuple[str, int]]) -> dict[str, torch.Tensor]:
@@ -41,10 +43,10 @@ def train(model: Any, tokenizer: Any, data: str, steps: int, at: dict[int, Any])
         return {**batch, "labels": torch.tensor(labels)}
 
     model.train()
-    for i in range(steps):
-        if i in at:
-            at[i]()
-        loss = model(**encode(train_on[i * 32 : (i + 1) * 32])).loss
+    for i in range(0, len(train_on), BATCH):
+        if i // BATCH in at:
+            at[i // BATCH]()
+        loss = model(**encode(train_on[i : i + BATCH])).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -57,11 +59,11 @@ def train(model: Any, tokenizer: Any, data: str, steps: int, at: dict[int, Any])
     return right / len(held_out)
 
 
-def main(base: str, data: str, steps: int = 40) -> tuple[float, float]:
+def main(base: str, data: str, steps: int = 40, held_out: int = 500) -> tuple[float, float]:
     """Accuracies with the blocks on servers and here."""
+    train_on, others = read(data, steps * BATCH, held_out)
     servers = serve_blocks(model=base, servers=2, cpus=0.5)
     tokenizer = AutoTokenizer.from_pretrained(base)
-    texts = [text for text, _ in read(data, steps * 32)[0]]
 
     def kill() -> None:
         os.kill(ray.get(servers.actors[1].status.remote())["pid"], signal.SIGKILL)
@@ -78,10 +80,10 @@ def main(base: str, data: str, steps: int = 40) -> tuple[float, float]:
             tuning_mode="deep_ptune",
             pre_seq_len=16,
             prompt_init="text",
-            prompt_init_text=texts,
+            prompt_init_text=[text for text, _ in train_on],
             **where,
         )
-        accuracies.append(train(model, tokenizer, data, steps, at))
+        accuracies.append(train(model, tokenizer, train_on, others, at))
     servers.stop()
     return accuracies[0], accuracies[1]
 

@@ -1,5 +1,6 @@
 """A model whose blocks are on servers equals the local one, which knows nothing of them."""
 
+import gc
 import json
 import subprocess
 import sys
@@ -12,6 +13,8 @@ from model.common import close
 import ptune
 
 pytest.importorskip("ray", reason="ray is not installed")
+
+import ray
 
 from ptune import remote
 from ptune.models.bert import DistributedBertForTokenClassification
@@ -218,6 +221,23 @@ def test_prompts_travel_once_per_version(serve, folder_of):
     far(ids, labels=torch.zeros(5, dtype=torch.long)).loss.backward()
     assert traffic["prompts"] == 3 * size
     assert traffic["prompt gradients"] == len(ids) * size
+
+
+def test_nothing_waits_for_the_garbage_collector(serve):
+    blocks = remote.RemoteSequential(remote.connect(serve("llama", 2)), micro_batch=2)
+    hidden = torch.randn(5, 7, 24, requires_grad=True)
+    actors = [span.server for span in blocks.link.spans]
+    gc.collect()
+    gc.disable()
+    try:
+        outputs = [blocks(hidden) for _ in range(2)]
+        assert [ray.get(actor.status.remote())["kept"] for actor in actors] == [6, 6]
+        outputs[0].sum().backward()
+        assert [ray.get(actor.status.remote())["kept"] for actor in actors] == [3, 3]
+        del outputs
+        assert [ray.get(actor.status.remote())["kept"] for actor in actors] == [0, 0]
+    finally:
+        gc.enable()
 
 
 def test_half_the_bytes_on_the_wire(serve):

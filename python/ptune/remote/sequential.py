@@ -129,6 +129,8 @@ class _Pass:
         step = min(blocks.micro_batch or rows, most)
         self.slices = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
         self.chunks: list[_Chunk] = []
+        # at once, and not when garbage is collected: chunks and their relays hold one another
+        weakref.finalize(self, _release, self.chunks).atexit = False
 
     def forward(self, hidden: Tensor, prompts: Tensor | None) -> Tensor:
         array = to_array(hidden, self.dtype)
@@ -185,8 +187,6 @@ class _Chunk:
         self.keep = keep
         self._names: dict[int, str] = {}
         self._outstanding: list[tuple[Any, str]] = []
-        if keep:
-            weakref.finalize(self, _forget, self._outstanding).atexit = False
         self.relay = Relay(self.legs, link.retries, self._begin, self._send)
 
     def forward(self) -> np.ndarray:
@@ -207,6 +207,17 @@ class _Chunk:
         self.link.traffic["gradients between servers"] += self.hidden.nbytes * (len(self.legs) - 1)
         self.link.traffic["prompt gradients"] += sum(deep.nbytes for deep in results[1:] if deep is not None)
         return results
+
+    def release(self) -> None:
+        """Let go of what stands between the servers, and of activations whose backward did not come.
+
+        Servers that do not hear of it drop them in time.
+        """
+        self.relay.states.clear()
+        if ray.is_initialized():
+            for server, keep in self._outstanding:
+                server.forget.remote(keep)
+        self._outstanding.clear()
 
     def _begin(self) -> Any:
         return ray.put(self.hidden)
@@ -250,9 +261,6 @@ def _rows_of(array: np.ndarray | None, rows: slice) -> np.ndarray | None:
     return array if array is None or len(array) == 1 else array[rows]
 
 
-def _forget(outstanding: list[tuple[Any, str]]) -> None:
-    """Of graphs that went without a backward; servers that do not hear of it drop them in time."""
-    if not ray.is_initialized():
-        return
-    for server, keep in outstanding:
-        server.forget.remote(keep)
+def _release(chunks: list[_Chunk]) -> None:
+    for chunk in chunks:
+        chunk.release()

@@ -32,7 +32,8 @@ class ServeConfig:
         name: under which clients find them; by default ``model``.
         dtype: of the weights; ``"auto"`` for the checkpoint's.
         device: ``"cpu"`` or ``"cuda"``.
-        cpus, gpus, resources: what Ray is to reserve for each server.
+        revision: of a model on the hub.
+        cpus, gpus, resources: what Ray is to reserve for each server; by default a GPU where ``device`` is one.
         max_restarts: how often Ray starts a server anew that died; -1 without end.
         limits: see `Limits`.
     """
@@ -44,8 +45,9 @@ class ServeConfig:
     name: str | None = None
     dtype: str = "auto"
     device: str = "cpu"
+    revision: str | None = None
     cpus: float = 1.0
-    gpus: float = 0.0
+    gpus: float | None = None
     resources: dict[str, float] = field(default_factory=dict)
     max_restarts: int = -1
     limits: Limits = field(default_factory=Limits)
@@ -56,6 +58,8 @@ class ServeConfig:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)!r}")
         if isinstance(self.limits, dict):
             self.limits = _made_of(Limits, "limits", self.limits)
+        if self.gpus is None:
+            self.gpus = 1.0 if self.device.startswith("cuda") else 0.0
         if os.path.isdir(self.model):
             self.model = os.path.abspath(self.model)
 
@@ -97,6 +101,7 @@ class Servers:
             raise RemoteError(f"{self.name}: a server did not start: {error}") from error
 
     def stop(self) -> None:
+        """End them, for all clients."""
         for actor in self.actors:
             ray.kill(actor)
 
@@ -111,7 +116,7 @@ def serve_blocks(config: ServeConfig | None = None, **settings: Any) -> Servers:
     name = config.name or config.model
     if name in _running():
         raise ValueError(f"name: expected one that no servers have, got {name!r}, which some have")
-    layers = AutoConfig.from_pretrained(config.model).num_hidden_layers
+    layers = AutoConfig.from_pretrained(config.model, revision=config.revision or "main").num_hidden_layers
     options: dict[str, Any] = {"concurrency_groups": {"beside": 1}}
     kind: Any = ray.remote(**options)(BlockServer)
     actors = [
@@ -123,7 +128,7 @@ def serve_blocks(config: ServeConfig | None = None, **settings: Any) -> Servers:
             resources=config.resources,
             max_restarts=config.max_restarts,
             scheduling_strategy="SPREAD",
-        ).remote(config.model, first, last, config.dtype, config.device, config.limits)
+        ).remote(config.model, first, last, config.dtype, config.device, config.limits, config.revision)
         for first, last in config.spans_of(layers)
         for replica in range(config.replicas)
     ]

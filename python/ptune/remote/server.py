@@ -50,9 +50,10 @@ class BlockServer:
         dtype: str = "auto",
         device: str = "cpu",
         limits: Limits | None = None,
+        revision: str | None = None,
     ) -> None:
         self.limits = limits or Limits()
-        self.span = Span(path, first, last, dtype, device)
+        self.span = Span(path, first, last, dtype, device, revision=revision or "main")
         idle = self.limits.idle_seconds
         self._kept = Keeping(self.limits.kept_bytes, idle)
         self._sessions = Keeping(self.limits.session_bytes, idle)
