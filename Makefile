@@ -12,8 +12,10 @@ SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc ptune_kernel
 demo: .venv/.installed
 	$(BIN)/ptune demo
 
+# Blocks on servers have processes of their own, which want both cores.
 test: .venv/.tools
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --ignore tests/remote
+	$(BIN)/pytest tests/remote
 
 lint: .venv/.tools
 	$(BIN)/ruff check .

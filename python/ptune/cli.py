@@ -1,12 +1,13 @@
-"""The command `ptune`: train, eval, predict, info, convert, demo."""
+"""The command `ptune`: train, eval, predict, info, convert, demo, serve-blocks, remote-status."""
 
 import json
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -253,6 +254,55 @@ def demo(
         run_demo(results, seed=seed, budget=budget)
 
 
+@app.command()
+def serve_blocks(
+    model: Annotated[str | None, typer.Option(help="Folder or hub name of the base, as every machine has it.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML of the options here, and of Ray's resources.")] = None,
+    servers: Annotated[int | None, typer.Option(min=1, help="Over how many its blocks are spread.")] = None,
+    replicas: Annotated[int | None, typer.Option(min=1, help="How many there are of each server.")] = None,
+    name: Annotated[str | None, typer.Option(help="Under which clients find them. Default: --model.")] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Of the weights.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
+    address: Annotated[str | None, typer.Option(help="Of a Ray cluster. Default: a new one here.")] = None,
+) -> None:
+    """Run the blocks of a model for clients (ptune.remote), until interrupted. On trusted networks alone."""
+    with _one_line_errors():
+        _quieten()
+        from . import remote
+
+        options = {"model": model, "servers": servers, "replicas": replicas, "name": name, "device": device}
+        given: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
+        if dtype is not None:
+            given["dtype"] = dtype.value
+        if config is None and model is None:
+            raise ValueError("--model: expected one, or --config")
+        settings = remote.ServeConfig(**given) if config is None else remote.ServeConfig.read(config, **given)
+        remote.join(address)
+        started = remote.serve_blocks(settings)
+        started.wait()
+        _print_servers(remote.status(started.name))
+        notes.print("Serving until interrupted.")
+        try:
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            started.stop()
+
+
+@app.command()
+def remote_status(
+    name: Annotated[str | None, typer.Argument(help="Of the servers. Default: all.", show_default=False)] = None,
+    address: Annotated[str, typer.Option(help="Of their Ray cluster. Default: the one that runs here.")] = "auto",
+) -> None:
+    """Show the servers of blocks: span, node, state, requests, memory."""
+    with _one_line_errors():
+        _quieten()
+        from . import remote
+
+        remote.join(address)
+        rows = remote.status(name)
+    _print_servers(rows)
+
+
 @contextmanager
 def _one_line_errors() -> Iterator[None]:
     """Turns what the user can mend (a wrong path, file or option) into one line and exit code 2."""
@@ -279,6 +329,24 @@ def _read_texts(path: Path) -> list[str]:
     if sys.stdin.isatty():
         raise ValueError("no text to predict: give one, or lines on standard input or in --file")
     return split_lines(decode(sys.stdin.buffer.read(), "standard input"))
+
+
+def _print_servers(rows: list[dict[str, Any]]) -> None:
+    table = Table(title="servers of blocks", title_justify="left")
+    for column in ("name", "span", "node", "state", "requests", "memory"):
+        table.add_column(column, justify="right" if column in ("requests", "memory") else "left")
+    for row in rows:
+        memory = sum(row.get(f"{part}_bytes", 0) for part in ("weight", "kept", "session", "prompt"))
+        answered = row["state"] == "ready"
+        table.add_row(
+            row["name"],
+            f"{row['first']}-{row['last'] - 1}",
+            row["node"][:8] if answered else "",
+            row["state"],
+            str(row["requests"]) if answered else "",
+            f"{memory / 2**20:.1f} MiB" if answered else "",
+        )
+    results.print(table)
 
 
 def _print_metrics(metrics: dict[str, float], title: str) -> None:

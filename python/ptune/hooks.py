@@ -47,7 +47,7 @@ class PromptHooks:
                 model.register_forward_pre_hook(self.before_model, with_kwargs=True),
                 model.register_forward_hook(self.after_model),
             ]
-        if model.ptune_config.deep:
+        if model.ptune_config.deep and model.blocks_are_here:
             blocks = find_blocks(body, model.config)
             self.handles += [block.register_forward_pre_hook(self.before_block, with_kwargs=True) for block in blocks]
 

@@ -42,6 +42,7 @@ class PTuneMixin:
     """
 
     base_class: ClassVar[type]
+    blocks_are_here: ClassVar[bool] = True
 
     # TRL rounds what trains to bfloat16 where a model says that it was loaded so
     is_loaded_in_8bit = is_loaded_in_4bit = property(lambda self: False)

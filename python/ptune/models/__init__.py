@@ -1,6 +1,7 @@
 """Model classes with prompts: ``PTuneLlamaForCausalLM`` is ``LlamaForCausalLM`` with `PTuneMixin`, and so on.
 
-They are made when first asked for, once each, and can be imported and pickled by name.
+``DistributedLlamaForCausalLM``, and so on, have their blocks on servers (`ptune.remote`). All are made when first
+asked for, once each, and can be imported and pickled by name.
 """
 
 from typing import Any
@@ -14,6 +15,7 @@ from ..generation import PromptGeneration
 from ..mixin import PTuneMixin
 
 _PREFIX = "PTune"
+_DISTRIBUTED = "Distributed"
 _classes: dict[type, type] = {}
 
 
@@ -35,7 +37,14 @@ def __getattr__(name: str) -> Any:
     for made in _classes.values():
         if made.__name__ == name:
             return made
-    base = getattr(transformers, name.removeprefix(_PREFIX), None) if name.startswith(_PREFIX) else None
-    if isinstance(base, type) and issubclass(base, PreTrainedModel):
-        return ptune_class(base)
+    for prefix in (_PREFIX, _DISTRIBUTED):
+        base = getattr(transformers, name.removeprefix(prefix), None) if name.startswith(prefix) else None
+        if isinstance(base, type) and issubclass(base, PreTrainedModel):
+            return ptune_class(base) if prefix == _PREFIX else _distributed_class(base)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _distributed_class(base: type) -> type:
+    from ..remote import distributed_class  # Ray is asked for by those who use it
+
+    return distributed_class(base)

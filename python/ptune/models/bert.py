@@ -1,0 +1,3 @@
+"""`ptune.models`, where the field's examples look for ``DistributedBertForSequenceClassification`` and the like."""
+
+from . import __getattr__ as __getattr__

@@ -1,0 +1,342 @@
+"""Model classes whose blocks run on servers: ``DistributedLlamaForCausalLM`` and so on, with prompts or without."""
+
+import copy
+import inspect
+import os
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoConfig, GenerationConfig, GenerationMixin, PreTrainedConfig
+from transformers.models.auto.auto_factory import _get_model_class
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
+
+from .. import checkpoint
+from ..call import current_call
+from ..classification import pooled_forward
+from ..generation import PromptGeneration
+from ..loading import load_model
+from ..mixin import PTuneMixin
+from ..mixture import current_mixture
+from ..plan import Plan
+from ..support import find_body
+from .relay import Retries
+from .sequential import RemoteSequential
+from .serve import Servers, connect
+from .session import InferenceSession
+from .shards import HUB_OPTIONS, read_tensors
+from .span import block_pattern, find_remote_blocks
+from .standin import StandIn, rows_in
+
+_thread = threading.local()
+_RECORDS = ("output_hidden_states", "output_attentions", "output_router_logits")
+
+
+@dataclass
+class _Running:
+    """A running call of a body: what its stand-ins send beside hidden states."""
+
+    mask: Tensor | None
+    positions: Tensor | None
+    prompts: Tensor | None
+    starts: Tensor | None
+    mode: str
+    one_by_one: bool
+
+
+class RemoteBlock(StandIn):
+    """Stands for one block; the first runs them all, unless somebody watches what each is given."""
+
+    def __init__(self, block: nn.Module, index: int) -> None:
+        super().__init__(block, index)
+        self.blocks: RemoteSequential | None = None
+        self.sessions: WeakKeyDictionary[Any, InferenceSession] = WeakKeyDictionary()
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        running: _Running | None = getattr(_thread, "running", None)
+        if running is None or self.blocks is None:
+            raise RuntimeError("remote blocks: expected a call of the model that they are of")
+        cache = kwargs.get("past_key_values")
+        if running.one_by_one:
+            one = slice(self.index, self.index + 1)
+            prompts = None if running.prompts is None else running.prompts[one]
+            hidden_states = self._run(self.blocks[one], running, hidden_states, prompts)
+        elif self.index == 0 and cache is not None:
+            hidden_states = self._continue(running, cache, hidden_states)
+        elif self.index == 0:
+            hidden_states = self._run(self.blocks, running, hidden_states, running.prompts)
+        return super().forward(hidden_states, *args, **kwargs)
+
+    def _run(self, blocks: RemoteSequential, running: _Running, hidden: Tensor, prompts: Tensor | None) -> Tensor:
+        starts = running.starts if prompts is not None else None
+        return blocks(hidden, prompts, running.mask, running.positions, starts=starts, mode=running.mode)
+
+    def _continue(self, running: _Running, cache: Any, hidden: Tensor) -> Tensor:
+        """The next columns of the session that ``cache`` stands for."""
+        assert self.blocks is not None
+        rows = rows_in(cache, 0)
+        session = self.sessions.get(cache)
+        if rows is None:
+            session = self.sessions[cache] = self.blocks.inference_session()
+        elif session is None or session.length != cache.get_seq_length(0):
+            raise ValueError(
+                "past_key_values: expected a cache as an earlier call of this model left it, or an empty one; what "
+                "remote blocks keep cannot be cropped or filled"
+            )
+        elif torch.equal(rows.cpu(), torch.arange(len(rows))):
+            rows = None
+        return session.step(
+            hidden,
+            running.prompts,
+            running.mask,
+            running.positions,
+            starts=running.starts,
+            mode=running.mode,
+            rows=rows,
+        )
+
+
+class DistributedMixin(PTuneMixin):
+    """A `PTuneMixin` whose blocks are on servers, and the rest of it here."""
+
+    blocks_are_here: ClassVar[bool] = False
+
+    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        raise TypeError(f"{type(self).__name__}: expected a call of from_pretrained(path)")
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+        """See `AutoDistributedModel.from_pretrained`."""
+        return load_distributed(cls.base_class, path, *args, **kwargs)
+
+    @property
+    def remote(self: Any) -> RemoteSequential:
+        """The blocks."""
+        return self._blocks[0].blocks
+
+    def save_pretrained(self: Any, *args: Any, save_base: bool = False, **kwargs: Any) -> None:
+        if save_base:
+            raise ValueError("save_base: expected False, as the base's blocks are not here")
+        super().save_pretrained(*args, **kwargs)
+
+    @property
+    def _blocks(self: Any) -> Any:
+        return find_remote_blocks(find_body(self), self.config)
+
+    def adopt(self: Any, head: Iterable[str]) -> None:
+        super().adopt(head)
+        self._remote_hooks: list[Any] = []
+        self._hook_body()
+
+    def _put(self: Any, *args: Any) -> None:
+        super()._put(*args)
+        self._hook_body()
+
+    def _hook_body(self: Any) -> None:
+        """See what the body is given after the hooks of prompts have changed it."""
+        for handle in self._remote_hooks:
+            handle.remove()
+        body = find_body(self)
+        self._remote_hooks = [
+            body.register_forward_pre_hook(self._before_remote, with_kwargs=True),
+            body.register_forward_hook(_after_remote, always_call=True),
+        ]
+
+    def _plan(self: Any) -> None:
+        if self.ptune_config.prefix_sharing is True:
+            raise ValueError("prefix_sharing: expected 'auto' or False, as prompt rows run with the text's on servers")
+        if self.ptune_config.base_dropout:
+            raise ValueError("base_dropout: expected False, as servers run without dropout")
+        if self._hooks is not None:
+            self._hooks.prefix.plan = Plan("concat", "its blocks are on other machines")
+
+    def _before_remote(self: Any, body: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        if current_mixture(self) is not None:
+            raise NotImplementedError(f"{type(self).__name__}: remote blocks are not supported by a PromptBank")
+        parameters = tuple(inspect.signature(body.forward).parameters)
+        arguments = dict(zip(parameters, args, strict=False)) | kwargs
+        for name in _RECORDS:
+            wanted = arguments.get(name)
+            if getattr(body.config, name, False) if wanted is None else wanted:
+                raise NotImplementedError(f"{name}: expected False, as what remote blocks do is not recorded")
+        mask = arguments.get("attention_mask")
+        if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
+            raise NotImplementedError("attention_mask: expected [b, n], from which servers make what blocks are given")
+        call, table = current_call(), self.intermediate_prompt_embeddings
+        prompts = starts = None
+        if call is not None and table is not None:
+            prompts = table.weight.view(self.config.num_hidden_layers, -1, table.weight.shape[1])
+            starts = call.layout.column if call.placement is not None else None
+            call.depth = self.config.num_hidden_layers
+        watched = any(block._forward_pre_hooks or block._forward_hooks for block in self._blocks)
+        mode = self.ptune_config.deep_prompt_mode
+        _thread.running = _Running(mask, arguments.get("position_ids"), prompts, starts, mode, watched)
+        if "use_cache" in parameters and torch.is_grad_enabled():
+            embeds = arguments.get("inputs_embeds")
+            if any(t is not None and t.requires_grad for t in (embeds, prompts)):
+                past = arguments.get("past_key_values")
+                if past is not None and past.get_seq_length():
+                    raise NotImplementedError("past_key_values: expected none where gradients are wanted")
+                # sessions are without gradients
+                arguments |= {"use_cache": False, "past_key_values": None}
+        return (), arguments
+
+
+def _after_remote(body: nn.Module, args: tuple, output: Any) -> None:
+    _thread.running = None
+
+
+_classes: dict[type, type] = {}
+
+
+def distributed_class(base: type) -> type:
+    """The class of ``base`` with its blocks on servers."""
+    if base not in _classes:
+        bases = (
+            (PromptGeneration, DistributedMixin, base)
+            if issubclass(base, GenerationMixin)
+            else (DistributedMixin, base)
+        )
+        namespace = {"__module__": "ptune.models", "__doc__": f"`{base.__name__}` on servers.", "base_class": base}
+        if base.__name__.endswith("ForSequenceClassification"):
+            namespace["forward"] = pooled_forward(base)
+        made = _classes[base] = type("Distributed" + base.__name__, bases, namespace)
+        dict.__setitem__(_CAN_RECORD_REGISTRY, str(made), getattr(base, "_can_record_outputs", None))
+    return _classes[base]
+
+
+def load_distributed(
+    loader: Any,
+    path: str | os.PathLike[str],
+    *args: Any,
+    servers: Servers | str | None = None,
+    retries: Retries | None = None,
+    wire_dtype: str | None = None,
+    micro_batch: int | None = None,
+    **kwargs: Any,
+) -> Any:
+    """`ptune.loading.load_model` of a model whose blocks are served."""
+    name = servers.name if isinstance(servers, Servers) else servers
+    client = _Client(loader, name, retries, wire_dtype, micro_batch)
+    return load_model(client, path, client.class_for, *args, **kwargs)
+
+
+class _Client:
+    """Loads what of a model is not in its blocks, as transformers would."""
+
+    def __init__(
+        self,
+        loader: Any,
+        servers: str | None,
+        retries: Retries | None,
+        wire_dtype: str | None,
+        micro_batch: int | None,
+    ) -> None:
+        self.loader = loader
+        self.servers = servers
+        self.retries = retries
+        self.wire_dtype, self.micro_batch = wire_dtype, micro_batch
+        self.stock: Any = None
+
+    def class_for(self, _: type) -> type:
+        return distributed_class(self.stock)
+
+    def from_pretrained(self, path: str, *, output_loading_info: bool, config: Any = None, **kwargs: Any) -> Any:
+        """The model and transformers' loading info."""
+        hub = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
+        if isinstance(config, PreTrainedConfig):
+            config = copy.deepcopy(config)
+        else:
+            source = path if config is None else config
+            config, kwargs = AutoConfig.from_pretrained(source, return_unused_kwargs=True, **hub, **kwargs)
+        kind = self.stock = self._stock_class(config)
+        link = connect(self.servers or path, self.retries)
+        own = AutoConfig.from_pretrained(path, **hub)
+        if checkpoint.fingerprint(checkpoint.base_config(own)) != link.fingerprint:
+            raise ValueError(f"servers: expected those of {path}, got those of a model of another config")
+        with torch.device("meta"):
+            body = find_body(kind(config))
+            pattern = block_pattern(body, find_remote_blocks(body, config))
+        state = read_tensors(path, lambda name: pattern.search(name) is None, **hub)
+        model, info = _without_blocks(kind).from_pretrained(
+            None, config=config, state_dict=state, output_loading_info=True, **kwargs
+        )
+        model.config.name_or_path = model.name_or_path = path
+        if model.can_generate():
+            model.generation_config = _generation_config(path, model.generation_config, hub)
+        remote = RemoteSequential(link, wire_dtype=self.wire_dtype, micro_batch=self.micro_batch)
+        for block in find_remote_blocks(find_body(model), model.config):
+            block.blocks = remote
+        return model, info
+
+    def _stock_class(self, config: Any) -> Any:
+        mapping = getattr(self.loader, "_model_mapping", None)
+        if mapping is None:
+            return self.loader
+        if type(config) not in mapping:
+            raise ValueError(f"{type(config).__name__}: {self.loader.__name__} has no class for it")
+        return _get_model_class(config, mapping)
+
+
+def _without_blocks(kind: Any) -> Any:
+    """``kind`` with stand-ins for its blocks, under its name, by which transformers looks things up."""
+
+    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        kind.__init__(self, config, *args, **kwargs)
+        blocks = find_remote_blocks(find_body(self), config)
+        for index, block in enumerate(blocks):
+            blocks[index] = RemoteBlock(block, index)
+
+    return type(kind.__name__, (kind,), {"__init__": __init__, "__module__": kind.__module__})
+
+
+def _generation_config(path: str, default: Any, hub: dict[str, Any]) -> Any:
+    try:
+        return GenerationConfig.from_pretrained(path, **hub)
+    except OSError:  # it is optional
+        return default
+
+
+class AutoDistributedModel:
+    """A frozen base without a task head, whose blocks are on servers (transformers' ``AutoModel``)."""
+
+    _loader: ClassVar[Any] = transformers.AutoModel
+
+    def __init__(self) -> None:
+        raise TypeError(f"{type(self).__name__}: expected a call of from_pretrained(path)")
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+        """`ptune.AutoPTuneModel.from_pretrained`, but for the blocks, which servers of ``path`` run.
+
+        Reads nothing of the blocks. Raises `RemoteError` where they are not served.
+
+        Args:
+            servers: what `serve_blocks` returned, or the name that it was given; by default ``path``.
+            retries: see `Retries`.
+            wire_dtype, micro_batch: see `RemoteSequential`.
+        """
+        return load_distributed(cls._loader, path, *args, **kwargs)
+
+
+class AutoDistributedModelForCausalLM(AutoDistributedModel):
+    """Text generation (transformers' ``AutoModelForCausalLM``)."""
+
+    _loader = transformers.AutoModelForCausalLM
+
+
+class AutoDistributedModelForSequenceClassification(AutoDistributedModel):
+    """Sequence classification (transformers' ``AutoModelForSequenceClassification``)."""
+
+    _loader = transformers.AutoModelForSequenceClassification
+
+
+class AutoDistributedModelForTokenClassification(AutoDistributedModel):
+    """Token classification (transformers' ``AutoModelForTokenClassification``)."""
+
+    _loader = transformers.AutoModelForTokenClassification

@@ -1,0 +1,266 @@
+"""`RemoteSequential`: a module that stands where blocks were, which run on their servers."""
+
+import uuid
+import weakref
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from torch import Tensor, nn
+
+from .link import Link, call
+from .relay import Leg, Relay
+from .session import InferenceSession
+from .wire import Request, TooLarge, geometry, name_of, to_array, to_tensor
+
+
+class RemoteSequential(nn.Module):
+    """Blocks ``first`` … ``last - 1`` of a model, on the servers that ``link`` leads to; ``remote[2:5]`` are some.
+
+    Args:
+        wire_dtype: of hidden states and their gradients on their way; ``None`` for that of the hidden states.
+        micro_batch: how many rows travel together. The next ones are sent while these are with a later server; a
+            request that is too large for a server is split in any case.
+    """
+
+    def __init__(
+        self,
+        link: Link,
+        first: int = 0,
+        last: int | None = None,
+        *,
+        wire_dtype: str | None = None,
+        micro_batch: int | None = None,
+    ) -> None:
+        super().__init__()
+        if micro_batch is not None and micro_batch < 1:
+            raise ValueError(f"micro_batch: expected at least one row, got {micro_batch}")
+        self.link = link
+        self.first = first
+        self.last = len(link) if last is None else last
+        self.wire_dtype = wire_dtype
+        self.micro_batch = micro_batch
+
+    def __len__(self) -> int:
+        return self.last - self.first
+
+    def __getitem__(self, blocks: slice) -> "RemoteSequential":
+        if not isinstance(blocks, slice) or blocks.step not in (None, 1):
+            raise TypeError(f"blocks: expected a slice of consecutive ones, got {blocks!r}")
+        start, stop, _ = blocks.indices(len(self))
+        if start >= stop:
+            raise ValueError(f"blocks: expected at least one of {len(self)}, got {blocks!r}")
+        return RemoteSequential(
+            self.link,
+            self.first + start,
+            self.first + stop,
+            wire_dtype=self.wire_dtype,
+            micro_batch=self.micro_batch,
+        )
+
+    def forward(
+        self,
+        hidden: Tensor,
+        prompts: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        *,
+        starts: Tensor | None = None,
+        mode: str = "overwrite",
+    ) -> Tensor:
+        """Run the blocks on ``hidden`` [b, S, d]; differentiable in it and in ``prompts``.
+
+        Args:
+            prompts: deep prompts [blocks, m, d], float32. Their gradient is summed over the batch by the servers.
+            attention_mask: [b, S], 0 for padding; ``None`` where there is none.
+            position_ids: [b, S] or [1, S]; ``None`` for 0, 1, …
+            starts: [b], the column at which the m prompt rows of each row begin; ``None`` for 0.
+            mode: whether prompts ``"overwrite"`` these rows (but for the model's first block, where they are added), or
+                ``"add"``.
+
+        Raises `RemoteError` where the blocks could not be run, and `ValueError` for what no server takes.
+        """
+        self.check(hidden, prompts)
+        keep = torch.is_grad_enabled() and (hidden.requires_grad or (prompts is not None and prompts.requires_grad))
+        run = _Pass(self, hidden, prompts, attention_mask, position_ids, starts, mode, keep)
+        return _Blocks.apply(run, hidden, prompts)
+
+    def inference_session(self, max_length: int | None = None) -> InferenceSession:
+        """A session whose keys and values are kept by the servers; ``max_length``: how many columns it may come to."""
+        return InferenceSession(self.link, self.first, self.last, self.wire_dtype, max_length)
+
+    def check(self, hidden: Tensor, prompts: Tensor | None) -> None:
+        """Raises `ValueError` for shapes that do not fit these blocks."""
+        if hidden.dim() != 3 or 0 in hidden.shape:
+            raise ValueError(f"hidden: expected [b, S, d], got shape {tuple(hidden.shape)}")
+        if prompts is None:
+            return
+        if prompts.dim() != 3 or prompts.shape[0] != len(self) or prompts.shape[2] != hidden.shape[2]:
+            raise ValueError(f"prompts: expected [{len(self)}, m, {hidden.shape[2]}], got shape {tuple(prompts.shape)}")
+
+
+class _Pass:
+    """One forward through the blocks, and its backward, in micro-batches."""
+
+    def __init__(
+        self,
+        blocks: RemoteSequential,
+        hidden: Tensor,
+        prompts: Tensor | None,
+        mask: Tensor | None,
+        positions: Tensor | None,
+        starts: Tensor | None,
+        mode: str,
+        keep: bool,
+    ) -> None:
+        self.link = blocks.link
+        self.legs = self.link.legs(blocks.first, blocks.last)
+        self.dtype = blocks.wire_dtype or name_of(hidden.dtype)
+        self.first = blocks.first
+        self.arrays = geometry(mask, positions, starts if prompts is not None else None)
+        self.mode, self.keep = mode, keep
+        rows, length = hidden.shape[:2]
+        most = self.link.max_tokens // length
+        if most == 0:
+            raise TooLarge(
+                f"hidden: expected at most {self.link.max_tokens} tokens in a row (max_tokens), got {length}"
+            )
+        step = min(blocks.micro_batch or rows, most)
+        self.slices = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+        self.chunks: list[_Chunk] = []
+        # at once, and not when garbage is collected: chunks and their relays hold one another
+        weakref.finalize(self, _release, self.chunks).atexit = False
+
+    def forward(self, hidden: Tensor, prompts: Tensor | None) -> Tensor:
+        array = to_array(hidden, self.dtype)
+        sent = [
+            None if prompts is None else self.link.prompts(leg.first, leg.last, self._rows(prompts, leg))
+            for leg in self.legs
+        ]
+        for rows in self.slices:
+            requests = [
+                Request(
+                    leg.first,
+                    leg.last,
+                    self.dtype,
+                    (rows.stop - rows.start, array.shape[1]),
+                    prompts=prompt,
+                    mode=self.mode,
+                    **{name: _rows_of(value, rows) for name, value in self.arrays.items()},
+                )
+                for leg, prompt in zip(self.legs, sent, strict=True)
+            ]
+            self.chunks.append(_Chunk(self.link, requests, array[rows], self.keep))
+        outputs = [
+            to_tensor("hidden", chunk.forward(), self.dtype, chunk.hidden.shape).to(hidden.device, hidden.dtype)
+            for chunk in self.chunks
+        ]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def backward(self, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
+        array = to_array(gradient, self.dtype)
+        relays = [chunk.begin_backward(array[rows]) for chunk, rows in zip(self.chunks, self.slices, strict=True)]
+        parts: list[Tensor] = []
+        deep: Tensor | None = None
+        for chunk, relay in zip(self.chunks, relays, strict=True):
+            part, *rows = chunk.finish_backward(relay)
+            parts.append(to_tensor("gradient", part, self.dtype, chunk.hidden.shape))
+            if rows[0] is not None:
+                # from the last blocks to the first
+                together = torch.cat([torch.from_numpy(rows_of.copy()) for rows_of in reversed(rows)])
+                deep = together if deep is None else deep + together
+        return torch.cat(parts).to(gradient.device, gradient.dtype), deep
+
+    def _rows(self, prompts: Tensor, leg: Leg) -> Tensor:
+        return prompts[leg.first - self.first : leg.last - self.first]
+
+
+class _Chunk:
+    """Some rows of a batch on their way through the blocks and back."""
+
+    def __init__(self, link: Link, requests: list[Request], hidden: np.ndarray, keep: bool) -> None:
+        self.link = link
+        self.hidden = hidden
+        self.requests = {request.first: request for request in requests}
+        self.legs = link.legs(requests[0].first, requests[-1].last)
+        self.keep = keep
+        self._names: dict[int, str] = {}
+        self._outstanding: list[tuple[Any, str]] = []
+        self.relay = Relay(self.legs, link.retries, self._begin, self._send)
+
+    def forward(self) -> np.ndarray:
+        output = self.relay.wait()[0]
+        self.link.traffic["hidden"] += self.hidden.nbytes + output.nbytes
+        self.link.traffic["hidden between servers"] += self.hidden.nbytes * (len(self.legs) - 1)
+        # what each leg was given stays in the object store until the graph is gone
+        self.relay.states = self.relay.states[:-1] if self.keep else []
+        return output
+
+    def begin_backward(self, gradient: np.ndarray) -> Relay:
+        legs = [Leg(leg.replicas, leg.first, leg.last, leg.server) for leg in reversed(self.legs)]
+        return Relay(legs, self.link.retries, lambda: ray.put(gradient), self._send_back, self._forward_again)
+
+    def finish_backward(self, relay: Relay) -> list[Any]:
+        results = relay.wait()
+        self.link.traffic["gradients"] += self.hidden.nbytes + results[0].nbytes
+        self.link.traffic["gradients between servers"] += self.hidden.nbytes * (len(self.legs) - 1)
+        self.link.traffic["prompt gradients"] += sum(deep.nbytes for deep in results[1:] if deep is not None)
+        return results
+
+    def release(self) -> None:
+        """Let go of what stands between the servers, and of activations whose backward did not come.
+
+        Servers that do not hear of it drop them in time.
+        """
+        self.relay.states.clear()
+        if ray.is_initialized():
+            for server, keep in self._outstanding:
+                server.forget.remote(keep)
+        self._outstanding.clear()
+
+    def _begin(self) -> Any:
+        return ray.put(self.hidden)
+
+    def _send(self, leg: Leg, states: Any) -> list[Any]:
+        keep = None
+        if self.keep:
+            keep = self._names[leg.first] = uuid.uuid4().hex
+            self._outstanding.append((leg.server, keep))
+        return call(leg.server, "forward", 2, self.requests[leg.first], states, keep)
+
+    def _send_back(self, leg: Leg, gradient: Any) -> list[Any]:
+        keep = self._names[leg.first]
+        if (leg.server, keep) in self._outstanding:
+            self._outstanding.remove((leg.server, keep))  # the backward takes it
+        source = self.relay.states[[own.first for own in self.legs].index(leg.first)]
+        return call(leg.server, "backward", 3, self.requests[leg.first], gradient, keep, [source])
+
+    def _forward_again(self) -> None:
+        """Make anew what each leg was given."""
+        self.relay.states.append(None)
+        self.relay.begin_again()
+        self.relay.settle()
+        self.relay.states.pop()
+
+
+class _Blocks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, run: _Pass, hidden: Tensor, prompts: Tensor | None) -> Tensor:
+        ctx.run = run
+        return run.forward(hidden, prompts)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, Tensor | None]:
+        hidden, prompts = ctx.run.backward(gradient)
+        return None, hidden, prompts
+
+
+def _rows_of(array: np.ndarray | None, rows: slice) -> np.ndarray | None:
+    return array if array is None or len(array) == 1 else array[rows]
+
+
+def _release(chunks: list[_Chunk]) -> None:
+    for chunk in chunks:
+        chunk.release()

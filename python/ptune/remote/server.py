@@ -1,0 +1,218 @@
+"""`BlockServer`: a Ray actor that runs some blocks of a checkpoint for clients."""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from .keeping import Keeping
+from .span import Span
+from .wire import Prompts, Request, SessionGone, TooLarge, to_array, to_tensor
+
+_MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one server takes on.
+
+    Attributes:
+        max_tokens: b · S of one request.
+        kept_bytes: activations of forwards whose backward has not come; older ones are computed again.
+        session_bytes: keys and values of inference sessions; the longest unused are dropped, and their clients send
+            their history again.
+        idle_seconds: after which what a client left is dropped.
+    """
+
+    max_tokens: int = 65536
+    kept_bytes: int = 1024 * _MIB
+    session_bytes: int = 1024 * _MIB
+    idle_seconds: float = 600.0
+
+
+class BlockServer:
+    """Runs blocks ``first`` … ``last - 1`` of the checkpoint ``path``; one request at a time, in their order.
+
+    Hidden states come and go as arrays (see `wire`), which every method that computes returns beside a receipt,
+    ``True``: a client can wait for it without fetching them. What is wrong with a request is a `ValueError`.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        first: int,
+        last: int,
+        dtype: str = "auto",
+        device: str = "cpu",
+        limits: Limits | None = None,
+        revision: str | None = None,
+    ) -> None:
+        self.limits = limits or Limits()
+        self.span = Span(path, first, last, dtype, device, revision=revision or "main")
+        idle = self.limits.idle_seconds
+        self._kept = Keeping(self.limits.kept_bytes, idle)
+        self._sessions = Keeping(self.limits.session_bytes, idle)
+        self._prompts = Keeping(self.limits.kept_bytes, idle)
+        self._weights = {weight.untyped_storage().data_ptr() for weight in self.span.body.parameters()}
+        self._weight_bytes = sum(weight.untyped_storage().nbytes() for weight in self.span.body.parameters())
+        self._requests = self._recomputed = 0
+
+    def forward(self, request: Request, hidden: np.ndarray, keep: str | None = None) -> tuple[np.ndarray, bool]:
+        """The blocks' output [b, S, d]. Activations are kept under the name ``keep``, for `backward`."""
+        states = self._admit(request, hidden)
+        if keep is None:
+            with torch.no_grad():
+                output = self.span(states, request.first, request.last, **self._arguments(request))
+        else:
+            run, nbytes = self._run(request, states)
+            self._kept.put(keep, run, nbytes)
+            output = run.output
+        return to_array(output, request.dtype), True
+
+    def backward(
+        self, request: Request, gradient: np.ndarray, keep: str, source: list[Any]
+    ) -> tuple[np.ndarray, np.ndarray | None, bool]:
+        """Gradients of the hidden states, and of the prompts: float32 [blocks, m, d], summed over the batch.
+
+        ``source``: a list with a reference to the hidden states of the forward, which is run again where its
+        activations are no longer here.
+        """
+        output_gradient = self._admit(request, gradient, "gradient")
+        run = self._kept.take(keep)
+        if run is None:
+            self._recomputed += 1
+            run, _ = self._run(request, self._states(request, ray.get(source[0])))
+        inputs = [run.hidden] if run.prompts is None else [run.hidden, run.prompts]
+        gradients = torch.autograd.grad(run.output, inputs, output_gradient)
+        deep = None if run.prompts is None else to_array(gradients[1], "float32")
+        return to_array(gradients[0], request.dtype), deep, True
+
+    def step(
+        self, request: Request, hidden: np.ndarray, session: str, seen: int, rows: np.ndarray | None = None
+    ) -> tuple[np.ndarray, bool]:
+        """Continue ``session`` by the columns of ``hidden``, after ``seen`` others; 0 begins it.
+
+        ``rows``: which rows of the batch before are continued. Raises `SessionGone` where the session does not stand at
+        ``seen``.
+        """
+        states = self._admit(request, hidden)
+        cache = self._sessions.take(session)
+        if seen == 0:
+            cache = DynamicCache(config=self.span.body.config)
+        elif cache is None or cache.get_seq_length(request.first) != seen:
+            raise SessionGone(session)
+        elif rows is not None:
+            cache.batch_select_indices(torch.from_numpy(rows.copy()))
+        with torch.no_grad():
+            output = self.span(states, request.first, request.last, cache=cache, **self._arguments(request))
+        if cache.get_seq_length(request.first) != seen + request.shape[1]:
+            raise ValueError(f"session: {type(self.span.body).__name__} keeps no keys and values")
+        nbytes = sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
+        if nbytes > self.limits.session_bytes:
+            raise TooLarge(
+                f"session: expected at most {self.limits.session_bytes} bytes of keys and values (session_bytes), got "
+                f"{nbytes}"
+            )
+        self._sessions.put(session, cache, nbytes)
+        return to_array(output, request.dtype), True
+
+    @ray.method(concurrency_group="beside")
+    def close(self, session: str) -> None:
+        """Forget a session."""
+        self._sessions.take(session)
+
+    @ray.method(concurrency_group="beside")
+    def forget(self, keep: str) -> None:
+        """Forget the activations of a forward whose backward will not come."""
+        self._kept.take(keep)
+
+    @ray.method(concurrency_group="beside")
+    def status(self) -> dict[str, Any]:
+        """What `ptune remote-status` shows, and what a client checks."""
+        for keeping in (self._kept, self._sessions, self._prompts):
+            keeping.drop_idle()
+        return {
+            "first": self.span.first,
+            "last": self.span.last,
+            "num_layers": self.span.num_layers,
+            "fingerprint": self.span.fingerprint,
+            "dtype": str(self.span.dtype).removeprefix("torch."),
+            "node": ray.get_runtime_context().get_node_id(),
+            "pid": os.getpid(),
+            "requests": self._requests,
+            "recomputed": self._recomputed,
+            "sessions": len(self._sessions),
+            "session_bytes": self._sessions.nbytes,
+            "kept": len(self._kept),
+            "kept_bytes": self._kept.nbytes,
+            "prompt_bytes": self._prompts.nbytes,
+            "weight_bytes": self._weight_bytes,
+            "max_tokens": self.limits.max_tokens,
+        }
+
+    def _admit(self, request: Request, array: Any, name: str = "hidden") -> Tensor:
+        """The states in ``array``, of a request that has been checked."""
+        if type(request) is not Request:
+            raise ValueError(f"request: expected a Request, got {type(request).__name__}")
+        request.check(self.span.first, self.span.last)
+        if (tokens := request.shape[0] * request.shape[1]) > self.limits.max_tokens:
+            raise TooLarge(f"hidden: expected at most {self.limits.max_tokens} tokens (max_tokens), got {tokens}")
+        states = self._states(request, array, name)
+        self._requests += 1
+        for keeping in (self._kept, self._sessions, self._prompts):
+            keeping.drop_idle()
+        return states
+
+    def _states(self, request: Request, array: Any, name: str = "hidden") -> Tensor:
+        states = to_tensor(name, array, request.dtype, (*request.shape, self.span.width))
+        return states.to(self.span.device)
+
+    def _arguments(self, request: Request) -> dict[str, Any]:
+        arguments: dict[str, Any] = {"mode": request.mode}
+        for name in ("mask", "positions", "starts"):
+            if (array := getattr(request, name)) is not None:
+                tensor = torch.from_numpy(array.copy())
+                arguments[name] = (tensor.long() if name == "mask" else tensor).to(self.span.device)
+        if request.prompts is not None:
+            arguments["prompts"] = self._prompts_of(request, request.prompts)
+        return arguments
+
+    def _prompts_of(self, request: Request, prompts: Prompts) -> Tensor:
+        key = (prompts.client, request.first, request.last)
+        version, rows = self._prompts.get(key) or (None, None)
+        if version != prompts.version:
+            shape = (request.last - request.first, prompts.count, self.span.width)
+            rows = to_tensor("prompts", ray.get(prompts.source[0]), "float32", shape).to(self.span.device)
+            self._prompts.put(key, (prompts.version, rows), rows.nbytes)
+        assert rows is not None
+        return rows
+
+    def _run(self, request: Request, hidden: Tensor) -> tuple["_Kept", int]:
+        """A forward whose graph is kept, and how many bytes it keeps."""
+        arguments = self._arguments(request)
+        hidden.requires_grad_()
+        if (prompts := arguments.get("prompts")) is not None:
+            prompts = arguments["prompts"] = prompts.detach().requires_grad_()
+        saved: dict[int, int] = {}
+
+        def count(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in self._weights:
+                saved[storage.data_ptr()] = storage.nbytes()
+            return tensor.detach()  # the tensor itself would keep its own graph alive
+
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            output = self.span(hidden, request.first, request.last, **arguments)
+        return _Kept(hidden, prompts, output), sum(saved.values())
+
+
+@dataclass
+class _Kept:
+    hidden: Tensor
+    prompts: Tensor | None
+    output: Tensor

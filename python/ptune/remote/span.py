@@ -1,0 +1,204 @@
+"""Some consecutive blocks of a checkpoint, run by the stock forward of its model's body."""
+
+import inspect
+import os
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel
+
+from ptune_kernels import Placement, overwrite
+
+from .. import checkpoint
+from ..concat import matching
+from ..support import check_base, find_blocks, find_body
+from .shards import read_tensors
+from .standin import StandIn
+
+
+class Span:
+    """Blocks ``first`` … ``last - 1`` of the checkpoint ``path``, without the rest of its weights.
+
+    The body's own forward makes masks, rotary embeddings and whatever else its blocks are given, so that these are the
+    whole model's to the bit. It runs on zeros that take no memory, up to the first block, which is given the hidden
+    states; all other blocks are stand-ins.
+
+    Args:
+        path: a folder that the machine can read, or a name on the hub, with safetensors files.
+        dtype: of the weights: ``"float32"`` or the like, or ``"auto"`` for the checkpoint's.
+        device: where they lie.
+
+    Raises `ValueError` or `NotImplementedError` for blocks that there are not, or a body that cannot be run so.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        first: int,
+        last: int,
+        dtype: str = "auto",
+        device: str | torch.device = "cpu",
+        **hub: Any,
+    ) -> None:
+        config = AutoConfig.from_pretrained(path, **hub)
+        if not 0 <= first < last <= config.num_hidden_layers:
+            raise ValueError(f"blocks: expected some of 0 to {config.num_hidden_layers - 1}, got {first} to {last - 1}")
+        wanted = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype, None)
+        if not isinstance(wanted, torch.dtype) or not wanted.is_floating_point:
+            raise ValueError(f"dtype: expected 'auto' or the name of a floating-point dtype, got {dtype!r}")
+        self.first, self.last = first, last
+        self.dtype, self.device = wanted, torch.device(device)
+        self.width = config.hidden_size
+        self.num_layers = config.num_hidden_layers
+        self.fingerprint = checkpoint.fingerprint(checkpoint.base_config(config))
+        with init_empty_weights(include_buffers=False):
+            whole = AutoModel.from_config(config)
+        check_base(whole)
+        self.body = find_body(whole).requires_grad_(False).eval()
+        if getattr(self.body, "pooler", None) is not None:
+            self.body.pooler = None
+        self._parameters = {*inspect.signature(self.body.forward).parameters, "return_dict"}
+        self._run: _Run | None = None
+        blocks = find_remote_blocks(self.body, config)
+        self._load(path, blocks, **hub)
+        for index, block in enumerate(blocks):
+            inside = first <= index < last
+            blocks[index] = _Slot(block, index, self) if inside else StandIn(block, index)
+        for module in self.body.modules():
+            for name, weight in module._parameters.items():
+                if weight is not None and weight.is_meta:
+                    zero = torch.zeros((), dtype=wanted, device=self.device)
+                    module._parameters[name] = nn.Parameter(zero.expand(weight.shape), requires_grad=False)
+        self.body.to(self.device)
+
+    def __call__(
+        self,
+        hidden: Tensor,
+        first: int,
+        last: int,
+        *,
+        mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        prompts: Tensor | None = None,
+        starts: Tensor | None = None,
+        mode: str = "overwrite",
+        cache: Any = None,
+    ) -> Tensor:
+        """Run blocks ``first`` … ``last - 1`` on ``hidden`` [b, S, d], which is returned in its dtype.
+
+        ``mask`` [b, N] (1 for tokens), ``positions`` [b, S], ``prompts`` [blocks, m, d] float32 and ``starts`` int32
+        [b]: see `Request`. ``cache``: a `DynamicCache` that already holds N - S columns.
+        """
+        embedding = self.body.get_input_embeddings().weight
+        zero = torch.zeros((), dtype=self.dtype, device=self.device)
+        arguments: dict[str, Any] = {
+            "inputs_embeds": zero.expand(*hidden.shape[:2], embedding.shape[1]),
+            "attention_mask": mask,
+            "use_cache": cache is not None,
+            "past_key_values": cache,
+            "return_dict": True,
+        }
+        if positions is not None:
+            arguments["position_ids"] = positions
+            if mask is None:
+                # positions without a mask would be read as packed texts
+                past = 0 if cache is None else cache.get_seq_length()
+                columns = past + hidden.shape[1]
+                arguments["attention_mask"] = torch.ones(hidden.shape[0], columns, dtype=torch.long, device=self.device)
+        placement = None
+        if prompts is not None and starts is not None:
+            length = torch.full_like(starts, prompts.shape[1])
+            placement = Placement(torch.zeros_like(starts), length, starts, prompts.shape[1])
+        run = self._run = _Run(hidden.to(self.dtype), first, last, prompts, placement, mode)
+        try:
+            self.body(**{name: value for name, value in arguments.items() if name in self._parameters})
+        finally:
+            self._run = None
+        assert run.output is not None
+        return run.output.to(hidden.dtype)
+
+    def _load(self, path: Any, blocks: nn.ModuleList, **hub: Any) -> None:
+        pattern = block_pattern(self.body, blocks)
+
+        def wanted(name: str) -> bool:
+            found = pattern.search(name)
+            return found is not None and self.first <= int(found[1]) < self.last
+
+        inside: dict[int, dict[str, Tensor]] = {index: {} for index in range(self.first, self.last)}
+        for name, tensor in read_tensors(path, wanted, **hub).items():
+            found = pattern.search(name)
+            assert found is not None
+            if tensor.is_floating_point():
+                tensor = tensor.to(self.dtype)
+            inside[int(found[1])][_modern(found[2])] = tensor.to(self.device)
+        for index, state in inside.items():
+            missing, unexpected = blocks[index].load_state_dict(state, strict=False, assign=True)
+            missing = [name for name in missing if name in dict(blocks[index].named_parameters())]
+            if missing:
+                raise NotImplementedError(
+                    f"{path}: expected the parameters of block {index} under their own names, and lacks {missing} (of "
+                    f"block {index} it has {sorted(state)}, of which {unexpected} belong to no parameter)"
+                )
+
+
+@dataclass
+class _Run:
+    """A running call: read and filled by the slots."""
+
+    hidden: Tensor
+    first: int
+    last: int
+    prompts: Tensor | None
+    placement: Placement | None
+    mode: str
+    output: Tensor | None = None
+
+
+class _Slot(StandIn):
+    """A block in its place, which is skipped where a call does not want it."""
+
+    def __init__(self, block: nn.Module, index: int, span: Span) -> None:
+        super().__init__(block, index)
+        self.block = block
+        self._span = span
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        run = self._span._run
+        assert run is not None
+        if not run.first <= self.index < run.last:
+            return super().forward(hidden_states, *args, **kwargs)
+        hidden = run.hidden if self.index == run.first else hidden_states
+        if run.prompts is not None:
+            rows = matching(run.prompts[self.index - run.first], hidden)
+            # the model's first block adds, as everywhere
+            hidden = overwrite(hidden, rows, run.placement, "add" if self.index == 0 else run.mode)
+        hidden = self.block(hidden, *args, **kwargs)
+        if not isinstance(hidden, Tensor):
+            raise NotImplementedError(
+                f"{type(self.block).__name__}: expected hidden states, got {type(hidden).__name__}"
+            )
+        if self.index == run.last - 1:
+            run.output = hidden
+        return hidden
+
+
+def find_remote_blocks(body: nn.Module, config: Any) -> nn.ModuleList:
+    """The blocks of ``body``. Raises `NotImplementedError` where they cannot run apart from one another."""
+    if hasattr(config, "num_hidden_groups"):
+        raise NotImplementedError(f"{type(body).__name__}: its blocks cannot run elsewhere, as it calls one many times")
+    return find_blocks(body, config)
+
+
+def block_pattern(body: nn.Module, blocks: nn.ModuleList) -> re.Pattern[str]:
+    """Finds the names of the blocks' tensors in a checkpoint: groups are the number of the block and the rest."""
+    name = next(name for name, module in body.named_modules() if module is blocks)
+    return re.compile(rf"(?:^|\.){re.escape(name)}\.(\d+)\.(.+)$")
+
+
+def _modern(name: str) -> str:
+    """Checkpoints of the first BERTs have TensorFlow's names, which transformers renames too."""
+    return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")

@@ -1,0 +1,146 @@
+"""What travels between a client and its servers: plain arrays, and a `Request` that is checked where it arrives."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# numpy has no bfloat16: its bits travel
+_ARRAYS: dict[str, tuple[torch.dtype, Any]] = {
+    "float64": (torch.float64, np.float64),
+    "float32": (torch.float32, np.float32),
+    "float16": (torch.float16, np.float16),
+    "bfloat16": (torch.bfloat16, np.uint16),
+}
+
+
+class SessionGone(Exception):
+    """A server no longer holds a session, or not the state of it that the client expects; its history makes it anew."""
+
+
+class TooLarge(ValueError):
+    """A request over a limit of the server; the message has the limit."""
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Deep prompts of some blocks, sent once per version.
+
+    Attributes:
+        client: who trains them.
+        version: a number for each value that they have had.
+        count: rows m.
+        source: a list with a reference to the float32 array [blocks, m, d]; in a list, so that Ray does not fetch it
+            for a server that has this version.
+    """
+
+    client: str
+    version: int
+    count: int
+    source: list[Any] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be done with hidden states [b, S, d], beside these.
+
+    Attributes:
+        first, last: blocks ``first`` … ``last - 1`` of the model.
+        dtype: of hidden states on the wire.
+        shape: b and S.
+        mask: bool [b, N], which of the columns, past ones included, hold tokens; ``None`` where all do.
+        positions: int64 [b, S] or [1, S]; ``None`` for 0, 1, …
+        prompts: deep prompts of these blocks.
+        starts: int32 [b], the column of each row at which they begin; ``None`` for 0.
+        mode: ``"overwrite"`` or ``"add"``.
+    """
+
+    first: int
+    last: int
+    dtype: str
+    shape: tuple[int, int]
+    mask: np.ndarray | None = None
+    positions: np.ndarray | None = None
+    prompts: Prompts | None = None
+    starts: np.ndarray | None = None
+    mode: str = "overwrite"
+
+    def check(self, first: int, last: int) -> None:
+        """Raises `ValueError` where this is no request for a server of blocks ``first`` … ``last - 1``."""
+        if not (_is_count(self.first) and _is_count(self.last) and first <= self.first < self.last <= last):
+            raise ValueError(f"blocks: expected some of {first} to {last - 1}, got {self.first!r} to {self.last!r} - 1")
+        if self.dtype not in _ARRAYS:
+            raise ValueError(f"dtype: expected one of {', '.join(_ARRAYS)}, got {self.dtype!r}")
+        if not (isinstance(self.shape, tuple) and len(self.shape) == 2 and all(map(_is_count, self.shape))):
+            raise ValueError(f"shape: expected (b, S), got {self.shape!r}")
+        if self.mode not in ("overwrite", "add"):
+            raise ValueError(f"mode: expected 'overwrite' or 'add', got {self.mode!r}")
+        rows, length = self.shape
+        if min(self.shape) < 1:
+            raise ValueError(f"shape: expected at least one row and one column, got {self.shape!r}")
+        if self.mask is not None:
+            _check_array("mask", self.mask, np.bool_, (rows, None))
+            if self.mask.shape[1] < length:
+                raise ValueError(f"mask: expected at least {length} columns, got {self.mask.shape[1]}")
+        if self.positions is not None:
+            _check_array("positions", self.positions, np.int64, (rows if len(self.positions) != 1 else 1, length))
+        if self.prompts is None:
+            return
+        count = self.prompts.count
+        if not _is_count(count) or not 1 <= count <= length:
+            raise ValueError(f"prompts: expected 1 to {length} rows, got {count!r}")
+        if self.starts is not None:
+            _check_array("starts", self.starts, np.int32, (rows,))
+            if self.starts.min() < 0 or self.starts.max() > length - count:
+                raise ValueError(
+                    f"starts: expected columns 0 to {length - count}, got {self.starts.min()} to {self.starts.max()}"
+                )
+
+
+def to_array(tensor: Tensor, dtype: str) -> np.ndarray:
+    """``tensor`` in ``dtype``, on the CPU."""
+    tensor = tensor.detach().to("cpu", _ARRAYS[dtype][0]).contiguous()
+    return tensor.view(torch.uint16).numpy() if dtype == "bfloat16" else tensor.numpy()
+
+
+def to_tensor(name: str, array: Any, dtype: str, shape: Sequence[int | None]) -> Tensor:
+    """A copy of what `to_array` made. Raises `ValueError` where it is not of ``dtype`` and ``shape``."""
+    kind, stored = _ARRAYS[dtype]
+    _check_array(name, array, stored, shape)
+    tensor = torch.from_numpy(array.copy())  # what Ray hands over may not be written to
+    return tensor.view(kind)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """Raises `ValueError` for a dtype that does not travel."""
+    name = str(dtype).removeprefix("torch.")
+    if name not in _ARRAYS:
+        raise ValueError(f"dtype: expected one of {', '.join(_ARRAYS)}, got {name}")
+    return name
+
+
+def geometry(mask: Tensor | None, positions: Tensor | None, starts: Tensor | None) -> dict[str, Any]:
+    """As a `Request` has them."""
+    arrays = {"mask": (mask, torch.bool), "positions": (positions, torch.long), "starts": (starts, torch.int32)}
+    return {
+        name: None if value is None else value.detach().to("cpu", dtype).numpy()
+        for name, (value, dtype) in arrays.items()
+    }
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _check_array(name: str, array: Any, dtype: Any, shape: Sequence[int | None]) -> None:
+    wanted = ", ".join("any" if size is None else str(size) for size in shape)
+    if type(array) is not np.ndarray:
+        raise ValueError(f"{name}: expected an array [{wanted}], got {type(array).__name__}")
+    fits = len(shape) == array.ndim and all(a in (None, b) for a, b in zip(shape, array.shape, strict=True))
+    if array.dtype != dtype or not fits:
+        raise ValueError(
+            f"{name}: expected {np.dtype(dtype)} of shape ({wanted}), got {array.dtype} of shape {array.shape}"
+        )

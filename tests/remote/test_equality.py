@@ -1,0 +1,302 @@
+"""A model whose blocks are on servers equals the local one, which knows nothing of them."""
+
+import gc
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from model.common import close
+
+import ptune
+
+pytest.importorskip("ray", reason="ray is not installed")
+
+import ray
+
+from ptune import remote
+from ptune.models.bert import DistributedBertForTokenClassification
+from ptune.models.llama import DistributedLlamaForSequenceClassification
+
+from .common import COUNT, LAYERS, batch_of, give, settings_for, trained
+
+MODES = ("none", "shallow", "overwrite", "add")
+PADDINGS = ("none", "right", "left")
+
+
+def pair_of(task, folder, servers, mode, **rest):
+    local = getattr(ptune, f"AutoPTuneModelFor{task}").from_pretrained(folder, **settings_for(mode))
+    far = getattr(remote, f"AutoDistributedModelFor{task}").from_pretrained(
+        folder, servers=servers, **settings_for(mode), **rest
+    )
+    give(far, local)
+    return local, far
+
+
+def check(local, far, batch, real):
+    """Losses, logits and every gradient."""
+    outputs = [model.eval()(**batch) for model in (local, far)]
+    for output in outputs:
+        output.loss.backward()
+    close(outputs[1].loss, outputs[0].loss)
+    close(outputs[1].logits[real], outputs[0].logits[real])
+    expected = trained(local)
+    assert trained(far).keys() == expected.keys()
+    for name, parameter in trained(far).items():
+        assert expected[name].grad.any()
+        close(parameter.grad, expected[name].grad)
+
+
+@pytest.mark.parametrize("micro_batch", [None, 2, 3])
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("mode", MODES[1:])
+@pytest.mark.parametrize("servers", [1, 2, 4])
+def test_language_model(servers, mode, padding, micro_batch, serve, folder_of):
+    name = serve("llama", servers)
+    local, far = pair_of("CausalLM", folder_of("llama"), name, mode, micro_batch=micro_batch)
+    ids, mask = batch_of(padding)
+    labels = ids if mask is None else ids.masked_fill(mask == 0, -100)
+    real = slice(None) if mask is None else mask.bool()
+    check(local, far, {"input_ids": ids, "attention_mask": mask, "labels": labels}, real)
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("family", "servers"), [("llama", 2), ("qwen3", 1), ("mistral", 1), ("bert", 2)])
+def test_sequence_classification(family, servers, mode, padding, serve, folder_of):
+    local, far = pair_of("SequenceClassification", folder_of(family), serve(family, servers), mode, micro_batch=3)
+    ids, mask = batch_of(padding)
+    check(local, far, {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([0, 1, 1, 0, 1])}, ...)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("family", "servers"), [("llama", 4), ("mistral", 1), ("bert", 2)])
+def test_token_classification(family, servers, mode, serve, folder_of):
+    local, far = pair_of("TokenClassification", folder_of(family), serve(family, servers), mode)
+    ids, mask = batch_of("right")
+    labels = torch.randint(2, ids.shape).masked_fill(mask == 0, -100)
+    check(local, far, {"input_ids": ids, "attention_mask": mask, "labels": labels}, mask.bool())
+
+
+def test_positions_are_honoured(serve, folder_of):
+    local, far = pair_of("CausalLM", folder_of("llama"), serve("llama", 2), "add")
+    ids, mask = batch_of("left")
+    positions = (mask.cumsum(1) - 1).clamp_min(0) * 2 + 3
+    labels = ids.masked_fill(mask == 0, -100)
+    batch = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "labels": labels}
+    check(local, far, batch, mask.bool())
+
+
+def test_training_follows_the_local_curve(serve, folder_of):
+    local, far = pair_of("SequenceClassification", folder_of("bert"), serve("bert", 2), "overwrite", micro_batch=3)
+    local.dropout.p = far.dropout.p = 0.0  # the head's own
+    curves = []
+    batches = [(*batch_of("right"), torch.randint(2, (5,))) for _ in range(20)]
+    for model in (local, far):
+        optimizer = torch.optim.AdamW(trained(model).values(), lr=1e-2)
+        curve = []
+        for ids, mask, labels in batches:
+            loss = model.train()(input_ids=ids, attention_mask=mask, labels=labels).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            curve.append(loss.detach())
+        curves.append(torch.stack(curve))
+    close(curves[1], curves[0], 1e-4)
+    assert curves[0].std() > 0.05
+
+
+@pytest.mark.parametrize(
+    "how", [{}, {"num_beams": 3}, {"do_sample": True, "top_k": 5}], ids=["greedy", "beams", "sample"]
+)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("family", "servers"), [("llama", 2), ("qwen3", 1), ("mistral", 1)])
+def test_generate(family, servers, mode, how, serve, folder_of):
+    local, far = pair_of("CausalLM", folder_of(family), serve(family, servers), mode)
+    ids, mask = batch_of("left")
+    continued = []
+    for model in (local, far):
+        torch.manual_seed(5)
+        continued.append(model.generate(ids, attention_mask=mask, max_new_tokens=8, pad_token_id=0, **how))
+    assert continued[1].tolist() == continued[0].tolist()
+
+
+def test_prompts_off_is_the_stock_model(serve, folder_of):
+    _, far = pair_of("CausalLM", folder_of("llama"), serve("llama", 2), "overwrite")
+    stock = transformers.AutoModelForCausalLM.from_pretrained(folder_of("llama")).eval()
+    ids, mask = batch_of("left")
+    with torch.no_grad(), far.disable_prompts():
+        close(far(ids, attention_mask=mask).logits[mask.bool()], stock(ids, attention_mask=mask).logits[mask.bool()])
+
+
+def test_deep_prompts_begin_as_they_do_here(serve, folder_of):
+    texts = [list(range(5, 17)), list(range(20, 29))]
+    made = []
+    for loader, where in (
+        (ptune.AutoPTuneModelForCausalLM, {}),
+        (remote.AutoDistributedModelForCausalLM, {"servers": serve("llama", 2)}),
+    ):
+        torch.manual_seed(3)
+        model = loader.from_pretrained(folder_of("llama"), **settings_for("overwrite"), prompt_init_text=texts, **where)
+        made.append([parameter.detach() for parameter in model.prompt_parameters()])
+    for got, expected in zip(made[1], made[0], strict=True):
+        close(got, expected)
+
+
+def test_folders_of_prompts_are_those_of_a_local_model(serve, folder_of, tmp_path):
+    servers = serve("llama", 2)
+    local, far = pair_of("SequenceClassification", folder_of("llama"), servers, "add")
+    far.save_prompts(tmp_path)
+    again = ptune.AutoPTuneModelForSequenceClassification.from_pretrained(tmp_path)
+    back = DistributedLlamaForSequenceClassification.from_pretrained(tmp_path, servers=servers)
+    for name, parameter in trained(local).items():
+        assert torch.equal(again.get_parameter(name), parameter)
+        assert torch.equal(back.get_parameter(name), parameter)
+
+
+def test_the_client_reads_no_blocks(serve, folder_of, tmp_path):
+    folder = folder_of("bert")
+    weights = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    needed = {file for name, file in weights.items() if ".layer." not in name}
+    assert needed < set(weights.values())
+    for file in folder.iterdir():
+        if file.suffix != ".safetensors" or file.name in needed:
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    model = DistributedBertForTokenClassification.from_pretrained(tmp_path, servers=serve("bert", 2), num_labels=3)
+    assert model.num_labels == 3
+    assert not [name for name, _ in model.named_parameters() if ".layer." in name]
+
+
+def test_some_blocks(serve, folder_of):
+    blocks = remote.RemoteSequential(remote.connect(serve("llama", 2)))
+    assert len(blocks) == LAYERS
+    assert len(blocks[1:3][1:]) == 1
+    body = transformers.AutoModel.from_pretrained(folder_of("llama")).eval().requires_grad_(False)
+    hidden, mask = torch.randn(3, 7, 24, requires_grad=True), torch.ones(3, 7, dtype=torch.long)
+    mask[1, :3] = 0
+    embedded = body.rotary_emb(hidden, torch.arange(7)[None])
+    causal = torch.ones(7, 7, dtype=torch.bool).tril() & mask.bool()[:, None, None]
+    prompts = torch.randn(2, 2, 24, requires_grad=True)
+    rows = torch.tensor([0, 3, 0], dtype=torch.int32)
+    states = hidden
+    for layer, prompt in zip(body.layers[1:3], prompts, strict=True):
+        replaced = [torch.cat([row[:at], prompt, row[at + 2 :]]) for row, at in zip(states, rows.tolist(), strict=True)]
+        states = layer(torch.stack(replaced), attention_mask=causal, position_embeddings=embedded)
+    got = blocks[1:3](hidden, prompts, mask, starts=rows)
+    real = mask.bool()
+    close(got[real], states[real])
+    weight = torch.randn_like(got) * mask[..., None]
+    expected = torch.autograd.grad((states * weight).sum(), [hidden, prompts])
+    for gradient, other in zip(torch.autograd.grad((got * weight).sum(), [hidden, prompts]), expected, strict=True):
+        close(gradient, other)
+
+
+def test_a_session_equals_one_call(serve):
+    blocks = remote.RemoteSequential(remote.connect(serve("llama", 4)))
+    hidden, prompts = torch.randn(2, 9, 24), torch.randn(LAYERS, 3, 24)
+    with torch.no_grad():
+        whole = blocks(hidden, prompts)
+    with blocks.inference_session(max_length=9) as session:
+        parts = [session.step(hidden[:, :5], prompts), session.step(hidden[:, 5:6]), session.step(hidden[:, 6:])]
+        close(torch.cat(parts, 1), whole)
+        assert session.length == 9
+        with pytest.raises(ValueError, match="at most 0 more columns, got 1"):
+            session.step(hidden[:, :1])
+    with pytest.raises(ValueError, match="closed"):
+        session.step(hidden[:, :1])
+
+
+def test_prompts_travel_once_per_version(serve, folder_of):
+    _, far = pair_of("SequenceClassification", folder_of("llama"), serve("llama", 2), "overwrite", micro_batch=1)
+    ids, _ = batch_of("none")
+    traffic, size = far.remote.link.traffic, LAYERS * COUNT * 24 * 4
+    for versions in (1, 2):
+        for _ in range(2):
+            far(ids)
+        assert traffic["prompts"] == versions * size
+        with torch.no_grad():
+            far.intermediate_prompt_embeddings.weight += 1
+    far(ids, labels=torch.zeros(5, dtype=torch.long)).loss.backward()
+    assert traffic["prompts"] == 3 * size
+    assert traffic["prompt gradients"] == len(ids) * size
+
+
+def test_nothing_waits_for_the_garbage_collector(serve):
+    blocks = remote.RemoteSequential(remote.connect(serve("llama", 2)), micro_batch=2)
+    hidden = torch.randn(5, 7, 24, requires_grad=True)
+    actors = [span.server for span in blocks.link.spans]
+    gc.collect()
+    gc.disable()
+    try:
+        outputs = [blocks(hidden) for _ in range(2)]
+        assert [ray.get(actor.status.remote())["kept"] for actor in actors] == [6, 6]
+        outputs[0].sum().backward()
+        assert [ray.get(actor.status.remote())["kept"] for actor in actors] == [3, 3]
+        del outputs
+        assert [ray.get(actor.status.remote())["kept"] for actor in actors] == [0, 0]
+    finally:
+        gc.enable()
+
+
+def test_half_the_bytes_on_the_wire(serve):
+    def rounded(tensor):
+        return tensor.detach().bfloat16().float().requires_grad_()
+
+    servers = serve("llama", 2)
+    whole, half = (
+        remote.RemoteSequential(remote.connect(servers), wire_dtype=dtype) for dtype in ("float32", "bfloat16")
+    )
+    hidden = torch.randn(4, 8, 24, requires_grad=True)
+    states = half(hidden)
+    gradient = torch.autograd.grad(states.square().sum(), hidden)[0]
+    # the same, rounded by hand wherever it travels
+    given = [rounded(hidden)]
+    made = [whole[:2](given[0])]
+    given.append(rounded(made[0]))
+    made.append(whole[2:](given[1]))
+    assert torch.equal(states, rounded(made[1]))
+    back = rounded(2 * states)
+    for part, at in zip(reversed(made), reversed(given), strict=True):
+        back = rounded(torch.autograd.grad(part, at, back)[0])
+    assert torch.equal(gradient, back)
+    assert half.link.traffic["hidden"] == half.link.traffic["gradients"] == 2 * hidden.numel() * 2
+    assert half.link.traffic["hidden between servers"] == hidden.numel() * 2
+
+
+@pytest.mark.parametrize("name", ["output_hidden_states", "output_attentions"])
+def test_what_is_not_recorded_is_refused(name, serve, folder_of):
+    _, far = pair_of("CausalLM", folder_of("llama"), serve("llama", 2), "shallow")
+    with pytest.raises(NotImplementedError, match=name):
+        far(torch.tensor([[5, 6]]), **{name: True})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"prefix_sharing": True}, "prefix_sharing"), ({"base_dropout": True}, "base_dropout")],
+)
+def test_settings_that_servers_do_not_have(settings, message, serve, folder_of):
+    with pytest.raises(ValueError, match=message):
+        remote.AutoDistributedModelForCausalLM.from_pretrained(
+            folder_of("llama"), servers=serve("llama", 2), **settings_for("overwrite"), **settings
+        )
+
+
+def test_servers_of_another_model_are_refused(serve, folder_of):
+    with pytest.raises(ValueError, match="another config"):
+        remote.AutoDistributedModelForCausalLM.from_pretrained(folder_of("qwen3"), servers=serve("llama", 2))
+    with pytest.raises(remote.RemoteError, match="ptune serve-blocks"):
+        remote.AutoDistributedModelForCausalLM.from_pretrained(folder_of("qwen3"), servers="nobody")
+
+
+def test_without_ray():
+    script = (
+        "import sys; sys.modules['ray'] = None\n"
+        "import ptune, ptune.models.llama\n"
+        "from ptune.models import PTuneLlamaForCausalLM\n"
+        "try:\n    from ptune.models.llama import DistributedLlamaForCausalLM\n"
+        "except ImportError as error:\n    print(error)\n"
+    )
+    said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert said.strip() == "ptune.remote needs Ray: pip install 'ptune-kernels[remote]'"

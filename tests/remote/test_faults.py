@@ -1,0 +1,310 @@
+"""Servers that are killed, stopped or emptied change no result, and nothing is left behind.
+
+``PTUNE_KILLS`` is how many servers `test_random_kills` kills (10).
+"""
+
+import gc
+import os
+import random
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+from model.common import close
+
+pytest.importorskip("ray", reason="ray is not installed")
+
+import ray
+
+from ptune import remote
+from ptune.remote import sequential, session
+from ptune.remote.wire import Prompts, Request, SessionGone, TooLarge, to_array
+
+from .common import batch_of, give, settings_for
+
+RETRIES = remote.Retries(attempts=12, first_delay=0.25, max_delay=4.0, timeout=60.0)
+SEED = 7
+
+
+@pytest.fixture(scope="module")
+def servers(cluster, folder_of):
+    """Two servers for each half of a model."""
+    started = remote.serve_blocks(model=str(folder_of("llama")), servers=2, replicas=2, name="replicated", cpus=0)
+    started.wait()
+    yield started
+    started.stop()
+
+
+def model_on(servers, folder, retries=RETRIES, **rest):
+    torch.manual_seed(SEED)
+    model = remote.AutoDistributedModelForCausalLM.from_pretrained(
+        folder, servers=servers, retries=retries, **settings_for("add"), **rest
+    )
+    give(model, model)
+    return model.eval()
+
+
+def pid_of(server):
+    """Of the process that is alive, or will be when it has been restarted."""
+    for _ in range(100):
+        try:
+            return ray.get(server.status.remote(), timeout=60)["pid"]
+        except ray.exceptions.RayActorError:
+            time.sleep(0.2)
+    raise AssertionError("a killed server was not restarted")
+
+
+class Killer:
+    """Kills the server that the ``after``-th message goes to, when it has been sent."""
+
+    def __init__(self, monkeypatch):
+        self.after = None
+        self.killed = 0
+        for module in (sequential, session):
+            monkeypatch.setattr(module, "call", self.call)
+        self._call = remote.link.call
+
+    def call(self, server, method, returns, *args):
+        pid = None
+        if self.after is not None:
+            self.after -= 1
+            if self.after < 0:
+                self.after, pid = None, pid_of(server)
+        made = self._call(server, method, returns, *args)
+        if pid is not None:
+            os.kill(pid, signal.SIGKILL)
+            self.killed += 1
+        return made
+
+
+def step(model, batch):
+    """Loss and gradients of one training step."""
+    model.zero_grad()
+    loss = model(**batch).loss
+    loss.backward()
+    return [loss.detach(), *(p.grad.clone() for p in model.prompt_parameters())]
+
+
+def states_of(servers):
+    """What each server says of itself, when all have been restarted."""
+    for actor in servers.actors:
+        pid_of(actor)
+    return [ray.get(actor.status.remote()) for actor in servers.actors]
+
+
+def test_random_kills(servers, folder_of, monkeypatch):
+    model = model_on(servers, folder_of("llama"), micro_batch=3)
+    ids, mask = batch_of("left")
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+    how = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    expected = step(model, batch)
+    texts = [model.generate(ids, attention_mask=mask, num_beams=beams, **how) for beams in (1, 2)]
+    killer, choose = Killer(monkeypatch), random.Random(SEED)
+    kills = int(os.environ.get("PTUNE_KILLS", "10"))
+    while killer.killed < kills:
+        begun = time.monotonic()
+        beams = killer.killed % 3
+        # of a step's 8 messages, half are its backward's; a generation has 16
+        killer.after = choose.randrange(8 if beams == 0 else 16)
+        if beams == 0:
+            for got, other in zip(step(model, batch), expected, strict=True):
+                close(got, other)
+        else:
+            got = model.generate(ids, attention_mask=mask, num_beams=beams, **how)
+            assert got.tolist() == texts[beams - 1].tolist()
+        assert killer.after is None
+        assert time.monotonic() - begun < 120
+    gc.collect()  # graphs and sessions that nobody has a hold of
+    assert sum(row["kept"] + row["sessions"] for row in states_of(servers)) == 0
+
+
+def test_both_replicas_killed(servers, folder_of):
+    model = model_on(servers, folder_of("llama"))
+    ids, mask = batch_of("right")
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+    expected = step(model, batch)
+    model.zero_grad()
+    loss = model(**batch).loss
+    for actor in servers.actors[2:]:
+        os.kill(pid_of(actor), signal.SIGKILL)
+    loss.backward()
+    for got, other in zip([loss, *(p.grad for p in model.prompt_parameters())], expected, strict=True):
+        close(got, other)
+    assert sum(row["recomputed"] for row in states_of(servers)) > 0
+
+
+def test_a_slow_server_is_left(servers, folder_of):
+    model = model_on(servers, folder_of("llama"), remote.Retries(attempts=4, timeout=1.0))
+    ids, _ = batch_of("none")
+    with torch.no_grad():
+        expected = model(ids).logits
+        slow = pid_of(model.remote.link.spans[1].server)
+        os.kill(slow, signal.SIGSTOP)
+        try:
+            begun = time.monotonic()
+            close(model(ids).logits, expected)
+            assert 1.0 <= time.monotonic() - begun < 20
+        finally:
+            os.kill(slow, signal.SIGCONT)
+
+
+def lost_object(cluster):
+    """A reference to what was on a machine that is gone."""
+    gone = cluster.add_node(num_cpus=1, resources={"gone": 1}, object_store_memory=80 * 2**20)
+    reference = ray.remote(num_cpus=0, resources={"gone": 1}, max_retries=0)(lambda: np.zeros(200_000)).remote()
+    ray.wait([reference], fetch_local=False)
+    cluster.remove_node(gone)
+    with pytest.raises(ray.exceptions.ObjectLostError):
+        ray.get(reference, timeout=60)
+    return reference
+
+
+def test_lost_objects(cluster, servers, monkeypatch):
+    """A backward, whose server has forgotten the activations, does not find what stood between the servers either."""
+    blocks = remote.RemoteSequential(remote.connect(servers.name, RETRIES))
+    hidden = torch.randn(3, 5, 24, requires_grad=True)
+    expected = torch.autograd.grad(blocks(hidden).square().sum(), hidden)[0]
+    chunks = []
+    make = sequential._Chunk.__init__
+
+    def remember(chunk, *args):
+        chunks.append(chunk)
+        make(chunk, *args)
+
+    monkeypatch.setattr(sequential._Chunk, "__init__", remember)
+    output = blocks(hidden)
+    for server, keep in chunks[0]._outstanding:
+        ray.get(server.forget.remote(keep))
+    chunks[0].relay.states[1] = lost_object(cluster)
+    close(torch.autograd.grad(output.square().sum(), hidden)[0], expected)
+
+
+def test_nobody_is_left(cluster, folder_of):
+    alone = remote.serve_blocks(
+        model=str(folder_of("llama")), spans=[[0, 1], [1, 4]], name="mortal", cpus=0, max_restarts=0
+    )
+    try:
+        blocks = remote.RemoteSequential(remote.connect("mortal", remote.Retries(3, 0.1, 0.2, 30.0)))
+        hidden = torch.randn(1, 3, 24)
+        blocks(hidden)
+        os.kill(pid_of(alone.actors[1]), signal.SIGKILL)
+        with pytest.raises(remote.RemoteError, match=r"blocks 1 to 3: 3 attempts failed: (ActorDiedError.*){3}"):
+            blocks(hidden)
+    finally:
+        alone.stop()
+
+
+def test_large_batches_are_split(servers, folder_of):
+    blocks = remote.RemoteSequential(remote.connect("replicated"))
+    hidden = torch.randn(5, 7, 24)
+    expected = blocks(hidden)
+    requests = sum(row["requests"] for row in states_of(servers))
+    blocks.link.max_tokens = 15
+    close(blocks(hidden), expected)
+    assert sum(row["requests"] for row in states_of(servers)) == requests + 3 * 2
+    blocks.link.max_tokens = 6
+    with pytest.raises(TooLarge, match=r"at most 6 tokens in a row \(max_tokens\), got 7"):
+        blocks(hidden)
+    with pytest.raises(TooLarge, match="at most 6 tokens in all"):
+        blocks.inference_session().step(hidden)
+
+
+# One server, in this process: what it admits, keeps and forgets.
+
+
+@pytest.fixture
+def server_with(cluster, folder_of):
+    return lambda **limits: remote.BlockServer(str(folder_of("llama")), 0, 2, limits=remote.Limits(**limits))
+
+
+def request_for(hidden, **rest):
+    return Request(0, 2, "float32", tuple(hidden.shape[:2]), **rest)
+
+
+def test_kept_activations_have_a_budget(server_with):
+    hidden = [torch.randn(2, 5, 24) for _ in range(3)]
+    gradient = torch.randn(2, 5, 24)
+
+    def run(budget):
+        server = server_with(kept_bytes=budget)
+        for i, states in enumerate(hidden):
+            server.forward(request_for(states), to_array(states, "float32"), f"call {i}")
+        kept = server.status()
+        assert kept["kept_bytes"] <= budget
+        gradients = [
+            server.backward(request_for(states), gradient.numpy(), f"call {i}", [ray.put(states.numpy())])[0]
+            for i, states in enumerate(hidden)
+        ]
+        assert server.status()["recomputed"] == 3 - kept["kept"]
+        assert server.status()["kept_bytes"] == 0
+        return kept, gradients
+
+    enough, expected = run(10**9)
+    assert enough["kept"] == 3
+    for budget, count in ((enough["kept_bytes"] // 2, 1), (0, 0)):
+        kept, gradients = run(budget)
+        assert kept["kept"] == count
+        assert all(np.array_equal(a, b) for a, b in zip(gradients, expected, strict=True))
+
+
+def test_what_a_vanished_client_left_is_dropped(server_with):
+    server = server_with(idle_seconds=0.5)
+    hidden = np.zeros((1, 3, 24), np.float32)
+    prompts = Prompts("client", 0, 2, [ray.put(np.zeros((2, 2, 24), np.float32))])
+    server.forward(request_for(hidden, prompts=prompts), hidden, "call")
+    server.step(request_for(hidden), hidden, "session", 0)
+    kept = server.status()
+    assert min(kept["kept_bytes"], kept["session_bytes"], kept["prompt_bytes"]) > 0
+    time.sleep(0.6)
+    kept = server.status()
+    assert max(kept["kept_bytes"], kept["session_bytes"], kept["prompt_bytes"]) == 0
+
+
+def test_sessions_stand_where_the_client_thinks(server_with):
+    server, hidden = server_with(), np.zeros((1, 3, 24), np.float32)
+    with pytest.raises(SessionGone):
+        server.step(request_for(hidden), hidden, "session", 3)
+    server.step(request_for(hidden), hidden, "session", 0)
+    with pytest.raises(SessionGone):
+        server.step(request_for(hidden), hidden, "session", 2)
+    with pytest.raises(TooLarge, match="session_bytes"):
+        server_with(session_bytes=100).step(request_for(hidden), hidden, "session", 0)
+
+
+HIDDEN = np.zeros((2, 3, 24), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("changes", "hidden", "message"),
+    [
+        ({}, HIDDEN.astype(np.float64), "hidden: expected float32 .*, got float64"),
+        ({}, HIDDEN[:1], r"hidden: expected float32 of shape \(2, 3, 24\), got float32 of shape \(1, 3, 24\)"),
+        ({}, torch.zeros(2, 3, 24), "hidden: expected an array"),
+        ({"first": 1, "last": 3}, HIDDEN, "blocks: expected some of 0 to 1"),
+        ({"dtype": "complex64"}, HIDDEN, "dtype: expected one of"),
+        ({"shape": (2, -3)}, HIDDEN, "shape: expected"),
+        ({"mode": "replace"}, HIDDEN, "mode: expected"),
+        ({"mask": np.ones((2, 3))}, HIDDEN, "mask: expected bool"),
+        ({"mask": np.ones((2, 2), bool)}, HIDDEN, "mask: expected at least 3 columns"),
+        ({"positions": np.ones((3, 3), np.int64)}, HIDDEN, "positions: expected int64"),
+        ({"prompts": Prompts("c", 0, 4, [])}, HIDDEN, "prompts: expected 1 to 3 rows, got 4"),
+        (
+            {"prompts": Prompts("c", 0, 2, []), "starts": np.array([0, 2], np.int32)},
+            HIDDEN,
+            "starts: expected columns 0 to 1",
+        ),
+    ],
+)
+def test_the_door(changes, hidden, message, server_with):
+    fields = {"first": 0, "last": 2, "dtype": "float32", "shape": (2, 3)} | changes
+    with pytest.raises(ValueError, match=message):
+        server_with().forward(Request(**fields), hidden)
+
+
+def test_the_door_has_a_limit(server_with):
+    with pytest.raises(TooLarge, match=r"at most 5 tokens \(max_tokens\), got 6"):
+        server_with(max_tokens=5).forward(request_for(HIDDEN), HIDDEN)
+    with pytest.raises(ValueError, match="request: expected a Request, got dict"):
+        server_with().forward({}, HIDDEN)

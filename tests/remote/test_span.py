@@ -1,0 +1,101 @@
+"""Blocks that are loaded alone do what they do in the whole model."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from model.families import FAMILIES, VOCABULARY
+
+pytest.importorskip("ray", reason="ray is not installed")
+
+from ptune.remote.span import Span
+
+from .common import LAYERS
+
+SERVED = sorted(FAMILIES.keys() - {"albert", "bloom", "mixtral"})
+
+
+def through(body, blocks, hidden, first, last, **arguments):
+    """What stock blocks ``first`` … ``last - 1`` make of ``hidden``, which hooks of this file's own put in."""
+    made = []
+
+    def put_in(block, args, kwargs):
+        return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
+
+    handles = [
+        blocks[first].register_forward_pre_hook(put_in, with_kwargs=True),
+        blocks[last - 1].register_forward_hook(lambda block, args, output: made.append(output)),
+    ]
+    try:
+        body(input_ids=torch.randint(3, VOCABULARY, hidden.shape[:2]), **arguments)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return made[0]
+
+
+@pytest.mark.parametrize("name", SERVED)
+@pytest.mark.parametrize("spans", [[(1, 3)], [(0, 4)], [(0, 1), (1, 4)]], ids=str)
+def test_states_and_gradients(name, spans, folder_of):
+    family, folder = FAMILIES[name], folder_of(name)
+    body = transformers.AutoModel.from_pretrained(folder).eval()
+    mask = torch.ones(3, 9, dtype=torch.long)
+    mask[1, :4], mask[2, 7:] = 0, 0
+    positions = (mask.cumsum(1) - 1).clamp_min(0) + 2
+    arguments = {"attention_mask": mask}
+    if name != "distilbert":
+        arguments["position_ids"] = positions
+    hidden = torch.randn(3, 9, body.config.hidden_size, requires_grad=True)
+    expected = through(body, family.blocks(body), hidden, spans[0][0], spans[-1][1], **arguments)
+    got = hidden
+    for first, last in spans:
+        got = Span(folder, first, last)(got, first, last, mask=mask, positions=arguments.get("position_ids"))
+    real = mask.bool()
+    torch.testing.assert_close(got[real], expected[real])
+    weight = torch.randn_like(expected) * mask[..., None]
+    gradients = [torch.autograd.grad((states * weight).sum(), hidden)[0][real] for states in (got, expected)]
+    torch.testing.assert_close(*gradients)
+
+
+def test_it_holds_its_own_blocks_alone(folder_of):
+    folder = folder_of("llama")
+    whole = transformers.AutoModel.from_pretrained(folder)
+    span = Span(folder, 1, 3)
+    stored = sum(
+        {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in span.body.parameters()}.values()
+    )
+    blocks = sum(p.nbytes for block in whole.layers[1:3] for p in block.parameters())
+    assert blocks <= stored < blocks + 1000
+
+
+def test_it_reads_its_own_shards_alone(folder_of, tmp_path):
+    index = json.loads((folder_of("llama") / "model.safetensors.index.json").read_text())["weight_map"]
+    needed = {file for name, file in index.items() if ".layers.2." in name}
+    assert needed < set(index.values())
+    for file in folder_of("llama").iterdir():
+        if file.suffix != ".safetensors" or file.name in needed:
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    Span(tmp_path, 2, 3)
+    with pytest.raises(FileNotFoundError, match="safetensors"):
+        Span(tmp_path, 0, LAYERS)
+
+
+@pytest.mark.parametrize("name", ["albert", "bloom", "mixtral"])
+def test_blocks_that_cannot_be_apart_are_refused(name, folder_of):
+    hidden = torch.randn(1, 3, 24)
+    with pytest.raises(NotImplementedError):
+        Span(folder_of(name), 0, 2)(hidden, 0, 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"last": 5}, "blocks: expected some of 0 to 3"),
+        ({"first": 2, "last": 2}, "blocks"),
+        ({"dtype": "int8"}, "dtype"),
+    ],
+)
+def test_what_is_not_there_is_refused(arguments, message, folder_of):
+    with pytest.raises(ValueError, match=message):
+        Span(folder_of("llama"), **{"first": 0, "last": 1} | arguments)
