@@ -102,14 +102,14 @@ class Prefix:
 def _attention(
     name: str, module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
 ) -> Any:
-    stock = _eager_of(module) if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
+    stock = eager_of(module) if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
     prefix = kwargs.pop(KEYWORD, None)
     if prefix is None:
         return stock(module, query, key, value, attention_mask, **kwargs)
     return prefix.attend(stock, module, query, key, value, attention_mask, **kwargs)
 
 
-def _eager_of(module: Any) -> Callable[..., Any]:
+def eager_of(module: Any) -> Callable[..., Any]:
     """The eager attention of the file that ``module``'s class is written in: each has its own."""
     for ancestor in type(module).__mro__:
         function = getattr(sys.modules[ancestor.__module__], "eager_attention_forward", None)

@@ -62,7 +62,7 @@ class PTuneMixin:
             if settings.prefix_sharing is True and (reason := obstacle(self, settings)) is not None:
                 raise ValueError(f"prefix_sharing: True, but {type(self).__name__} cannot share prompts: {reason}")
             tokenise = _tokenise_with(tokenizer or (lambda: tokenizer_of(self.origin.name)))
-            with self.disable_prompts(), _evaluating(self):
+            with self.disable_prompts(), evaluating(self):
                 shallow, deep = initial_prompts(self, settings, tokenise)
         self._install(settings, shallow, deep)
 
@@ -146,7 +146,7 @@ class PTuneMixin:
         """
         if self.prefix_plan.path != "prefix":
             raise ValueError(f"save_prefix: prompts are not shared here: {self.prefix_plan.reason}")
-        with torch.no_grad(), _evaluating(self):
+        with torch.no_grad(), evaluating(self):
             compiled = CompiledPrefix(self._hooks.prefix.prefix())
         state = self.state_dict()
         tensors = {name: state[name] for name in self._head} | compiled.state_dict(prefix=checkpoint.COMPILED)
@@ -276,7 +276,7 @@ class PTuneMixin:
             return
         disabled, self._disabled = self._disabled, 0  # the plan is made by trying calls with prompts
         try:
-            with _evaluating(self):
+            with evaluating(self):
                 self._hooks.prefix.plan = make_plan(self._hooks)
         finally:
             self._disabled = disabled
@@ -468,7 +468,7 @@ def _tokenise_with(tokenizer: Any) -> Tokenise:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
