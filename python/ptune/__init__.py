@@ -8,6 +8,7 @@ from .auto import (
 )
 from .bank import PromptBank
 from .config import PTuneConfig
+from .half_attention import hybrid
 from .mixin import PTuneMixin
 
 __all__ = [
@@ -18,4 +19,5 @@ __all__ = [
     "PTuneConfig",
     "PTuneMixin",
     "PromptBank",
+    "hybrid",
 ]

@@ -2,10 +2,14 @@
 
 One attention function and one mask function for each implementation of transformers', registered beside it. The prefix
 travels as the keyword argument ``ptune_prefix`` through the model's own forward; without it a pair is the stock one.
+Further pairs do the same in half precision (see `half_attention`): what they do is all in their names, so that a
+model's config, which holds one, is all that knows of it.
 """
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,7 +19,7 @@ from torch.nn.attention.bias import causal_lower_right
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ptune_kernels import Placement, prepend_kv
+from ptune_kernels import Placement, cast_qkv, prepend_kv
 
 from .call import current_call
 
@@ -29,17 +33,123 @@ _NAMES = {
     "flash_attention_2": "ptune_fa2",
     "flash_attention_3": "ptune_fa3",
 }
-_STOCK = {ours: stock for stock, ours in _NAMES.items()}
+_SHORT = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+
+
+@dataclass(frozen=True)
+class Attention:
+    """What a registered pair does.
+
+    Attributes:
+        stock: the implementation of transformers' that it stands for.
+        dtype: that of its arithmetic, float16 or bfloat16; ``None`` for what the model has.
+        cache_dtype: that in which caches keep keys and values; ``None`` for what the model has.
+    """
+
+    stock: str
+    dtype: torch.dtype | None = None
+    cache_dtype: torch.dtype | None = None
+
+    @property
+    def name(self) -> str:
+        """The name that it is registered by."""
+        parts = [_NAMES[self.stock]]
+        if self.dtype is not None:
+            parts.append(_SHORT[self.dtype])
+        if self.cache_dtype is not None and self.cache_dtype != self.dtype:
+            parts += ["kv", _SHORT[self.cache_dtype]]
+        return "_".join(parts)
+
+    def function(self, module: Any) -> Callable[..., Any]:
+        """The stock function, for ``module``."""
+        return eager_of(module) if self.stock == "eager" else ALL_ATTENTION_FUNCTIONS[self.stock]
+
+    def run(
+        self,
+        function: Callable[..., Any],
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """``function`` in this attention's dtype, and its output in the query's; autocast has no say in between."""
+        if self.dtype is None:
+            return function(module, query, key, value, mask, **kwargs)
+        cast = _cast(query, key, value, self.dtype)
+        if kwargs.get("position_bias") is not None:
+            kwargs["position_bias"] = kwargs["position_bias"].to(self.dtype)
+        with no_autocast(query.device.type):
+            output, weights = function(module, *cast, _additive_in(self.dtype, mask), **kwargs)
+        return output.to(query.dtype), weights
+
+
+def no_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Within it, dtypes are what they are said to be."""
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
+
+
+def _cast(query: Tensor, key: Tensor, value: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    if dtype not in (query.dtype, key.dtype, value.dtype):
+        return cast_qkv(query, key, value, dtype)
+    return query.to(dtype), key.to(dtype), value.to(dtype)  # a prefix or a cache has made keys and values so
+
+
+def cast_kv(key: Tensor, value: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Key and value [b, h, n, head_dim] in ``dtype``, in one launch."""
+    if key.dtype != value.dtype or key.dtype == dtype:
+        return key.to(dtype), value.to(dtype)  # they differ under autocast
+    no_k, no_v = (x.new_empty(x.shape[1], 0, x.shape[3]) for x in (key, value))
+    return prepend_kv(no_k, no_v, key, value, dtype=dtype)
+
+
+def _additive_in(dtype: torch.dtype, mask: Any) -> Any:
+    """An additive mask in ``dtype``; its least number leaves room, or float16 scores added to it would be infinite."""
+    if not isinstance(mask, Tensor) or not mask.is_floating_point() or mask.dtype == dtype:
+        return mask
+    return mask.clamp(min=torch.finfo(dtype).min / 2).to(dtype)
+
+
+_PAIRS = {
+    pair.name: pair
+    for stock in _NAMES
+    for pair in (
+        Attention(stock),
+        *(Attention(stock, dtype, cache_dtype) for dtype in (torch.float16, torch.bfloat16) for cache_dtype in _SHORT),
+    )
+}
+
+
+def attention_of(implementation: str | None) -> Attention | None:
+    """What one of our pairs, or of transformers' implementations, does; ``None`` where we have no pair for it."""
+    if implementation in _NAMES:
+        return Attention(implementation)
+    return _PAIRS.get(implementation or "")
 
 
 def sharing_name(implementation: str | None) -> str | None:
     """The pair of ours for one of transformers' implementations (or for ours itself); ``None`` if there is none."""
-    return implementation if implementation in _STOCK else _NAMES.get(implementation or "")
+    attention = attention_of(implementation)
+    return None if attention is None else attention.name
 
 
 def stock_name(implementation: str) -> str:
     """The implementation that a pair of ours stands for."""
-    return _STOCK.get(implementation, implementation)
+    attention = attention_of(implementation)
+    return implementation if attention is None else attention.stock
+
+
+def unshared_name(implementation: str) -> str:
+    """What ``implementation`` is where nothing is shared: a pair of ours only where it is in half precision."""
+    attention = attention_of(implementation)
+    return implementation if attention is None or attention.dtype is not None else attention.stock
+
+
+def cache_dtype_of(implementation: str) -> torch.dtype | None:
+    """The dtype in which caches are to keep keys and values; ``None`` for that in which these come."""
+    attention = attention_of(implementation)
+    return None if attention is None else attention.cache_dtype
 
 
 class Prefix:
@@ -73,19 +183,22 @@ class Prefix:
         """How many columns it takes."""
         return self.layers[0][0].shape[1] if self.placement is None else self.placement.max_length
 
-    def before(self, depth: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """``[prefix ; text]`` keys and values [b, h, m + n, head_dim] of the attention at ``depth``."""
+    def before(self, depth: int, key: Tensor, value: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        """``[prefix ; text]`` keys and values [b, h, m + n, head_dim] of the attention at ``depth``.
+
+        In ``dtype``, which is by default that of the text.
+        """
         if key.dtype != value.dtype:
             # under autocast rotated keys are float32, until the attention rounds them as it does the values
             device = key.device.type
             same = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else key.dtype
-            key, value = key.to(same), value.to(same)
+            key, value = key.to(dtype or same), value.to(dtype or same)
         prefix_k, prefix_v = (tensor.to(key.device) for tensor in self.layers[depth])
-        return prepend_kv(prefix_k, prefix_v, key, value, self.placement)
+        return prepend_kv(prefix_k, prefix_v, key, value, self.placement, dtype)
 
     def attend(
         self,
-        stock: Callable[..., Any],
+        attention: Attention,
         module: Any,
         query: Tensor,
         key: Tensor,
@@ -93,20 +206,18 @@ class Prefix:
         mask: Any,
         **kwargs: Any,
     ) -> Any:
-        key, value = self.before(module.ptune_depth, key, value)
-        if stock is ALL_ATTENTION_FUNCTIONS["sdpa"]:
-            stock = _sdpa
-        return stock(module, query, key, value, mask, **kwargs)
+        key, value = self.before(module.ptune_depth, key, value, attention.dtype)
+        function = _sdpa if attention.stock == "sdpa" else attention.function(module)
+        return attention.run(function, module, query, key, value, mask, **kwargs)
 
 
 def _attention(
-    name: str, module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+    attention: Attention, module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
 ) -> Any:
-    stock = eager_of(module) if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
     prefix = kwargs.pop(KEYWORD, None)
     if prefix is None:
-        return stock(module, query, key, value, attention_mask, **kwargs)
-    return prefix.attend(stock, module, query, key, value, attention_mask, **kwargs)
+        return attention.run(attention.function(module), module, query, key, value, attention_mask, **kwargs)
+    return prefix.attend(attention, module, query, key, value, attention_mask, **kwargs)
 
 
 def eager_of(module: Any) -> Callable[..., Any]:
@@ -153,7 +264,7 @@ def _sdpa(
 
 
 def _mask(
-    name: str,
+    attention: Attention,
     batch_size: int,
     q_length: int,
     kv_length: int,
@@ -164,19 +275,19 @@ def _mask(
     **kwargs: Any,
 ) -> Any:
     """The stock mask, and in a call that injects a prefix, its rows of text over prefix and text."""
-    stock = ALL_MASK_ATTENTION_FUNCTIONS[name]
+    stock = ALL_MASK_ATTENTION_FUNCTIONS[attention.stock]
     call = current_call()
     if call is not None and call.injected:
         q_offset, columns = q_offset + call.injected, call.columns
         if columns is not None:
             mask_function = partial(_by_column, mask_function, columns)
-        if name == "sdpa" and not call.padded:
+        if attention.stock == "sdpa" and not call.padded:
             window = kwargs.get("local_size")
             skip = kwargs.get("allow_is_causal_skip", True) or kwargs.get("allow_is_bidirectional_skip", False)
             if skip and (window is None or kv_length < window):
                 return None
         kwargs |= {"allow_is_causal_skip": False}
-    return stock(
+    mask = stock(
         batch_size=batch_size,
         q_length=q_length,
         kv_length=kv_length,
@@ -186,6 +297,7 @@ def _mask(
         attention_mask=attention_mask,
         **kwargs,
     )
+    return mask if attention.dtype is None else _additive_in(attention.dtype, mask)
 
 
 def _by_column(mask_function: Any, columns: Tensor, batch: Any, head: Any, query: Any, key: Any) -> Any:
@@ -193,10 +305,10 @@ def _by_column(mask_function: Any, columns: Tensor, batch: Any, head: Any, query
 
 
 def _register() -> None:
-    for stock, ours in _NAMES.items():
-        if stock == "eager" or stock in ALL_ATTENTION_FUNCTIONS:
-            ALL_ATTENTION_FUNCTIONS.register(ours, partial(_attention, stock))
-            ALL_MASK_ATTENTION_FUNCTIONS.register(ours, partial(_mask, stock))
+    for name, attention in _PAIRS.items():
+        if attention.stock == "eager" or attention.stock in ALL_ATTENTION_FUNCTIONS:
+            ALL_ATTENTION_FUNCTIONS.register(name, partial(_attention, attention))
+            ALL_MASK_ATTENTION_FUNCTIONS.register(name, partial(_mask, attention))
 
 
 _register()

@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 import transformers
 
 from .config import PTuneConfig, take_settings
-from .loading import load_model
+from .half_attention import hybrid
+from .loading import load_model, take_dtypes
 from .models import ptune_class
 
 
@@ -30,6 +31,9 @@ class AutoPTuneModel:
                 They may be attributes of the ``config=`` given instead; the model's own copy of it is rid of them.
             tokenizer: reads a ``prompt_init_text`` of strings; by default the base's own.
             base_model: the base of a folder of prompts, where it is no longer in its place.
+            attn_dtype, kv_cache_dtype: half precision for the attention of a float32 base, and for its cache: see
+                `hybrid`. Without an ``attn_dtype`` a folder of prompts has that of its training, if its base is
+                float32 again.
 
         All other keywords are those of transformers' ``from_pretrained``; with a folder of prompts, ``dtype`` is by
         default the one that the base had in training. Only prompts and the task head (what the base's checkpoint did
@@ -45,9 +49,11 @@ class AutoPTuneModel:
         """A base of random weights, with the prompts that ``config`` or the keywords describe."""
         config = copy.deepcopy(config)
         settings = take_settings(config) | take_settings(kwargs)
+        dtypes = take_dtypes(kwargs)
         model = cls._loader.from_config(config, **kwargs)
         model.__class__ = ptune_class(type(model))
         model.adopt(model.fresh_head())
+        hybrid(model, **{"attn_dtype": None} | dtypes)
         model.init_prompts(PTuneConfig(**settings))
         return model
 

@@ -1,12 +1,14 @@
 """Where the keys and values of prompt rows are kept: in a module, and with the text's in a cache of transformers'."""
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from transformers import Cache
+from transformers import Cache, EncoderDecoderCache
 
-from .attention import Prefix
+from .attention import Prefix, cast_kv, no_autocast
 
 
 class CompiledPrefix(nn.Module):
@@ -34,28 +36,83 @@ class CompiledPrefix(nn.Module):
         return Prefix(list(zip(tensors[::2], tensors[1::2], strict=True)))
 
 
-class PrefixedCache(Cache):
-    """Stands in for an empty cache while text is run, and writes the prefix with it, in its place in each row."""
+class _StandIn(Cache):
+    """Stands in for ``cache``, and is it but for what a subclass says."""
 
-    def __init__(self, cache: Any, prefix: Prefix) -> None:
-        self.cache, self.prefix = cache, prefix
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        key, value = self.prefix.before(layer_idx, key_states, value_states)
-        return self.cache.update(key, value, layer_idx, *args, **kwargs)
+    def __init__(self, cache: Any) -> None:
+        self.cache = cache
 
     def get_seq_length(self, layer_idx: int = 0) -> Any:
-        return self.cache.get_seq_length(layer_idx) + self.prefix.num_columns
+        return self.cache.get_seq_length(layer_idx)
 
     def get_query_offset(self, layer_idx: int = 0) -> Any:
         return self.get_seq_length(layer_idx)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        return self.cache.get_mask_sizes(query_length + self.prefix.num_columns, layer_idx)
+        return self.cache.get_mask_sizes(query_length, layer_idx)
 
     def __getattr__(self, name: str) -> Any:
         if name == "cache":
             raise AttributeError(name)
         return getattr(self.cache, name)
+
+
+class PrefixedCache(_StandIn):
+    """Stands in for an empty cache while text is run, and writes the prefix with it, in its place in each row.
+
+    In ``dtype``, which is by default that of the text.
+    """
+
+    def __init__(self, cache: Any, prefix: Prefix, dtype: torch.dtype | None = None) -> None:
+        super().__init__(cache)
+        self.prefix, self.dtype = prefix, dtype
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        key, value = self.prefix.before(layer_idx, key_states, value_states, self.dtype)
+        return _update(self.cache, self.dtype, key, value, layer_idx, *args, **kwargs)
+
+    def get_seq_length(self, layer_idx: int = 0) -> Any:
+        return self.cache.get_seq_length(layer_idx) + self.prefix.num_columns
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return self.cache.get_mask_sizes(query_length + self.prefix.num_columns, layer_idx)
+
+
+class CastCache(_StandIn):
+    """Stands in for a cache in one attention, and has it keep keys and values in ``dtype``."""
+
+    def __init__(self, cache: Any, dtype: torch.dtype) -> None:
+        super().__init__(cache)
+        self.dtype = dtype
+
+    @classmethod
+    def of(cls, cache: Any, dtype: torch.dtype) -> Any:
+        """For any cache; that of an encoder-decoder is two."""
+        if isinstance(cache, EncoderDecoderCache):
+            both: Any = copy.copy(cache)  # what it knows of its layers is shared
+            both.self_attention_cache = cls(cache.self_attention_cache, dtype)
+            both.cross_attention_cache = cls(cache.cross_attention_cache, dtype)
+            return both
+        return cls(cache, dtype)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        key, value = cast_kv(key_states, value_states, self.dtype)
+        return _update(self.cache, self.dtype, key, value, layer_idx, *args, **kwargs)
+
+
+def _update(
+    cache: Any, dtype: torch.dtype | None, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+) -> tuple[Tensor, Tensor]:
+    """Write to ``cache``; a layer that was made or filled in another dtype goes over to ``dtype``."""
+    if dtype is None:
+        return cache.update(key, value, layer_idx, *args, **kwargs)
+    layer: Any = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
+    keys = getattr(layer, "keys", None)
+    if keys is not None and keys.dtype != dtype:
+        layer.keys, layer.values, layer.dtype = keys.to(dtype), layer.values.to(dtype), dtype
+    with no_autocast(key.device.type):  # it would not concatenate float16 on a CPU
+        return cache.update(key, value, layer_idx, *args, **kwargs)

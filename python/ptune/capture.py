@@ -1,6 +1,6 @@
 """The keys and values of prompt rows, taken while these run alone."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .attention import Prefix
+from .attention import Attention, Prefix
 
 _UNREAD = "ptune_unread"
 
@@ -48,7 +48,7 @@ class Capture:
 
     def attend(
         self,
-        stock: Callable[..., Any],
+        attention: Attention,
         module: Any,
         query: Tensor,
         key: Tensor,
@@ -59,7 +59,7 @@ class Capture:
         self.modules.append(module)
         self.layers.append((key[0], value[0]))
         if not self.overwritten:
-            return stock(module, query, key, value, mask, **kwargs)
+            return attention.run(attention.function(module), module, query, key, value, mask, **kwargs)
         self.lost = True
         return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
 

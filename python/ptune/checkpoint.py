@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .config import PROMPT_INITS, PTuneConfig
+from .half_attention import CACHES, HALVES
 
 FORMAT_VERSION = 1
 CONFIG_NAME = "ptune_config.json"
@@ -38,6 +39,7 @@ _KEYS: dict[str, type | tuple[type, ...]] = {
 }  # fmt: skip
 _BASE_KEYS: dict[str, type | tuple[type, ...]] = {
     "name": str, "fingerprint": str, "config": dict, "overrides": dict, "dtype": (str, type(None)),
+    "attn_dtype": (str, type(None)), "kv_cache_dtype": (str, type(None)),
 }  # fmt: skip
 # None: a folder of before these were saved
 _DTYPES = (None, "float64", "float32", "float16", "bfloat16")
@@ -95,6 +97,8 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
         (config, "prompt_init", PROMPT_INITS),
         (config, "problem_type", _PROBLEM_TYPES),
         (config["base"], "dtype", _DTYPES),
+        (config["base"], "attn_dtype", (None, *HALVES)),
+        (config["base"], "kv_cache_dtype", (None, *CACHES)),
     ):
         if part.get(name) not in choices:
             raise ValueError(f"{path}: {name}: expected one of {', '.join(map(repr, choices))}, got {part[name]!r}")

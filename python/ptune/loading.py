@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, modeling_u
 
 from . import checkpoint
 from .config import PTuneConfig, settings_on, take_settings
+from .half_attention import SETTINGS, checked_dtypes, hybrid
 
 _FOR_CONFIG = (
     "cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token", "trust_remote_code",
@@ -56,7 +57,7 @@ def load_model(
     The base is loaded as its stock class, by whose name and module transformers looks things up, and becomes the other
     class afterwards.
     """
-    settings = take_settings(kwargs)
+    settings, halves = take_settings(kwargs), take_dtypes(kwargs)
     saved = checkpoint.read_config(path) if checkpoint.is_prompt_folder(path) else None
     base = _base_of(path, saved, base_model)
     own = AutoConfig.from_pretrained(base, **{name: kwargs[name] for name in _FOR_CONFIG if name in kwargs})
@@ -77,6 +78,9 @@ def load_model(
     model.__class__ = class_for(type(model))
     model.adopt(_missing(info))
     model.origin = _origin(base, model.config, own)
+    if not halves and saved is not None and model.dtype == torch.float32:
+        halves = {name: saved["base"].get(name) for name in SETTINGS}
+    hybrid(model, **{"attn_dtype": None} | halves)
     if saved is None:
         model.init_prompts(prompts, tokenizer)
         if model.num_trainable_parameters() == 0:
@@ -89,6 +93,13 @@ def load_model(
         model.ptune_config.prefix_sharing = sharing
         model.load_prompts(path)
     return (model, info) if output_loading_info else model
+
+
+def take_dtypes(keywords: dict[str, Any]) -> dict[str, Any]:
+    """Remove what is for `hybrid` from ``keywords``, and return it. Raises `ValueError` as that does."""
+    dtypes = {name: keywords.pop(name) for name in SETTINGS if name in keywords}
+    checked_dtypes(*(dtypes.get(name) for name in SETTINGS))
+    return dtypes
 
 
 def _missing(info: dict[str, Any]) -> set[str]:

@@ -16,6 +16,7 @@ from .cache import CompiledPrefix
 from .call import CheckpointWithCall
 from .config import PTuneConfig, take_settings
 from .dropout import FrozenDropout
+from .half_attention import dtypes_of
 from .hooks import PromptHooks
 from .initialise import Tokenise, initial_prompts
 from .loading import Origin, load_model, origin_of, tokenizer_of
@@ -323,6 +324,7 @@ class PTuneMixin:
                 "config": origin.config,
                 "overrides": origin.overrides,
                 "dtype": str(self.get_input_embeddings().weight.dtype).removeprefix("torch."),
+                **dtypes_of(self),
             },
             "model_class": self.base_class.__name__,
             "tuning_mode": settings.tuning_mode,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import checkpoint
-from .attention import sharing_name, stock_name
+from .attention import sharing_name, stock_name, unshared_name
 from .config import PTuneConfig
 
 # Models whose tokens mix in their attentions alone, which hand keywords to these and honour position_ids.
@@ -116,11 +116,12 @@ def _try(hooks: Any) -> str | None:
     config = model.config
     implementation = config._attn_implementation
     path.plan = Plan("prefix", "prompt rows never read the text", limit=rope_limit(config))
+    exact = stock_name(implementation)  # what half precision rounds away, the check would not see
     with torch.no_grad():
         # flex attention would be compiled for the check alone
-        _set_attention(model, sharing_name("eager" if "flex" in implementation else implementation))
+        _set_attention(model, sharing_name("eager" if "flex" in exact else exact))
         reason = _reach(hooks) or _agree(hooks)
-    _set_attention(model, sharing_name(implementation) if reason is None else stock_name(implementation))
+    _set_attention(model, sharing_name(implementation) if reason is None else unshared_name(implementation))
     if reason is not None:
         path.plan = Plan("concat", reason)
     return reason

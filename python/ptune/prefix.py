@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 from ptune_kernels import prepend
 
-from .attention import KEYWORD, Prefix
+from .attention import KEYWORD, Prefix, cache_dtype_of
 from .bridge import bridge, unshard_for_backward
 from .cache import PrefixedCache
 from .call import Call, current_call, set_call
@@ -76,7 +76,8 @@ class PrefixPath:
         recomputing = recomputing if torch.is_grad_enabled() else []
         if (cache := None if recomputing else self._cache(body, arguments)) is not None:
             call.cache, call.placement = cache, layout.placement()
-            cached = PrefixedCache(cache, prefix.placed(call.placement))
+            dtype = cache_dtype_of(body.config._attn_implementation)
+            cached = PrefixedCache(cache, prefix.placed(call.placement), dtype)
             return call, arguments | {"past_key_values": cached, "attention_mask": layout.extend_mask(mask)}
         if not torch.compiler.is_compiling() and any(_is_reentrant(module) for module in recomputing):
             embeds = arguments.get("inputs_embeds")
