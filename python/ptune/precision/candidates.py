@@ -1,4 +1,4 @@
-"""Ways to run a model that fails in half precision, from the cheapest on; which of them works is for the audit to see."""
+"""Ways to run a model that fails in half precision, from the cheapest on; the audit sees which of them works."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager

@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 
 from ..mixin import PTuneMixin
 
-
 KEPT = "_ptune_keeps_fp32"  # set on modules that run in float32 for good, whatever their model does
 
 

@@ -22,6 +22,9 @@ class Limits:
     same_top1: float = 0.98
 
 
+DEFAULT_LIMITS = Limits()
+
+
 class Damage:
     """Gathered over batches of rows: embeddings [rows, d] or logits [rows, vocabulary]."""
 

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from .statistics import without_padding
 
-
 POOLING = "the pooling"  # what a site's name is, where the pooling is no part of the model
 
 

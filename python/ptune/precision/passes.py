@@ -12,10 +12,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
 
+from ..attention import attention_of
 from ..mixin import evaluating
 from .candidates import SHORT, Candidate, repairs, whole
-from .damage import Damage, Limits, passes, severity
+from .damage import DEFAULT_LIMITS, Damage, Limits, passes, severity
 from .outputs import POOLING, Outputs
 from .sites import ATTENTION, QKV, Site, attention_calls, find_sites
 from .statistics import Tally, without_padding
@@ -90,7 +92,7 @@ def audit(
     dtype: torch.dtype = torch.float16,
     *,
     pooling: Callable[[Tensor, Tensor], Tensor] | None = None,
-    limits: Limits = Limits(),
+    limits: Limits = DEFAULT_LIMITS,
     progress: bool = True,
 ) -> Audit:
     """Find where ``model`` loses precision in ``dtype``, whether that harms its outputs, and what mends it.
@@ -227,6 +229,10 @@ def _check(model: nn.Module, batches: list[Batch], dtype: torch.dtype) -> None:
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and parameter.dtype != torch.float32:
             raise ValueError(f"model: expected float32 weights, got {parameter.dtype} in {name}; load it in float32")
+    for part in model.modules():
+        attention = attention_of(part.config._attn_implementation) if isinstance(part, PreTrainedModel) else None
+        if attention is not None and attention.dtype is not None:
+            raise ValueError(f"model: expected attention in float32, got {attention.dtype}; ptune.hybrid(model, None)")
 
 
 def _described(site: Site) -> Figures:

@@ -61,14 +61,14 @@ def attention_calls(model: nn.Module, function: Callable[..., Any]) -> Iterator[
     own = {id(module) for module in model.modules()}
     names = {m.config._attn_implementation for m in model.modules() if isinstance(m, PreTrainedModel)}
 
-    def replace(name: str, stock: Any, module: Any, *args: Any, **kwargs: Any) -> Any:
+    def call(stock: Any, module: Any, *args: Any, **kwargs: Any) -> Any:
         stock = eager_of(module) if stock is None else stock
         return function(stock, module, *args, **kwargs) if id(module) in own else stock(module, *args, **kwargs)
 
     before = {}
     for name in names - {None}:
         before[name] = _pop_override(name)
-        ALL_ATTENTION_FUNCTIONS[name] = partial(replace, name, before[name] or ALL_ATTENTION_FUNCTIONS.get(name))
+        ALL_ATTENTION_FUNCTIONS[name] = partial(call, before[name] or ALL_ATTENTION_FUNCTIONS.get(name))
     try:
         yield
     finally:
@@ -90,7 +90,7 @@ def _pop_override(name: str) -> Any:
 
 def find_sites(model: nn.Module, run: Callable[[], Any]) -> list[Site]:
     """The sites of ``model`` that ``run()``, a call of it, passes, in the order in which it does."""
-    anatomy = _Anatomy(model)
+    anatomy = Anatomy(model)
     passed: dict[tuple[nn.Module, str], None] = {}  # ordered
     widths: dict[nn.Module, int] = {}
 
@@ -104,7 +104,7 @@ def find_sites(model: nn.Module, run: Callable[[], Any]) -> list[Site]:
             passed.setdefault((module, kind))
         return stock(module, *args, **kwargs)
 
-    watched = [m for m in model.modules() if m in anatomy.blocks or m in anatomy.poolings or _has_weights(m)]
+    watched = [m for m in model.modules() if m in anatomy.blocks or m in anatomy.poolings or has_weights(m)]
     handles = [module.register_forward_hook(note) for module in watched]
     try:
         with attention_calls(model, note_attention):
@@ -122,7 +122,7 @@ def find_sites(model: nn.Module, run: Callable[[], Any]) -> list[Site]:
     return sites
 
 
-class _Anatomy:
+class Anatomy:
     """Which part of a model each module is."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -192,7 +192,7 @@ class _Anatomy:
         return scopes
 
 
-def _has_weights(module: nn.Module) -> bool:
+def has_weights(module: nn.Module) -> bool:
     return any(parameter.is_floating_point() for parameter in module.parameters(recurse=False))
 
 
