@@ -41,8 +41,8 @@ def whole(outputs: Outputs) -> list[Candidate]:
     return [*halves, *(_hybrid(outputs, dtype) for dtype in SHORT)]
 
 
-def repairs(outputs: Outputs, sites: Sequence[Site], faulty: Sequence[Site], dtype: torch.dtype) -> Iterator[Candidate]:
-    """What may mend a model that fails in ``dtype``. ``faulty``: those of its ``sites`` that do the most damage."""
+def repairs(outputs: Outputs, sites: Sequence[Site], dtype: torch.dtype) -> Iterator[Candidate]:
+    """What may mend a model that fails in ``dtype``, wherever it does."""
     poolings = [site.name for site in sites if site.kind == "pooling"]
     norms = [site.name for site in sites if site.kind == "norm"]
     if poolings:
@@ -53,11 +53,16 @@ def repairs(outputs: Outputs, sites: Sequence[Site], faulty: Sequence[Site], dty
         how = "ptune.hybrid(model, attn_dtype=torch.bfloat16).half()"
         yield Candidate("bf16 attention", how, lambda: _half_attention(outputs, torch.bfloat16, dtype))
     yield from (_hybrid(outputs, other) for other in sorted(SHORT, key=lambda other: other != dtype))
+
+
+def layers(outputs: Outputs, faulty: Sequence[Site], dtype: torch.dtype) -> Iterator[Candidate]:
+    """The ``faulty`` sites' modules in float32; then what is around these, as values overflow at their borders too."""
     names: list[str] = []
     height = 0
     while (around := _outermost(_around(outputs, site, height) for site in faulty)) != names:
         names, height = around, height + 1
-        yield _kept("fp32 layers", outputs, names, dtype)
+        title = ", ".join(names) if len(names) <= 2 else f"{len(names)} modules"
+        yield _kept(f"fp32 {title}", outputs, names, dtype)
 
 
 def _hybrid(outputs: Outputs, dtype: torch.dtype) -> Candidate:

@@ -40,7 +40,7 @@ def audit_files(
 
 
 def load(path: str) -> Any:
-    """The float32 model that a checkpoint's ``architectures`` name: with its head, or without one as an embedding model.
+    """The float32 model that a checkpoint's ``architectures`` name: with its head, or a bare one, for embeddings.
 
     Raises `NotImplementedError` for an architecture whose head is of no kind known here.
     """

@@ -1,4 +1,4 @@
-"""`watch`: the magnitudes in a model that runs, and a warning at the first inf or NaN, without a wait for the device."""
+"""`watch`: the magnitudes in a model that runs, and a warning at the first inf or NaN, without waiting for a device."""
 
 import warnings
 from contextlib import ExitStack

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from ..attention import attention_of
 from ..mixin import evaluating
-from .candidates import SHORT, Candidate, repairs, whole
+from .candidates import SHORT, Candidate, layers, repairs, whole
 from .damage import DEFAULT_LIMITS, Damage, Limits, passes, severity
 from .outputs import POOLING, Outputs
 from .sites import ATTENTION, QKV, Site, attention_calls, find_sites
@@ -141,9 +141,13 @@ class _Passes:
             faulty = [site for site in ranked if not passes(damages[site], self.limits)]
             # where none fails alone, errors add up
             faulty = faulty or ranked[: math.ceil(len(ranked) / 4)]
-            for candidate in repairs(self.outputs, sites, faulty, dtype):
+            for candidate in repairs(self.outputs, sites, dtype):
                 figures = found.whole.get(candidate.name) or self.tried(candidate)
                 found.repairs.append({"name": candidate.name} | figures)
+            for candidate in layers(self.outputs, faulty, dtype):
+                found.repairs.append({"name": candidate.name} | self.tried(candidate))
+                if found.repairs[-1]["works"]:
+                    break
         return found
 
     def sites(self) -> list[Site]:
@@ -153,7 +157,10 @@ class _Passes:
             return POOLING if name == "pooling" else name.removeprefix("model.")
 
         sites = find_sites(self.outputs, lambda: self.outputs(self.batches[0]))
-        return [replace(site, name=own(site.name), block=site.block and own(site.block)) for site in sites]
+        sites = [replace(site, name=own(site.name), block=site.block and own(site.block)) for site in sites]
+        # where states are pooled on top, what the model's own pooler makes of them is not used
+        on_top = any(site.name == POOLING for site in sites)
+        return [site for site in sites if site.kind != "pooling" or site.name == POOLING or not on_top]
 
     def statistics(self, sites: Sequence[Site]) -> tuple[list[Figures], int]:
         """The records of `Audit.statistics`, and how many rows the outputs have."""

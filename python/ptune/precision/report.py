@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,17 @@ from rich.table import Table
 
 from ..checkpoint import replace_file
 from .damage import loss
-from .passes import Audit, shown
+from .passes import Audit
 from .sites import KINDS
 from .statistics import FLOAT16_MAX, HEADROOM
 
 SHOWN = 10  # places in the table
 # below it, damage is float32's own noise
 FLOOR = 1e-7
+_FIGURES = {
+    "embeddings": {"nonfinite": "inf, NaN", "cosine_min": "least cosine", "cosine_mean": "mean cosine"},
+    "logits": {"nonfinite": "inf, NaN", "kl_mean": "KL divergence", "same_top1": "same top-1"},
+}
 _CURVES = {
     "residual": ("residual",),
     "MLP": ("mlp in", "mlp out"),
@@ -32,23 +36,22 @@ _CURVES = {
 
 def print_audit(audit: Audit, console: Console) -> None:
     """Tables of the worst places, the whole model and the repairs; then the verdict."""
-    places = Table(title=f"The worst places, each alone in {audit.dtype}", title_justify="left")
-    for column in ("kind", "layer", "module", f"amax (of {FLOAT16_MAX:.0f})", audit.compares):
-        places.add_column(column)
+    figures = _FIGURES[audit.compares]
+    places = _table(f"The worst places, each alone in {audit.dtype}", "place", "module", "amax", *figures.values())
     for site in audit.sites[:SHOWN]:
-        layer = "" if site["layer"] is None else str(site["layer"])
-        places.add_row(site["kind"], layer, site["name"], f"{_amax(audit, site):.4g}", shown(site))
+        place = site["kind"] if site["layer"] is None else f"{site['kind']}, layer {site['layer']}"
+        places.add_row(place, site["name"], f"{_amax(audit, site):.4g}", *_cells(site, figures))
     console.print(places)
     for title, rows in (
-        ("The whole model", audit.whole),
-        ("Repairs", {tried["name"]: tried for tried in audit.repairs}),
+        ("The whole model", audit.whole.items()),
+        ("Repairs, the cheapest first", [(tried["name"], tried) for tried in audit.repairs]),
     ):
-        if rows:
-            table = Table(title=title, title_justify="left")
-            for column in ("in", "works", audit.compares):
-                table.add_column(column)
-            for name, figures in rows.items():
-                table.add_row(name, "yes" if figures["works"] else "no", figures.get("refused") or shown(figures))
+        table = _table(title, "in", "works", *figures.values())
+        for name, tried in rows:
+            refused = "refused" in tried
+            cells = _cells(tried, figures) if not refused else [""] * len(figures)
+            table.add_row(name, "yes" if tried["works"] else "refused" if refused else "no", *cells)
+        if table.rows:
             console.print(table)
     console.print(audit.verdict, soft_wrap=True, markup=False)
 
@@ -63,6 +66,23 @@ def write_audit(audit: Audit, folder: Path) -> tuple[Path, Path]:
     replace_file(data, lambda scratch: scratch.write_text(text, encoding="utf-8"))
     replace_file(picture, lambda scratch: figure.savefig(scratch, format="png", dpi=120))
     return data, picture
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _cells(figures: dict[str, Any], names: Mapping[str, str]) -> list[str]:
+    return ["-" if figures[name] is None else _digits(name, figures[name]) for name in names]
+
+
+def _digits(name: str, figure: float) -> str:
+    if name in ("nonfinite", "same_top1"):
+        return f"{figure:.1%}"
+    return f"{figure:.2g}" if name == "kl_mean" else f"{figure:.7f}"
 
 
 def _amax(audit: Audit, site: dict[str, Any]) -> float:

@@ -24,9 +24,10 @@ class Tally:
 
     def add(self, tensor: Tensor) -> None:
         """``tensor`` [rows, …, channels], without padding."""
+        magnitudes = tensor.detach().float().abs()
+        magnitudes = magnitudes.where(magnitudes.isfinite(), 0)  # what masks with -inf is no activation
         if not tensor.numel():
             return
-        magnitudes = tensor.detach().float().abs()
         self.amax = max(self.amax, magnitudes.max().item())
         self.values += magnitudes.numel()
         self.large += int((magnitudes > HEADROOM).sum())
