@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ..mixin import PTuneMixin
 
-KEPT = "_ptune_keeps_fp32"  # set on modules that run in float32 for good, whatever their model does
+BORDERED = "_ptune_bordered"  # set on modules that run in a dtype of their own
 
 
 def cast(value: Any, dtype: torch.dtype) -> Any:
@@ -27,23 +27,25 @@ def rounded(value: Any, dtype: torch.dtype) -> Any:
 
 
 def forward_in(
-    module: Any, inner: Callable[..., Any] | None, dtype: torch.dtype, outer: Any, *args: Any, **kwargs: Any
+    module: Any, inner: Callable[..., Any] | None, dtype: torch.dtype, model: nn.Module, *args: Any, **kwargs: Any
 ) -> Any:
     """``module``'s forward on inputs cast to ``dtype``; outputs come in the dtype of the first floating input.
 
-    ``inner``: the instance's own forward, where it has one beside its class's. ``outer``: a module whose dtype outputs
-    have where no input is floating (an embedding's).
+    ``inner``: the instance's own forward, where it has one beside its class's. ``model``: what it is part of; an
+    embedding's output comes in the dtype of that.
     """
     floating = (x.dtype for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.is_floating_point())
-    around = next(floating, None) or _dtype_around(outer, module)
+    around = next(floating, None) or _dtype_around(model)
     forward = partial(type(module).forward, module) if inner is None else inner
     return cast(forward(*cast(args, dtype), **cast(kwargs, dtype)), around)
 
 
-def _dtype_around(model: nn.Module, module: nn.Module) -> torch.dtype:
-    within = {id(parameter) for parameter in module.parameters()}
-    floating = (p for p in model.parameters() if p.is_floating_point() and id(p) not in within)
-    return next((parameter.dtype for parameter in floating), torch.float32)
+def _dtype_around(model: nn.Module) -> torch.dtype:
+    """The dtype of what runs in no dtype of its own."""
+    within = {part for module in model.modules() if hasattr(module, BORDERED) for part in module.modules()}
+    around = (module for module in model.modules() if module not in within)
+    floating = (p.dtype for module in around for p in module.parameters(recurse=False) if p.is_floating_point())
+    return next(floating, torch.float32)
 
 
 @contextmanager
@@ -54,10 +56,12 @@ def running_in(model: nn.Module, modules: Iterable[nn.Module], dtype: torch.dtyp
     with _replaced((m for module in modules for m in module.modules()), lambda tensor: tensor.to(dtype)):
         for module, inner in zip(modules, own, strict=True):
             module.forward = partial(forward_in, module, inner, dtype, model)
+            setattr(module, BORDERED, True)
         try:
             yield
         finally:
             for module, inner in zip(modules, own, strict=True):
+                delattr(module, BORDERED)
                 del module.forward
                 if inner is not None:
                     module.forward = inner
@@ -78,7 +82,7 @@ def loaded_in(model: nn.Module, dtype: torch.dtype, keep: Iterable[nn.Module] = 
                 own = isinstance(module, PTuneMixin) and parameter.requires_grad
                 if own or any(pattern.search(name) for pattern in plan):
                     stay.add(id(parameter))
-    whole = [*keep, *(module for module in model.modules() if hasattr(module, KEPT))]
+    whole = [*keep, *(module for module in model.modules() if hasattr(module, BORDERED))]
     kept = {part for module in whole for part in module.modules()}
     others = (module for module in model.modules() if module not in kept)
     with _replaced(others, lambda tensor: tensor if id(tensor) in stay else tensor.to(dtype)):

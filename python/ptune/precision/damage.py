@@ -32,6 +32,7 @@ class Damage:
         self.kind = kind  # "embeddings" or "logits"
         self.rows = 0
         self.nonfinite = 0
+        self.changed = 0
         self._cosines: list[Tensor] = []
         self._divergences: list[Tensor] = []
         self._same: list[Tensor] = []
@@ -40,6 +41,7 @@ class Damage:
         finite = rows.isfinite().all(-1)
         self.rows += rows.shape[0]
         self.nonfinite += int((~finite).sum())
+        self.changed += int((rows != reference).any(-1).sum())
         reference, rows = reference[finite], rows[finite].float()
         if self.kind == "embeddings":
             self._cosines.append(torch.cosine_similarity(reference.double(), rows.double(), dim=-1).cpu())
@@ -49,8 +51,14 @@ class Damage:
         self._same.append((reference.argmax(-1) == rows.argmax(-1)).float().cpu())
 
     def figures(self) -> dict[str, float | None]:
-        """By name. Cosines and divergences are of the finite rows, and ``None`` where there is none."""
-        figures: dict[str, float | None] = {"nonfinite": self.nonfinite / self.rows}
+        """By name: the shares of rows that are inf or NaN, and that changed at all; and what the finite ones lost.
+
+        ``None`` where no row is finite.
+        """
+        figures: dict[str, float | None] = {
+            "nonfinite": self.nonfinite / self.rows,
+            "changed": self.changed / self.rows,
+        }
         if self.kind == "embeddings":
             cosines = torch.cat(self._cosines)
             figures |= {"cosine_min": _of(cosines, torch.min), "cosine_mean": _of(cosines, torch.mean)}

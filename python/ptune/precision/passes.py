@@ -141,7 +141,9 @@ class _Passes:
             faulty = [site for site in ranked if not passes(damages[site], self.limits)]
             # where none fails alone, errors add up
             faulty = faulty or ranked[: math.ceil(len(ranked) / 4)]
-            for candidate in repairs(self.outputs, sites, dtype):
+            # a model's own pooler may be there without being used
+            reaching = [site for site in sites if damages[site]["changed"]]
+            for candidate in repairs(self.outputs, reaching, dtype):
                 figures = found.whole.get(candidate.name) or self.tried(candidate)
                 found.repairs.append({"name": candidate.name} | figures)
             for candidate in layers(self.outputs, faulty, dtype):
@@ -157,10 +159,7 @@ class _Passes:
             return POOLING if name == "pooling" else name.removeprefix("model.")
 
         sites = find_sites(self.outputs, lambda: self.outputs(self.batches[0]))
-        sites = [replace(site, name=own(site.name), block=site.block and own(site.block)) for site in sites]
-        # where states are pooled on top, what the model's own pooler makes of them is not used
-        on_top = any(site.name == POOLING for site in sites)
-        return [site for site in sites if site.kind != "pooling" or site.name == POOLING or not on_top]
+        return [replace(site, name=own(site.name), block=site.block and own(site.block)) for site in sites]
 
     def statistics(self, sites: Sequence[Site]) -> tuple[list[Figures], int]:
         """The records of `Audit.statistics`, and how many rows the outputs have."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .casts import KEPT, forward_in
+from .casts import BORDERED, forward_in
 
 
 def keep_fp32(model: Any, names: Sequence[str]) -> Any:
@@ -38,7 +38,7 @@ def keep_fp32(model: Any, names: Sequence[str]) -> Any:
         # partials of module-level functions, and not closures, are copied and pickled with the model
         module.forward = partial(forward_in, module, vars(module).get("forward"), torch.float32, model)
         module._apply = partial(_apply, module)
-        setattr(module, KEPT, True)
+        setattr(module, BORDERED, True)
     return model
 
 

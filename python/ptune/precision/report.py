@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 from rich.table import Table
 
@@ -20,8 +21,7 @@ from .sites import KINDS
 from .statistics import FLOAT16_MAX, HEADROOM
 
 SHOWN = 10  # places in the table
-# below it, damage is float32's own noise
-FLOOR = 1e-7
+FLOOR = 1e-10  # of the picture's scale
 _FIGURES = {
     "embeddings": {"nonfinite": "inf, NaN", "cosine_min": "least cosine", "cosine_mean": "mean cosine"},
     "logits": {"nonfinite": "inf, NaN", "kl_mean": "KL divergence", "same_top1": "same top-1"},
@@ -101,9 +101,10 @@ def _draw(audit: Audit) -> Figure:
                 peaks[record["layer"]] = max(peaks.get(record["layer"], 0.0), record["amax"])
         if peaks:
             magnitudes.plot(*zip(*sorted(peaks.items()), strict=True), marker=".", label=label)
-    magnitudes.axhline(FLOAT16_MAX, color="tab:red", label="float16's greatest number")
-    magnitudes.axhline(HEADROOM, color="tab:red", linestyle="--", label="an eighth of it")
+    magnitudes.axhline(FLOAT16_MAX, color="black", label="float16's greatest number")
+    magnitudes.axhline(HEADROOM, color="black", linestyle="--", label="an eighth of it")
     magnitudes.set(yscale="log", xlabel="layer", ylabel="amax in float32")
+    magnitudes.xaxis.set_major_locator(MaxNLocator(integer=True))
     magnitudes.legend(fontsize=8)
     _draw_damage(audit.sites, damage)
     measure = "1 - least cosine" if audit.compares == "embeddings" else "mean KL divergence"

@@ -18,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..attention import eager_of
 from ..support import find_body
-from .casts import KEPT, rounded, running_in
+from .casts import BORDERED, rounded, running_in
 
 QKV = ("query", "key", "value")
 ATTENTION = (*QKV, "attention output")
@@ -135,7 +135,7 @@ class Anatomy:
             for index, child in module.named_children()
         }
         self.poolings = {m for m in self.names if "Pool" in type(m).__name__ and m is not model}
-        self.kept = {module for module in self.names if hasattr(module, KEPT)}
+        self.kept = {module for module in self.names if hasattr(module, BORDERED)}
         body = next((m for m in self.names if isinstance(m, PreTrainedModel)), model)
         self.body = find_body(body) if isinstance(body, PreTrainedModel) else body
         self.attentions: dict[nn.Module, None] = {}  # ordered
@@ -163,7 +163,7 @@ class Anatomy:
 
     def is_kept(self, module: nn.Module) -> bool:
         """Whether ``module`` runs in float32 for good, by `keep_fp32`."""
-        return hasattr(module, KEPT) or self._within(module, self.kept) is not None
+        return hasattr(module, BORDERED) or self._within(module, self.kept) is not None
 
     def _within(self, module: nn.Module, found: Any) -> nn.Module | None:
         """The innermost module around ``module`` that is one of ``found``, or an instance of it."""
