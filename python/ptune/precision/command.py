@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModel
 from ..data import Columns, DataError, read_passages, read_text, split_lines
 from ..runs import load_tokenizer
 from ..support import find_body, position_limit
+from ..tasks import Generation
 from .passes import Audit, audit
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -27,6 +28,7 @@ def audit_files(
     texts = read_texts(data, text_column)[: batch_size * count]
     tokenizer = load_tokenizer(model, "classification")
     loaded = load(model)
+    out.mkdir(parents=True, exist_ok=True)  # what forbids it should be known before the work
     _, positions = position_limit(find_body(loaded))
     length = max_length if positions is None else min(max_length, positions)
 
@@ -56,7 +58,7 @@ def load(path: str) -> Any:
 def read_texts(path: Path, column: str | None) -> list[str]:
     """The texts of a CSV, TSV or JSONL file (a prompt and its completion are one), or the lines of a .txt file."""
     if path.suffix.lower() != ".txt":
-        return [passage.prompt + passage.completion for passage in read_passages(path, Columns(text=column))]
+        return [Generation.text_of(passage) for passage in read_passages(path, Columns(text=column))]
     if column is not None:
         raise DataError(path, None, "a .txt file has no columns; leave --text-column out")
     return [line for line in split_lines(read_text(path)) if line.strip()]
