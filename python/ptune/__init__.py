@@ -1,5 +1,6 @@
 """Prompt tuning of frozen transformers models: soft prompts, their training and their use."""
 
+from . import precision
 from .auto import (
     AutoPTuneModel,
     AutoPTuneModelForCausalLM,
@@ -22,4 +23,5 @@ __all__ = [
     "PTuneMixin",
     "PromptBank",
     "hybrid",
+    "precision",
 ]

@@ -62,7 +62,7 @@ class Attention:
 
     def function(self, module: Any) -> Callable[..., Any]:
         """The stock function, for ``module``."""
-        return _eager_of(module) if self.stock == "eager" else ALL_ATTENTION_FUNCTIONS[self.stock]
+        return eager_of(module) if self.stock == "eager" else ALL_ATTENTION_FUNCTIONS[self.stock]
 
     def run(
         self,
@@ -220,7 +220,7 @@ def _attention(
     return prefix.attend(attention, module, query, key, value, attention_mask, **kwargs)
 
 
-def _eager_of(module: Any) -> Callable[..., Any]:
+def eager_of(module: Any) -> Callable[..., Any]:
     """The eager attention of the file that ``module``'s class is written in: each has its own."""
     for ancestor in type(module).__mro__:
         function = getattr(sys.modules[ancestor.__module__], "eager_attention_forward", None)

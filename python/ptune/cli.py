@@ -1,4 +1,4 @@
-"""The command `ptune`: train, eval, predict, info, convert, demo, serve-blocks, remote-status."""
+"""The command `ptune`: train, eval, predict, info, convert, audit, demo, serve-blocks, remote-status."""
 
 import json
 import sys
@@ -48,6 +48,11 @@ class Dtype(str, Enum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
+
+
+class HalfDtype(str, Enum):
+    fp16 = "fp16"
+    bf16 = "bf16"
 
 
 RunFolder = Annotated[Path, typer.Argument(help="The --out folder of a finished `ptune train`.", show_default=False)]
@@ -239,6 +244,29 @@ def convert(
         else:
             name = None if task is None else task.value
             converters.convert(source, out, base_model=base_model, task=name, task_id=task_id)
+
+
+@app.command()
+def audit(
+    model: Annotated[str, typer.Option(help="Folder or hub name of a model.", show_default=False)],
+    data: Annotated[Path, typer.Option(help="CSV, TSV or JSONL, or a .txt of lines.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Folder for report.json and report.png.", show_default=False)],
+    dtype: Annotated[HalfDtype, typer.Option(help="The precision to find fault with.")] = HalfDtype.fp16,
+    text_column: TextColumn = None,
+    max_length: Annotated[int, typer.Option(min=1, help="Tokens of a text; what is beyond is cut.")] = 128,
+    batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    batches: Annotated[int, typer.Option(min=1, help="How many batches, from the file's beginning.")] = 2,
+) -> None:
+    """Find where a model loses precision in half types, and the cheapest repair."""
+    with _one_line_errors():
+        _quieten()
+        from .precision.command import audit_files
+        from .precision.report import print_audit, write_audit
+
+        found = audit_files(model, data, out, dtype.value, text_column, max_length, batch_size, batches)
+        written = write_audit(found, out)
+    print_audit(found, results)
+    notes.print(f"Written: {', '.join(map(str, written))}", soft_wrap=True)
 
 
 @app.command()

@@ -478,3 +478,55 @@ def test_options_that_the_files_of_a_mix_say(tiny_llama, tmp_path, option):
     result = ptune("train", "--task-mix", mix, "--model", tiny_llama, "--out", tmp_path / "out", *option)
     assert result.exit_code == 2
     assert f"{option[0]}: not with --task-mix" in " ".join(result.stderr.split())
+
+
+def lines_file(folder: Path, count: int = 11) -> Path:
+    path = folder / "lines.txt"
+    path.write_text("\n\n".join(" ".join(words) for words in sentences(count, seed=3)) + "\n")
+    return path
+
+
+def test_audit_of_an_embedding_model(tiny_bert, tmp_path):
+    out = tmp_path / "deep" / "out"
+    shown = succeed("audit", "--model", tiny_bert, "--data", lines_file(tmp_path), "--out", out, "--batch-size", 4)
+    record = json.loads((out / "report.json").read_text())
+    assert (record["dtype"], record["compares"], record["rows"]) == ("fp16", "embeddings", 8)
+    assert record["whole"].keys() == {"fp16", "bf16", "hybrid-fp16", "hybrid-bf16"}
+    assert record["verdict"] in shown
+    assert "hybrid-bf16" in shown
+    assert (out / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_audit_of_a_generative_model(tiny_llama, tmp_path):
+    """Its architecture has a head; prompts and completions are one text."""
+    data, out = generation_file(tmp_path, count=3), tmp_path / "out"
+    succeed("audit", "--model", tiny_llama, "--data", data, "--out", out, "--dtype", "bf16", "--batches", 5)
+    record = json.loads((out / "report.json").read_text())
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    # [CLS] before each, and a token for each word
+    tokens = sum(1 + len(f"{row['prompt']} {row['completion']}".split()) for row in rows)
+    assert (record["dtype"], record["compares"], record["rows"]) == ("bf16", "logits", tokens)
+    assert any(site["kind"] == "head" for site in record["sites"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"--data": "nowhere.txt"}, "nowhere.txt: no such file"),
+        ({"--data": "lines.md"}, "lines.md: expected a .csv, .tsv, .jsonl file"),
+        ({"--text-column": "text"}, "lines.txt: a .txt file has no columns"),
+        ({"--out": "lines.txt"}, "--out: lines.txt is a file"),
+        ({"--model": "./nowhere"}, "./nowhere"),
+    ],
+)
+def test_what_is_wrong_with_an_audit(tiny_bert, tmp_path, monkeypatch, changes, problem):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    lines_file(tmp_path)
+    Path("lines.md").write_text("text")
+    options = {"--model": tiny_bert, "--data": "lines.txt", "--out": "out"} | changes
+    result = ptune("audit", *(part for option in options.items() for part in option))
+    assert result.exit_code == 2
+    assert problem in " ".join(result.stderr.split())
+    assert result.stderr.startswith("Error: ")
+    assert not Path("out").exists()

@@ -1,0 +1,216 @@
+"""Where a model's activations can lose precision, found by its structure, and how each place is rounded alone.
+
+A site is a tensor at an attention function (query, key, value, its output), the state that a block hands on
+(residual), or a module with weights, which is then run in the low precision by itself: inputs, weights and arithmetic.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ..attention import eager_of
+from ..support import find_body
+from .casts import BORDERED, rounded, running_in
+
+QKV = ("query", "key", "value")
+ATTENTION = (*QKV, "attention output")
+KINDS = (*ATTENTION, "projection", "mlp in", "mlp out", "norm", "residual", "embedding", "pooling", "head")
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place where precision can be lost.
+
+    Attributes:
+        kind: one of `KINDS`. "mlp out" is what writes to the width of the blocks' state, "mlp in" the rest of an MLP;
+            "projection" is what an attention has beside its function.
+        layer: the number of the block that it is in, if any.
+        block: the name of that block.
+        name: its module's, in the model.
+    """
+
+    kind: str
+    layer: int | None
+    block: str | None
+    name: str
+    module: nn.Module
+
+    def rounded(self, model: nn.Module, dtype: torch.dtype) -> AbstractContextManager[None]:
+        """Within it, this place alone is in ``dtype``, and all else of ``model`` as before."""
+        if self.kind in ATTENTION:
+            return attention_calls(model, partial(_round_one, self, dtype))
+        if self.kind == "residual":
+            return _output_rounded(self.module, dtype)
+        return running_in(model, [self.module], dtype)
+
+
+@contextmanager
+def attention_calls(model: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
+    """Within it, attentions of ``model`` call ``function(stock, module, query, key, value, mask, **kwargs)``.
+
+    ``stock`` is the attention function that the model is set to. Other models' attentions pass by.
+    """
+    own = {id(module) for module in model.modules()}
+    names = {m.config._attn_implementation for m in model.modules() if isinstance(m, PreTrainedModel)}
+
+    def call(stock: Any, module: Any, *args: Any, **kwargs: Any) -> Any:
+        stock = eager_of(module) if stock is None else stock
+        return function(stock, module, *args, **kwargs) if id(module) in own else stock(module, *args, **kwargs)
+
+    before = {}
+    for name in names - {None}:
+        before[name] = _pop_override(name)
+        ALL_ATTENTION_FUNCTIONS[name] = partial(call, before[name] or ALL_ATTENTION_FUNCTIONS.get(name))
+    try:
+        yield
+    finally:
+        for name, override in before.items():
+            del ALL_ATTENTION_FUNCTIONS[name]
+            if override is not None:
+                ALL_ATTENTION_FUNCTIONS[name] = override
+
+
+def _pop_override(name: str) -> Any:
+    """Remove and return the function that stands before the one registered under ``name``, if there is one."""
+    found = ALL_ATTENTION_FUNCTIONS.get(name)
+    try:
+        del ALL_ATTENTION_FUNCTIONS[name]
+    except KeyError:
+        return None
+    return found
+
+
+def find_sites(model: nn.Module, run: Callable[[], Any]) -> list[Site]:
+    """The sites of ``model`` that ``run()``, a call of it, passes, in the order in which it does."""
+    anatomy = Anatomy(model)
+    passed: dict[tuple[nn.Module, str], None] = {}  # ordered
+    widths: dict[nn.Module, int] = {}
+
+    def note(module: nn.Module, args: Any, output: Any) -> None:
+        passed.setdefault((module, "output"))
+        widths[module] = next((x.shape[-1] for x in tree_leaves(output) if isinstance(x, Tensor) and x.dim()), 0)
+
+    def note_attention(stock: Any, module: Any, *args: Any, **kwargs: Any) -> Any:
+        anatomy.attentions.setdefault(module)
+        for kind in ATTENTION:
+            passed.setdefault((module, kind))
+        return stock(module, *args, **kwargs)
+
+    watched = [m for m in model.modules() if m in anatomy.blocks or m in anatomy.poolings or has_weights(m)]
+    handles = [module.register_forward_hook(note) for module in watched]
+    try:
+        with attention_calls(model, note_attention):
+            run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    sites = []
+    for module, what in passed:
+        kind = what if what in ATTENTION else anatomy.kind(module, widths)
+        if kind is not None and not anatomy.is_kept(module):
+            block = anatomy.block(module)
+            layer, name = (None, None) if block is None else (anatomy.blocks[block], anatomy.names[block])
+            sites.append(Site(kind, layer, name, anatomy.names[module], module))
+    return sites
+
+
+class Anatomy:
+    """Which part of a model each module is."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.names = {module: name for name, module in model.named_modules()}
+        self.modules = {name: module for module, name in self.names.items()}
+        self.blocks = {
+            child: int(index)
+            for module in model.modules()
+            if isinstance(module, nn.ModuleList) and self._within(module, nn.ModuleList) is None
+            for index, child in module.named_children()
+        }
+        self.poolings = {m for m in self.names if "Pool" in type(m).__name__ and m is not model}
+        self.kept = {module for module in self.names if hasattr(module, BORDERED)}
+        body = next((m for m in self.names if isinstance(m, PreTrainedModel)), model)
+        self.body = find_body(body) if isinstance(body, PreTrainedModel) else body
+        self.attentions: dict[nn.Module, None] = {}  # ordered
+
+    def kind(self, module: nn.Module, widths: dict[nn.Module, int]) -> str | None:
+        """What kind of site a module with weights (or a block, or a pooling) is; ``None`` for a part of another."""
+        if self._within(module, self.poolings) is not None:
+            return None
+        if module in self.poolings:
+            return "pooling"
+        if module in self.blocks:
+            return "residual"
+        if type(module).__name__.endswith("Norm"):
+            return "norm"
+        block = self._within(module, self.blocks)
+        if block is None:
+            return "embedding" if self._within(module, {self.body}) is not None else "head"
+        if any(self._is_part(module, scope) for scope in self._attention_scopes(block)):
+            return "projection"
+        return "mlp out" if widths[module] == widths[block] else "mlp in"
+
+    def block(self, module: nn.Module) -> nn.Module | None:
+        """The block that ``module`` is, or is in."""
+        return module if module in self.blocks else self._within(module, self.blocks)
+
+    def is_kept(self, module: nn.Module) -> bool:
+        """Whether ``module`` runs in float32 for good, by `keep_fp32`."""
+        return hasattr(module, BORDERED) or self._within(module, self.kept) is not None
+
+    def _within(self, module: nn.Module, found: Any) -> nn.Module | None:
+        """The innermost module around ``module`` that is one of ``found``, or an instance of it."""
+        name = self.names[module]
+        while name:
+            name = name.rpartition(".")[0]
+            around = self.modules[name]
+            if isinstance(around, found) if isinstance(found, type) else around in found:
+                return around
+        return None
+
+    def _is_part(self, module: nn.Module, scope: str) -> bool:
+        return f"{self.names[module]}.".startswith(f"{scope}.")
+
+    def _attention_scopes(self, block: nn.Module) -> list[str]:
+        """The names of the parts of a block that hold an attention: what BERT projects its output with is beside it."""
+        scopes = []
+        for attention in self.attentions:
+            if self._is_part(attention, self.names[block]) and attention is not block:
+                scope = self.names[block]
+                for step in self.names[attention].removeprefix(f"{scope}.").split("."):
+                    scope = f"{scope}.{step}"
+                    if not isinstance(self.modules[scope], nn.ModuleList):
+                        break
+                scopes.append(scope)
+        return scopes
+
+
+def has_weights(module: nn.Module) -> bool:
+    return any(parameter.is_floating_point() for parameter in module.parameters(recurse=False))
+
+
+def _round_one(site: Site, dtype: torch.dtype, stock: Any, module: Any, *args: Any, **kwargs: Any) -> Any:
+    """An attention function whose query, key, value or output is rounded where ``module`` is the site's."""
+    if module is not site.module:
+        return stock(module, *args, **kwargs)
+    if site.kind == "attention output":
+        output, *rest = stock(module, *args, **kwargs)
+        return rounded(output, dtype), *rest
+    index = QKV.index(site.kind)
+    return stock(module, *args[:index], rounded(args[index], dtype), *args[index + 1 :], **kwargs)
+
+
+@contextmanager
+def _output_rounded(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    handle = module.register_forward_hook(lambda module, args, output: rounded(output, dtype))
+    try:
+        yield
+    finally:
+        handle.remove()
