@@ -23,22 +23,23 @@ from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
 
 from . import checkpoint
-from .auto import AutoPTuneModel
+from .auto import AutoPTuneModel, AutoPTuneModelForSeq2SeqLM
 from .checkpoint import MisfitError
 from .runs import MODELS
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 
-_LOADERS: dict[Any, Any] = {**MODELS, None: AutoPTuneModel}
+_LOADERS: dict[Any, Any] = {**MODELS, "seq2seq": AutoPTuneModelForSeq2SeqLM, None: AutoPTuneModel}
 _TASK_TYPES = {
-    "SEQ_CLS": "classification", "TOKEN_CLS": "tagging", "CAUSAL_LM": "generation", "FEATURE_EXTRACTION": None,
-    None: None,
+    "SEQ_CLS": "classification", "TOKEN_CLS": "tagging", "CAUSAL_LM": "generation", "SEQ_2_SEQ_LM": "seq2seq",
+    "FEATURE_EXTRACTION": None, None: None,
 }  # fmt: skip
 _CLASSES = {
     "SEQ_CLS": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
     "TOKEN_CLS": modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
     "CAUSAL_LM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    "SEQ_2_SEQ_LM": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 }
 _OUTPUT_LAYERS = ("out_proj.weight", "score.weight", "classifier.weight")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -71,7 +72,7 @@ def convert(
     Args:
         source: PEFT's folder; or a file of P-tuning v2 or Petals (safetensors, or torch's format of tensors alone).
         base_model: the base, where ``source`` does not name it, or no longer in its place.
-        task: ``"classification"``, ``"tagging"`` or ``"generation"``, where ``source`` does not say.
+        task: ``"classification"``, ``"tagging"``, ``"generation"`` or ``"seq2seq"``, where ``source`` does not say.
         task_id: which task of a multitask prompt.
 
     Raises `ValueError`, and writes nothing, for what is no such prompt, holds pickled code, or does not fit the base
@@ -183,6 +184,11 @@ def _read_peft(folder: Path, task_id: int | None) -> _Foreign:
         raise ValueError(f"{path}: task_type: expected one of {known}, got {task_type!r}")
     if not isinstance(base, str | None):
         raise ValueError(f"{path}: base_model_name_or_path: expected a name, got {base!r}")
+    if task_type == "SEQ_2_SEQ_LM" and (kind not in _ROWS or config.get("num_transformer_submodules") != 1):
+        raise ValueError(
+            f"{path}: expected a prompt of the encoder alone (num_transformer_submodules 1), got {kind} with "
+            f"{config.get('num_transformer_submodules')!r}"
+        )
     weights = folder / WEIGHTS_NAME
     tensors = _tensors(weights if weights.is_file() else folder / "adapter_model.bin")
     prompts = tensors.pop("prompt_embeddings", None)

@@ -1,5 +1,6 @@
 """Encoder-decoders against an oracle: every row alone, unpadded, through the stock model, its prompt joined by hand."""
 
+import peft
 import pytest
 import tokenizers
 import torch
@@ -7,6 +8,7 @@ import transformers as hf
 from torch import nn
 
 import ptune
+from ptune.convert import convert, to_peft
 
 from .common import COUNT, MODES, close, set_prompts, settings_for, texts_for
 from .oracle import pad
@@ -223,6 +225,47 @@ def test_checkpointed_gradients_and_saved_prompts(pair_of, name, mode, tmp_path)
             again.enable_input_require_grads()
         for got, wanted in zip(step(again), expected, strict=True):
             close(got, wanted)
+
+
+_PEFT = {
+    "PROMPT_TUNING": (peft.PromptTuningConfig, {}),
+    "P_TUNING": (peft.PromptEncoderConfig, {"encoder_hidden_size": 7}),
+    "MULTITASK_PROMPT_TUNING": (peft.MultitaskPromptTuningConfig, {"num_tasks": 3, "num_ranks": 2}),
+}
+
+
+@pytest.mark.parametrize("kind", _PEFT)
+@pytest.mark.parametrize("name", ["t5", "bart"])
+@torch.no_grad()
+def test_reads_and_writes_peft(pair_of, name, kind, tmp_path):
+    pair, (config, rest) = pair_of(name), _PEFT[kind]
+    base = hf.AutoModelForSeq2SeqLM.from_pretrained(pair.folder)
+    config = config(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=5, num_transformer_submodules=1, **rest)
+    theirs = peft.get_peft_model(base, config).eval()
+    for parameter in theirs.parameters():
+        if parameter.requires_grad:
+            parameter.normal_(std=0.5)
+    theirs.save_pretrained(tmp_path / "peft")
+    ids, mask = pad(texts_for("right"), "right", 0)
+    inputs = {"input_ids": ids, "attention_mask": mask, "labels": torch.randint(3, 61, (4, 3))}
+    for number in range(3) if kind == "MULTITASK_PROMPT_TUNING" else (None,):
+        convert(tmp_path / "peft", tmp_path / "ours", task_id=number)
+        ours = ptune.AutoPTuneModelForSeq2SeqLM.from_pretrained(tmp_path / "ours").eval()
+        expected = theirs(**inputs, **({} if number is None else {"task_ids": torch.full((4,), number)})).logits
+        close(ours(**inputs).logits, expected)
+        to_peft(tmp_path / "ours", tmp_path / "again")
+        again = peft.PeftModel.from_pretrained(
+            hf.AutoModelForSeq2SeqLM.from_pretrained(pair.folder), tmp_path / "again"
+        )
+        close(again.eval()(**inputs).logits, expected)
+
+
+def test_prompts_of_peft_in_the_decoder_too_are_refused(pair_of, tmp_path):
+    base = hf.AutoModelForSeq2SeqLM.from_pretrained(pair_of("t5").folder)
+    config = peft.PromptTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=5)
+    peft.get_peft_model(base, config).save_pretrained(tmp_path / "peft")
+    with pytest.raises(ValueError, match=r"a prompt of the encoder alone .*, got PROMPT_TUNING with 2"):
+        convert(tmp_path / "peft", tmp_path / "ours")
 
 
 @torch.no_grad()
