@@ -235,12 +235,6 @@ def test_auto_classes_are_not_made():
         ptune.AutoPTuneModelForCausalLM()
 
 
-def test_pushing_to_a_hub(base_of, tmp_path):
-    with pytest.raises(ValueError, match="push_to_hub: expected False"):
-        base_of("llama").tuned(**settings_for("shallow")).save_pretrained(tmp_path, push_to_hub=True)
-    assert not any(tmp_path.iterdir())
-
-
 def test_prompts_by_row_are_refused(base_of):
     """PEFT takes ``adapter_names=`` and gives every row the same prompt."""
     model = base_of("llama").tuned(**settings_for("shallow"))
