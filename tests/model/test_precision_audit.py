@@ -91,6 +91,13 @@ def test_places_of_t5():
     }
 
 
+def test_places_of_albert(base_of):
+    """One block, called for each layer, with attention and MLP side by side in a list within it."""
+    sites = sites_of(base_of("albert").stock().eval(), inputs())
+    found = Counter(site.kind for site in sites if site.layer == 0)
+    assert found == IN_ATTENTION | {"projection": 4, "mlp in": 1, "mlp out": 1, "norm": 2}
+
+
 def test_the_head_is_a_place(base_of):
     sites = sites_of(base_of("llama").stock(AutoModelForCausalLM).eval(), inputs())
     assert [site.name for site in sites if site.kind == "head"] == ["lm_head"]
@@ -509,7 +516,9 @@ def test_attention_off_the_interface(base_of):
     """BLOOM's: what has no attention function has its modules for places, and hybrid's refusal for an answer."""
     found = audit(base_of("bloom").stock().eval(), [inputs()])
     assert "refused" in found.whole["hybrid-fp16"]
-    assert {site["kind"] for site in found.sites} & {"query", "key", "value"} == set()
+    kinds = Counter(site["kind"] for site in found.sites)
+    # its embeddings have a norm, and the states a mean
+    assert kinds == {"projection": 6, "mlp in": 3, "mlp out": 3, "norm": 8, "residual": 3, "embedding": 1, "pooling": 1}
     assert {site["layer"] for site in found.sites} == {0, 1, 2, None}
 
 
