@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import ptune
@@ -18,7 +19,7 @@ from ptune.precision.casts import loaded_in
 from ptune.precision.damage import Damage, passes, severity
 from ptune.precision.outputs import mean
 from ptune.precision.report import write_audit
-from ptune.precision.sites import find_sites
+from ptune.precision.sites import attention_calls, find_sites
 from ptune.precision.statistics import Tally
 
 from .families import LAYERS, VOCABULARY
@@ -90,6 +91,13 @@ def test_places_of_t5():
     }
 
 
+def test_places_of_albert(base_of):
+    """One block, called for each layer, with attention and MLP side by side in a list within it."""
+    sites = sites_of(base_of("albert").stock().eval(), inputs())
+    found = Counter(site.kind for site in sites if site.layer == 0)
+    assert found == IN_ATTENTION | {"projection": 4, "mlp in": 1, "mlp out": 1, "norm": 2}
+
+
 def test_the_head_is_a_place(base_of):
     sites = sites_of(base_of("llama").stock(AutoModelForCausalLM).eval(), inputs())
     assert [site.name for site in sites if site.kind == "head"] == ["lm_head"]
@@ -141,11 +149,17 @@ class TestRounding:
 
     def test_of_one_model_alone(self, model, base_of):
         """Another model that runs meanwhile, by the same attention function, is not touched."""
-        batch, bystander = inputs(), base_of("llama").stock().eval()
-        exact = states(bystander, batch)
-        (site,) = [s for s in sites_of(model, batch) if s.kind == "value" and s.layer == 0]
-        with site.rounded(model, BF16):
-            assert torch.equal(states(bystander, batch), exact)
+        batch, bystander = inputs(), base_of("bert").stock().eval()
+        exact, other = states(model, batch), states(bystander, batch)
+
+        def nothing(stock, *args, **kwargs):
+            output, *rest = stock(*args, **kwargs)
+            return output * 0, *rest
+
+        with attention_calls(model, nothing):
+            assert torch.equal(states(bystander, batch), other)
+            assert not torch.equal(states(model, batch), exact)
+        assert torch.equal(states(model, batch), exact)
 
     def test_eager(self, base_of):
         batch = inputs()
@@ -486,12 +500,14 @@ def test_the_model_is_as_before(base_of):
     model.encoder.layer[0].eval()
     parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
     training = [module.training for module in model.modules()]
-    function, implementation = ALL_ATTENTION_FUNCTIONS["sdpa"], model.config._attn_implementation
-    audit(model, [batch], limits=Limits(cosine=1.0))  # nothing is that exact, so that repairs are tried
+    implementation = model.config._attn_implementation
+    found = audit(model, [batch], limits=Limits(cosine=1.0))  # nothing is that exact, so that repairs are tried
+    assert found.repairs
+    assert found == audit(copy.deepcopy(model).eval(), [batch], limits=Limits(cosine=1.0))  # without dropout
     assert all(p is parameters[n] for n, p in model.named_parameters())
     assert all(b is buffers[n] for n, b in model.named_buffers())
     assert [module.training for module in model.modules()] == training
-    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is function
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
     assert model.config._attn_implementation == implementation
     assert not any("forward" in vars(module) or module._forward_hooks for module in model.modules())
 
@@ -500,7 +516,9 @@ def test_attention_off_the_interface(base_of):
     """BLOOM's: what has no attention function has its modules for places, and hybrid's refusal for an answer."""
     found = audit(base_of("bloom").stock().eval(), [inputs()])
     assert "refused" in found.whole["hybrid-fp16"]
-    assert {site["kind"] for site in found.sites} & {"query", "key", "value"} == set()
+    kinds = Counter(site["kind"] for site in found.sites)
+    # its embeddings have a norm, and the states a mean
+    assert kinds == {"projection": 6, "mlp in": 3, "mlp out": 3, "norm": 8, "residual": 3, "embedding": 1, "pooling": 1}
     assert {site["layer"] for site in found.sites} == {0, 1, 2, None}
 
 
@@ -623,11 +641,10 @@ class TestWatch:
 
     def test_a_call_that_fails_leaves_nothing_open(self, base_of):
         model = base_of("llama").stock().eval()
-        function = ALL_ATTENTION_FUNCTIONS["sdpa"]
         watching = watch(model, every=1)
         with pytest.raises(IndexError):
             states(model, {"input_ids": torch.tensor([[10**6]])})
-        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is function
+        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
         watching.remove()
 
     def test_in_training(self, base_of):

@@ -14,7 +14,7 @@ class Limits:
     Attributes:
         cosine: the least cosine of an embedding with that of float32.
         kl: the greatest mean KL divergence of float32's distributions to those of the logits, in nats.
-        same_top1: the least share of logits with float32's greatest entry.
+        same_top1: the least share of logits with float32's greatest entry; of few rows, one is a large share.
     """
 
     cosine: float = 0.999

@@ -156,7 +156,7 @@ class _Passes:
         """By the names that they have in the user's model."""
 
         def own(name: str) -> str:
-            return POOLING if name == "pooling" else name.removeprefix("model.")
+            return POOLING if name == "pooling" else name.removeprefix("model").removeprefix(".")
 
         sites = find_sites(self.outputs, lambda: self.outputs(self.batches[0]))
         return [replace(site, name=own(site.name), block=site.block and own(site.block)) for site in sites]

@@ -99,7 +99,7 @@ def find_sites(model: nn.Module, run: Callable[[], Any]) -> list[Site]:
         widths[module] = next((x.shape[-1] for x in tree_leaves(output) if isinstance(x, Tensor) and x.dim()), 0)
 
     def note_attention(stock: Any, module: Any, *args: Any, **kwargs: Any) -> Any:
-        anatomy.attentions.setdefault(module)
+        anatomy.attentions.add(module)
         for kind in ATTENTION:
             passed.setdefault((module, kind))
         return stock(module, *args, **kwargs)
@@ -138,7 +138,7 @@ class Anatomy:
         self.kept = {module for module in self.names if hasattr(module, BORDERED)}
         body = next((m for m in self.names if isinstance(m, PreTrainedModel)), model)
         self.body = find_body(body) if isinstance(body, PreTrainedModel) else body
-        self.attentions: dict[nn.Module, None] = {}  # ordered
+        self.attentions: set[nn.Module] = set()
 
     def kind(self, module: nn.Module, widths: dict[nn.Module, int]) -> str | None:
         """What kind of site a module with weights (or a block, or a pooling) is; ``None`` for a part of another."""
@@ -153,9 +153,18 @@ class Anatomy:
         block = self._within(module, self.blocks)
         if block is None:
             return "embedding" if self._within(module, {self.body}) is not None else "head"
-        if any(self._is_part(module, scope) for scope in self._attention_scopes(block)):
+        if self._is_of_attention(module, block):
             return "projection"
         return "mlp out" if widths[module] == widths[block] else "mlp in"
+
+    def _is_of_attention(self, module: nn.Module, block: nn.Module) -> bool:
+        # by name too: what BERT projects its output with is beside the module that calls the attention function
+        around: nn.Module | None = module
+        while around is not None and around is not block:
+            if around in self.attentions or "Attention" in type(around).__name__:
+                return True
+            around = self._within(around, nn.Module)
+        return False
 
     def block(self, module: nn.Module) -> nn.Module | None:
         """The block that ``module`` is, or is in."""
@@ -174,22 +183,6 @@ class Anatomy:
             if isinstance(around, found) if isinstance(found, type) else around in found:
                 return around
         return None
-
-    def _is_part(self, module: nn.Module, scope: str) -> bool:
-        return f"{self.names[module]}.".startswith(f"{scope}.")
-
-    def _attention_scopes(self, block: nn.Module) -> list[str]:
-        """The names of the parts of a block that hold an attention: what BERT projects its output with is beside it."""
-        scopes = []
-        for attention in self.attentions:
-            if self._is_part(attention, self.names[block]) and attention is not block:
-                scope = self.names[block]
-                for step in self.names[attention].removeprefix(f"{scope}.").split("."):
-                    scope = f"{scope}.{step}"
-                    if not isinstance(self.modules[scope], nn.ModuleList):
-                        break
-                scopes.append(scope)
-        return scopes
 
 
 def has_weights(module: nn.Module) -> bool:
