@@ -24,7 +24,7 @@ from ptune.remote.wire import Prompts, Request, SessionGone, TooLarge, to_array
 
 from .common import batch_of, give, settings_for
 
-RETRIES = remote.Retries(attempts=12, first_delay=0.25, max_delay=4.0, timeout=60.0)
+RETRIES = remote.Retries(attempts=30, first_delay=0.25, max_delay=4.0, timeout=60.0)
 SEED = 7
 
 
