@@ -3,7 +3,6 @@
 import copy
 import inspect
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -13,25 +12,22 @@ from torch import Tensor, nn
 
 from ptune_kernels import prepend
 
-from . import checkpoint, hub
 from .cache import CompiledPrefix
 from .call import CheckpointWithCall
 from .config import PTuneConfig, take_settings
 from .dropout import FrozenDropout
-from .half_attention import dtypes_of
 from .hooks import PromptHooks
 from .initialise import initial_prompts, tokenise_with
-from .loading import Origin, load_model, origin_of, tokenizer_of
+from .loading import load_model, origin_of, tokenizer_of
 from .mixture import current_mixture
 from .plan import Plan, make_plan, obstacle
-from .quantised import described, is_quantised, prepare, unquantised_head
+from .quantised import is_quantised, prepare, unquantised_head
+from .saving import PromptSaving
 from .seq2seq import EncoderHooks
-from .support import check_base, device_of, evaluating, find_blocks, find_body, lack_of_positions
-
-_PROMPT_MODULES = ("prompt_embeddings", "intermediate_prompt_embeddings", "compiled_prefix")
+from .support import check_base, device_of, evaluating, find_blocks, find_body
 
 
-class PTuneMixin:
+class PTuneMixin(PromptSaving):
     """Put before a transformers model class by `ptune.models`; see `AutoPTuneModel` for how to load one.
 
     Attributes:
@@ -156,103 +152,6 @@ class PTuneMixin:
         """How many numbers train: prompts and head."""
         return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
 
-    def save_prompts(self: Any, folder: str | os.PathLike[str], push_to_hub: bool = False, **options: Any) -> None:
-        """Write prompts and head, float32, with what they fit, and a model card, to ``folder``; each file atomically.
-
-        A card that was edited is left as it is. ``push_to_hub=True`` then uploads the files, with the ``options`` of
-        `ptune.hub.upload`, ``repo_id`` among them.
-        """
-        self._check_vocabulary()
-        self._write(folder, self.origin, self.state_dict(), hub.write)
-        if push_to_hub:
-            hub.upload(folder, **options)
-
-    def push_to_hub(self: Any, repo_id: str, **options: Any) -> Any:
-        """Upload what `save_prompts` writes, with the ``options`` of `ptune.hub.upload`, which returns the commit."""
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_prompts(folder)
-            return hub.upload(folder, repo_id, **options)
-
-    def save_prefix(self: Any, folder: str | os.PathLike[str]) -> None:
-        """Write the keys and values of the prompt rows, and the head, to ``folder``: all that inference needs.
-
-        `load_prompts` and ``from_pretrained`` read it as they do a folder of prompts, but there is nothing in it to
-        train but the head. Raises `ValueError` where the prompts are not shared.
-        """
-        if self.prefix_plan.path != "prefix":
-            raise ValueError(f"save_prefix: prompts are not shared here: {self.prefix_plan.reason}")
-        with torch.no_grad(), evaluating(self):
-            compiled = CompiledPrefix(self._hooks.prefix.prefix())
-        state = self.state_dict()
-        tensors = {name: state[name] for name in self._head} | compiled.state_dict(prefix=checkpoint.COMPILED)
-        hub.write(folder, self._description(self.origin), tensors)
-
-    def load_prompts(self: Any, folder: str | os.PathLike[str], **options: Any) -> None:
-        """Take over the prompts and head of ``folder``, or what `save_prefix` wrote there, with their mode and length.
-
-        ``folder`` may be the name of a repository on the hub, with the ``options`` of `ptune.hub.download`. Raises
-        `ptune.checkpoint.MisfitError` where prompts do not fit this base, saying why; nothing is changed then.
-        """
-        folder = hub.folder_of(folder, **options)
-        saved, tensors = checkpoint.read_config(folder), checkpoint.read_tensors(folder)
-        settings = checkpoint.settings_of(saved)
-        settings.prefix_sharing = self.ptune_config.prefix_sharing
-        self._check_fit(saved, tensors)
-        self._set_head(saved["head"])
-        names = checkpoint.compiled_names(settings, self.config.num_hidden_layers)
-        compiled = [tensors[name] for name in names if name in tensors]
-        self._install(settings, *(tensors.get(name) for name in checkpoint.PROMPTS), compiled)
-        with torch.no_grad():
-            for name in saved["head"]:
-                self.get_parameter(name).copy_(tensors[name])
-
-    def save_pretrained(
-        self: Any,
-        save_directory: str | os.PathLike[str],
-        is_main_process: bool = True,
-        state_dict: dict[str, Tensor] | None = None,
-        save_base: bool = False,
-        push_to_hub: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        """Write prompts and head, as Trainer asks for; ``save_base=True`` adds the base, in a folder of its own.
-
-        ``state_dict`` is the whole model's, if not its present one. ``push_to_hub=True`` adds a model card and uploads,
-        as `save_prompts` does. Further keywords are those of the upload, or of transformers' ``save_pretrained`` for
-        the base.
-        """
-        if push_to_hub and save_base:
-            raise ValueError("push_to_hub: expected False with save_base=True, for a base is never uploaded")
-        origin = self.origin
-        if save_base:
-            # as it is now: its config may have been changed since it was loaded
-            origin = Origin(checkpoint.BASE_FOLDER, checkpoint.base_config(self.config))
-        else:
-            self._check_vocabulary()
-        state = self.state_dict() if state_dict is None else state_dict
-        if save_base:
-            folder = os.path.join(save_directory, checkpoint.BASE_FOLDER)
-            base_state = {
-                n: t for n, t in state.items() if n not in checkpoint.PROMPTS and not n.startswith(checkpoint.COMPILED)
-            }
-            with self._as_base():
-                self.save_pretrained(folder, is_main_process=is_main_process, state_dict=base_state, **kwargs)
-        if is_main_process:
-            self._write(save_directory, origin, state, hub.write if push_to_hub else checkpoint.write)
-            if push_to_hub:
-                hub.upload(save_directory, **kwargs)
-
-    def _check_vocabulary(self: Any) -> None:
-        vocabulary = self.get_input_embeddings().num_embeddings
-        if vocabulary != self._loaded_vocabulary:
-            raise ValueError(
-                f"vocab_size: expected {self._loaded_vocabulary}, as it was loaded, got {vocabulary}; a folder of "
-                "prompts does not hold resized embeddings: save with save_base=True"
-            )
-
-    def _write(self: Any, folder: Any, origin: Origin, state: dict[str, Tensor], write: Callable[..., None]) -> None:
-        write(folder, self._description(origin), {name: state[name] for name in self._own_names()})
-
     def adopt(self: Any, head: Iterable[str]) -> None:
         """Make a stock model that has just become one of this class ready for prompts, with ``head`` to train."""
         check_base(self)
@@ -273,26 +172,27 @@ class PTuneMixin:
         self._cast_to_head()
 
     def _install(
-        self: Any, settings: PTuneConfig, shallow: Tensor | None, deep: Tensor | None, compiled: Sequence[Tensor] = ()
+        self: Any,
+        settings: PTuneConfig,
+        shallow: Tensor | None,
+        deep: Tensor | None,
+        compiled: Sequence[Tensor] = (),
+        head: Iterable[str] | None = None,
     ) -> None:
+        """Take these prompts, and ``head`` to train beside them; or, where they do not fit, none of it."""
         tables = (t if t is None else t.weight.detach() for t in self._tables())
         before = (self.ptune_config, *tables, () if self.compiled_prefix is None else self.compiled_prefix.tensors())
+        own, weights = self._head, {name: parameter.data for name, parameter in self.named_parameters()}
         try:
+            self._set_head(own if head is None else head)
             self._put(settings, shallow, deep, compiled)
             self._check_compiled(compiled)
         except ValueError:  # they were to be shared, and the check found that they cannot be
+            self._head = own
             self._put(*before)
+            for name, parameter in self.named_parameters():
+                parameter.data = weights.get(name, parameter.data)  # a head's became float32
             raise
-
-    def _check_compiled(self: Any, compiled: Sequence[Tensor]) -> None:
-        if not compiled or self.prefix_plan.path != "prefix":
-            return
-        with torch.no_grad(), evaluating(self):
-            own = [tensor for layer in self._hooks.prefix._capture(None).layers for tensor in layer]
-        names = checkpoint.compiled_names(self.ptune_config, len(own) // 2)
-        for name, got, expected in zip(names, compiled, own, strict=True):
-            if got.shape != expected.shape:
-                raise checkpoint.MisfitError(f"{name}: expected {_shape(expected.shape)}, got {_shape(got.shape)}")
 
     def _tables(self: Any) -> tuple[nn.Embedding | None, nn.Embedding | None]:
         return self.prompt_embeddings, self.intermediate_prompt_embeddings
@@ -365,102 +265,6 @@ class PTuneMixin:
             if id(module) not in inside and next(module.parameters(recurse=False), None) is not None:
                 module.register_forward_pre_hook(_cast_inputs)
 
-    def _own_names(self: Any) -> list[str]:
-        prompts = zip(checkpoint.PROMPTS, self._tables(), strict=True)
-        compiled = (
-            []
-            if self.compiled_prefix is None
-            else checkpoint.compiled_names(self.ptune_config, self.config.num_hidden_layers)
-        )
-        return [name for name, table in prompts if table is not None] + compiled + self._head
-
-    def _description(self: Any, origin: Origin) -> dict[str, Any]:
-        settings = self.ptune_config
-        return {
-            "format_version": checkpoint.FORMAT_VERSION,
-            "base": {
-                "name": origin.name,
-                "fingerprint": checkpoint.fingerprint(origin.config),
-                "config": origin.config,
-                "overrides": origin.overrides,
-                "dtype": str(self.get_input_embeddings().weight.dtype).removeprefix("torch."),
-                "quantization": described(self.config),
-                **dtypes_of(self),
-            },
-            "model_class": self.base_class.__name__,
-            "tuning_mode": settings.tuning_mode,
-            "pre_seq_len": settings.pre_seq_len,
-            "deep_prompt_mode": settings.deep_prompt_mode,
-            "prompt_init": settings.prompt_init,
-            "base_dropout": settings.base_dropout,
-            "embedding_size": self.get_input_embeddings().weight.shape[1],
-            "hidden_size": self.config.hidden_size,
-            "num_layers": self.config.num_hidden_layers,
-            "head": list(self._head),
-            "id2label": {str(i): label for i, label in self.config.id2label.items()} if self._head else None,
-            "problem_type": self.config.problem_type if self._head else None,
-        }
-
-    def _check_fit(self: Any, saved: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        here = self._description(self.origin)
-        reasons = [
-            f"{name}: expected {saved[name]} (the prompts'), got {here[name]} (the base's)"
-            for name in ("embedding_size", "hidden_size", "num_layers")
-            if saved[name] != here[name]
-        ]
-        if (lack := lack_of_positions(self, saved["pre_seq_len"])) is not None:
-            reasons.append(lack)
-        now = checkpoint.fingerprint(checkpoint.base_config(self.config))
-        if saved["base"]["fingerprint"] not in (here["base"]["fingerprint"], now):
-            reasons += checkpoint.differences(saved["base"]["config"], here["base"]["config"])
-        parameters = dict(self.named_parameters())
-        lacking = [name for name in saved["head"] if name not in parameters]
-        unsaved = [name for name in self._head if name not in saved["head"]]
-        if lacking or unsaved:
-            reasons.append(
-                f"head: trained on {saved['model_class']}, got {here['model_class']}"
-                f" (only there: {lacking or 'nothing'}, only here: {unsaved or 'nothing'})"
-            )
-        if saved["head"] and self._head and saved["id2label"] != here["id2label"]:
-            reasons.append(f"labels: expected {saved['id2label']}, got {here['id2label']}")
-        count, layers = saved["pre_seq_len"], saved["num_layers"]
-        shapes = {name: parameters[name].shape for name in saved["head"] if name in parameters}
-        names = checkpoint.compiled_names(checkpoint.settings_of(saved), self.config.num_hidden_layers)
-        if any(name in tensors for name in names):
-            for name in names:
-                heads, _, width = tensors[name].shape if name in tensors and tensors[name].dim() == 3 else (1, 1, 1)
-                shapes[name] = torch.Size((heads, count, width))
-        elif saved["tuning_mode"] is not None:
-            shapes[checkpoint.PROMPTS[0]] = torch.Size((count, saved["embedding_size"]))
-        if saved["tuning_mode"] == "deep_ptune" and checkpoint.PROMPTS[0] in shapes:
-            shapes[checkpoint.PROMPTS[1]] = torch.Size((layers * count, saved["hidden_size"]))
-        found = {name: tensor.shape for name, tensor in tensors.items() if name not in lacking}
-        reasons += [
-            f"{name}: expected {_shape(shapes.get(name))}, got {_shape(found.get(name))}"
-            for name in sorted(shapes.keys() | found.keys())
-            if shapes.get(name) != found.get(name)
-        ]
-        if reasons:
-            raise checkpoint.MisfitError("these prompts do not fit this model: " + "; ".join(reasons))
-
-    @contextmanager
-    def _as_base(self: Any) -> Iterator[None]:
-        """Be the stock class, without prompts and with the config it came with, for as long as it takes to save it."""
-        prompts = {name: self._modules.pop(name) for name in _PROMPT_MODULES if name in self._modules}
-        own, ignored, adapted = type(self), self._keys_to_ignore_on_save, self._hf_peft_config_loaded
-        self.__class__ = self.base_class
-        self._keys_to_ignore_on_save = set()
-        self._hf_peft_config_loaded = False
-        self._dropout.restore()
-        try:
-            yield
-        finally:
-            self._modules.update(prompts)
-            self.__class__ = own
-            self._keys_to_ignore_on_save = ignored
-            self._hf_peft_config_loaded = adapted
-            self._set_dropout()
-
     def _apply(self: Any, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Move everything, cast the base; prompts, head and their gradients keep their dtype bit for bit."""
         own = set(self._own_names())
@@ -526,7 +330,3 @@ def _cast_inputs(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     if not dtype.is_floating_point:  # quantised, and casts by itself
         return args
     return tuple(x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in args)
-
-
-def _shape(shape: torch.Size | None) -> str:
-    return "nothing" if shape is None else str(tuple(shape))

@@ -379,3 +379,24 @@ def test_a_compiled_prefix_of_another_shape(base_of, tmp_path, change):
     with pytest.raises(MisfitError, match=r"compiled_prefix.value_1: expected \(2, 4, 6\), got"):
         model.load_prompts(tmp_path)
     assert same(state(model), before)
+
+
+def test_a_refused_prefix_leaves_what_trains_as_it_was(base_of, tmp_path):
+    """The folder trained a head, and the model's own came with its base."""
+    model = base_of("llama").tuned(CLASSIFIER, num_labels=2, **settings_for("overwrite")).eval()
+    model.save_prefix(tmp_path / "prefix")
+    tensors = load_file(tmp_path / "prefix" / WEIGHTS_NAME)
+    tensors["compiled_prefix.key_0"] = tensors["compiled_prefix.key_0"][:1].contiguous()
+    save_file(tensors, tmp_path / "prefix" / WEIGHTS_NAME)
+    whole = base_of("llama").stock(transformers.AutoModelForSequenceClassification, num_labels=2)
+    whole.save_pretrained(tmp_path / "whole")
+    whole = CLASSIFIER.from_pretrained(tmp_path / "whole", dtype=torch.bfloat16, **settings_for("overwrite"))
+
+    def described():
+        return {name: (p.dtype, p.requires_grad) for name, p in whole.named_parameters()}
+
+    before, kinds = state(whole), described()
+    with pytest.raises(MisfitError, match=r"compiled_prefix.key_0: expected"):
+        whole.load_prompts(tmp_path / "prefix")
+    assert described() == kinds
+    assert same(state(whole), before)
