@@ -186,6 +186,14 @@ def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     figure.savefig(path, dpi=120)
 
 
+def about(device: str) -> str:
+    where = "CPU" if device == "cpu" else torch.cuda.get_device_name()
+    return (
+        f"{where}, torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}, "
+        f"medians of {ROUNDS} interleaved rounds, {datetime.date.today().isoformat()}"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
@@ -196,31 +204,28 @@ def main() -> None:
         raise SystemExit("no CUDA device; --rehearse goes the same way on the CPU")
     llamas = {"tiny": TINY_LLAMA} if chosen.rehearse else LLAMAS
     points = ((3, 5, 2),) if chosen.rehearse else POINTS
-    found: dict[str, list[dict[str, Any]]] = {"ops": [], "training": [], "generation": []}
+    date = datetime.date.today().isoformat()
+    path = chosen.out / f"gpu-{date}.json"
+    found: dict[str, Any] = {"about": about(device), "ops": [], "training": [], "generation": []}
 
     def note(kind: str, row: dict[str, Any]) -> None:
         found[kind].append(row)
         print(kind, json.dumps(row), flush=True)
+        if not chosen.rehearse:
+            # as soon as it is known: a run that is broken off has shown something
+            chosen.out.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(found, indent=1))
 
     for row in ops(device, chosen.rehearse):
         note("ops", row)
+    if not chosen.rehearse:
+        draw(found["ops"], path.with_suffix(".png"), found["about"])
     for name, sizes in llamas.items():
         for row in training(name, sizes, points, device):
             note("training", row)
         for row in generation(name, sizes, points, device):
             note("generation", row)
-    if chosen.rehearse:
-        return
-    date = datetime.date.today().isoformat()
-    about = (
-        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, transformers {transformers.__version__}, peft "
-        f"{peft.__version__}, medians of {ROUNDS} interleaved rounds, {date}"
-    )
-    chosen.out.mkdir(parents=True, exist_ok=True)
-    path = chosen.out / f"gpu-{date}.json"
-    path.write_text(json.dumps({"about": about, **found}, indent=1))
-    draw(found["ops"], path.with_suffix(".png"), about)
-    print(f"{about}\n{path}")
+    print(found["about"])
 
 
 if __name__ == "__main__":

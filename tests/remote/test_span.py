@@ -88,6 +88,13 @@ def test_blocks_that_cannot_be_apart_are_refused(name, folder_of):
         Span(folder_of(name), 0, 2)(hidden, 0, 2)
 
 
+def test_encoder_decoders_are_refused(tmp_path):
+    config = transformers.T5Config(vocab_size=61, d_model=16, d_kv=8, d_ff=16, num_layers=2, num_heads=2)
+    transformers.T5Model(config).save_pretrained(tmp_path)
+    with pytest.raises(NotImplementedError, match="expected blocks of one text, got those of an encoder-decoder"):
+        Span(tmp_path, 0, 1)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

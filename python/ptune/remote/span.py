@@ -188,6 +188,10 @@ class _Slot(StandIn):
 
 def find_remote_blocks(body: nn.Module, config: Any) -> nn.ModuleList:
     """The blocks of ``body``. Raises `NotImplementedError` where they cannot run apart from one another."""
+    if config.is_encoder_decoder:
+        raise NotImplementedError(
+            f"{type(body).__name__}: expected blocks of one text, got those of an encoder-decoder"
+        )
     if hasattr(config, "num_hidden_groups"):
         raise NotImplementedError(f"{type(body).__name__}: its blocks cannot run elsewhere, as it calls one many times")
     return find_blocks(body, config)
