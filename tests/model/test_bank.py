@@ -1,6 +1,5 @@
 """Mixed batches of a `PromptBank` against each prompt alone."""
 
-import json
 import random
 import threading
 from pathlib import Path
@@ -8,12 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
 from torch import Tensor
 
 import ptune
 import ptune.checkpoint
-from ptune import checkpoint
 
 from .common import close
 from .families import VOCABULARY
@@ -378,102 +375,6 @@ def test_adds_and_removes_while_batches_run(base_of, tmp_path):
         for thread in threads:
             thread.join()
     assert not failures
-
-
-class TestRefusals:
-    @pytest.fixture
-    def bank(self, base_of, tmp_path):
-        base = base_of("llama")
-        self.folder = tuned(base, tmp_path, "shallow", "sequence")
-        bank = bank_of(base)
-        bank.add("a", self.folder)
-        yield bank
-        assert bank.names == ["a"]
-        assert not bank._kept
-
-    @pytest.mark.parametrize("name", ["", "../a", "a/b", "/etc", ".a", "a\\b", "a\n", "x" * 101, 3])
-    def test_names(self, bank, name):
-        with pytest.raises(ValueError, match="name: expected up to 100 letters"):
-            bank.add(name, self.folder)
-
-    def test_taken(self, bank):
-        with pytest.raises(ValueError, match="'a' is taken"):
-            bank.add("a", self.folder)
-
-    def test_missing_folder(self, bank, tmp_path):
-        with pytest.raises(FileNotFoundError, match=r"nowhere.*ptune_config.json"):
-            bank.add("b", tmp_path / "nowhere")
-
-    def test_other_base(self, bank, base_of, tmp_path):
-        with pytest.raises(ptune.checkpoint.MisfitError, match=r"'b' .*expected a class of LlamaConfig's models"):
-            bank.add("b", tuned(base_of("qwen3"), tmp_path, "shallow", "lm"))
-
-    def test_not_finite(self, bank, tmp_path):
-        model = ptune.AutoPTuneModelForSequenceClassification.from_pretrained(self.folder)
-        with torch.no_grad():
-            model.prompt_embeddings.weight[1, 2] = float("nan")
-        model.save_prompts(tmp_path / "nan")
-        with pytest.raises(ValueError, match=r"prompt_embeddings\.weight: expected finite numbers"):
-            bank.add("b", tmp_path / "nan")
-
-    def test_unknown_names(self, bank):
-        ids, mask = batch(2, "right")
-        with pytest.raises(ValueError, match="no prompt 'b' in this bank, which has 1: 'a'"):
-            bank(ids, mask, prompt_names=["a", "b"])
-        with pytest.raises(ValueError, match="no prompt 'b'"):
-            bank.remove("b")
-        with pytest.raises(ValueError, match="prompt_names: expected 2 names, one for each row"):
-            bank(ids, mask, prompt_names=["a"])
-        with pytest.raises(ValueError, match="prompt_names: expected 2 names"):
-            bank(ids, mask, prompt_names="aa")
-
-    def test_classifiers_do_not_generate(self, bank):
-        ids, mask = batch(1, "left")
-        with pytest.raises(ValueError, match="'a' was trained on LlamaForSequenceClassification"):
-            bank.generate(ids, mask, prompt_names=["a"])
-
-    def test_head_of_another_class(self, base_of, tmp_path):
-        base = base_of("llama")
-        bank = ptune.PromptBank(base.stock())
-        with pytest.raises(ptune.checkpoint.MisfitError, match="load the base as LlamaForCausalLM"):
-            bank.add("lm", tuned(base, tmp_path, "shallow", "lm"))
-        ids, mask = batch(1, "left")
-        with pytest.raises(ValueError, match="LlamaModel cannot generate"):
-            bank.generate(ids, mask, prompt_names=[None])
-
-    def test_output_layers_of_their_own_do_not_generate(self, base_of, tmp_path):
-        base = base_of("llama")
-        base.stock().save_pretrained(tmp_path / "body")
-        model = ptune.AutoPTuneModelForCausalLM.from_pretrained(tmp_path / "body", **KINDS["shallow"])
-        assert model._head == ["lm_head.weight"]
-        model.save_prompts(tmp_path / "own")
-        bank = bank_of(base)
-        bank.add("own", tmp_path / "own")
-        ids, mask = batch(1, "left")
-        close(bank(ids, mask, prompt_names=["own"]).logits[0], model.eval()(ids, mask).logits[0].detach())
-        with pytest.raises(NotImplementedError, match="'own' has an output layer of its own"):
-            bank.generate(ids, mask, prompt_names=["own"])
-
-    def test_heads_that_name_the_body(self, bank, tmp_path):
-        config = json.loads((self.folder / "ptune_config.json").read_text())
-        config["head"].append("model.norm.weight")
-        tensors = load_file(self.folder / "model.safetensors") | {"model.norm.weight": torch.ones(24)}
-        checkpoint.write(tmp_path / "inside", config, tensors)
-        with pytest.raises(ptune.checkpoint.MisfitError, match=r"outside the body, got \['model.norm.weight'\]"):
-            bank.add("b", tmp_path / "inside")
-
-    def test_compiled_prefix_of_another_shape(self, bank, tmp_path):
-        model = ptune.AutoPTuneModelForSequenceClassification.from_pretrained(self.folder).eval()
-        model.save_prefix(tmp_path / "prefix")
-        tensors = load_file(tmp_path / "prefix" / "model.safetensors")
-        tensors["compiled_prefix.key_1"] = tensors["compiled_prefix.key_1"][:1]
-        checkpoint.write(tmp_path / "prefix", checkpoint.read_config(tmp_path / "prefix"), tensors)
-        with pytest.raises(ptune.checkpoint.MisfitError, match=r"key_1: expected \(2, 5, 6\), got \(1, 5, 6\)"):
-            bank.add("b", tmp_path / "prefix")
-
-    def test_models_with_prompts(self, base_of):
-        with pytest.raises(TypeError, match="expected a stock transformers model, got PTuneLlamaModel"):
-            ptune.PromptBank(base_of("llama").tuned(tuning_mode="ptune", pre_seq_len=2))
 
 
 def to_the_left(values: Tensor, mask: Tensor, filling: int) -> Tensor:
