@@ -1,5 +1,7 @@
 """What the tests of the model side share: texts, prompts and a comparison."""
 
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,10 +17,27 @@ PADDINGS = ("none", "right", "left")
 COUNT = 4
 
 
-def close(got: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
-    """Equal to within ``tolerance`` of the larger of 1 and the greatest expected magnitude."""
+def close(got: Tensor, expected: Tensor, tolerance: float = 1e-5, nudged: Callable[[], Tensor] | None = None) -> None:
+    """Equal to within ``tolerance`` of the larger of 1 and the greatest expected magnitude.
+
+    Random models are now and then so steep that float32 cannot tell better. ``nudged`` computes what is expected with
+    its inputs moved by their last bit (see `moved_by_a_bit`): four times what that changes is allowed too.
+    """
     scale = max(1.0, expected.abs().max().item())
-    torch.testing.assert_close(got, expected, rtol=0, atol=tolerance * scale)
+    allowed = tolerance * scale
+    if nudged is not None and not bool((got - expected).abs().max() <= allowed):
+        allowed = max(allowed, 4 * (nudged() - expected).abs().max().item())
+    torch.testing.assert_close(got, expected, rtol=0, atol=allowed)
+
+
+def moved_by_a_bit(values: Any) -> Any:
+    """A copy of a tensor or module, each number times 1 ± 2^-23."""
+    if isinstance(values, Tensor):
+        return values.detach() * (1 + torch.randn_like(values).sign() * 2**-23)
+    twin = copy.deepcopy(values)
+    for parameter in twin.parameters():
+        parameter.data = moved_by_a_bit(parameter)
+    return twin
 
 
 def texts_for(padding: str, lengths: tuple[int, ...] = (7, 3, 9, 1)) -> list[Tensor]:
