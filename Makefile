@@ -5,6 +5,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# seqeval is published as source: it is built in an environment of its own, even where setuptools and wheel are installed.
+export PIP_USE_PEP517 := 1
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc ptune_kernels python -name '*.so' -prune -o -type f -not -path '*/__pycache__/*' -print)
 
 .PHONY: demo test lint fuzz sanitize bench gpu-check wheel clean
