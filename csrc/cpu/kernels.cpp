@@ -14,6 +14,7 @@ namespace {
 
 // A thread gets at least this much to do: below it, waking another costs more than it saves.
 constexpr int64_t kBytesPerTask = 64 * 1024;
+constexpr int64_t kRowsAtOnce = 8;  // of all heads, where these are side by side in memory
 
 const cpu::RowFunctions& choose_rows() {
   __builtin_cpu_init();
@@ -72,6 +73,21 @@ void for_stretches(int64_t outer, int64_t inner, int64_t bytes_per_row, Body bod
   });
 }
 
+// Calls body(i, h, first, last) for stretches of rows of each head. Where `in` has the heads of a row side by side, as attention
+// is given them, a few rows of every head come before the next rows: memory is then read in its order.
+template <class Body>
+void for_heads(int64_t batch, int64_t heads, int64_t rows, int64_t bytes_per_row, const View& in, Body body) {
+  if (heads == 1 || in.stride[1] >= in.stride[2]) {
+    for_stretches(batch * heads, rows, bytes_per_row,
+                  [&](int64_t o, int64_t first, int64_t last) { body(o / heads, o % heads, first, last); });
+    return;
+  }
+  for_stretches(batch, rows, heads * bytes_per_row, [&](int64_t i, int64_t first, int64_t last) {
+    for (int64_t r = first; r < last; r += kRowsAtOnce)
+      for (int64_t h = 0; h < heads; ++h) body(i, h, r, std::min(last, r + kRowsAtOnce));
+  });
+}
+
 void look_up_rows(const Assemble& a, char* to, int64_t i, int64_t first, int64_t last) {
   const auto dtype = static_cast<int>(a.out.dtype);
   const auto copy = rows().convert[dtype][dtype];
@@ -117,10 +133,8 @@ void assemble_stretch(const Assemble& a, int64_t i, int64_t h, int64_t first, in
 
 int assemble(const Assemble* params, int count, void*) {
   for (const Assemble* a = params; a < params + count; ++a)
-    for_stretches(a->batch * a->heads, a->placement.max_length + a->text_rows, a->width * size_of(a->out.dtype),
-                  [&](int64_t o, int64_t first, int64_t last) {
-                    assemble_stretch(*a, o / a->heads, o % a->heads, first, last);
-                  });
+    for_heads(a->batch, a->heads, a->placement.max_length + a->text_rows, a->width * size_of(a->out.dtype), a->text,
+              [&](int64_t i, int64_t h, int64_t first, int64_t last) { assemble_stretch(*a, i, h, first, last); });
   return 0;
 }
 
@@ -194,10 +208,10 @@ int sum_prompts(const SumPrompts& p, void*) {
 
 int cast(const Cast* params, int count, void*) {
   for (const Cast* p = params; p < params + count; ++p)
-    for_stretches(p->batch * p->heads, p->rows, p->width * size_of(p->out.dtype), [&](int64_t o, int64_t first, int64_t last) {
-      const int64_t i = o / p->heads, h = o % p->heads;
-      convert_rows(p->out, at(p->out, i, h, first), p->in, at(p->in, i, h, first), last - first, p->width);
-    });
+    for_heads(p->batch, p->heads, p->rows, p->width * size_of(p->out.dtype), p->in,
+              [&](int64_t i, int64_t h, int64_t first, int64_t last) {
+                convert_rows(p->out, at(p->out, i, h, first), p->in, at(p->in, i, h, first), last - first, p->width);
+              });
   return 0;
 }
 
