@@ -1,19 +1,21 @@
-"""Compiles every Triton kernel for GPUs that need not be at hand, and says what came out.
+"""Looks into every kernel for GPUs that need not be at hand, and says what the compilers made of it.
 
-``python -m bench.aot`` compiles for all of them, ``python -m bench.aot sm_90 gfx942`` for some.
+``python -m bench.aot`` does so for all targets, ``python -m bench.aot sm_90 gfx942`` for some.
 
-One line for each op, placement and target: registers and spills of a thread (from the binary), and how many global
-loads and stores of each width, in bits, its code holds. Fails if a kernel spills, or if the bulk of an op does not move
-128 bits at a time.
+Triton's kernels are compiled here, as a launch on that GPU would, one for each op with and without a placement; the
+CUDA kernels are read from the library that is installed. One line for each: registers of a thread, bytes spilled, bytes
+of shared memory, and how many loads and stores of each width, in bits, the machine code holds. Fails if a kernel
+spills, or if what it moves in bulk does not go 128 bits at a time.
 """
 
 import argparse
+import datetime
 import re
 import subprocess
 import sys
 import tempfile
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,23 +23,39 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from ptune_kernels import triton_kernels
+import ptune_kernels
+from ptune_kernels import native, triton_kernels
+
+from .timing import RESULTS, write_table
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+ELEMENTS = {"f": ("float32", 32), "d": ("float64", 64), "6__half": ("float16", 16), "13__nv_bfloat16": ("bfloat16", 16)}
 
 
-class Compiled(NamedTuple):
-    op: str
-    target: str
+class Binary(NamedTuple):
     registers: int
-    spills: int
+    spilled: int  # bytes on a thread's stack: no kernel here has an array that it indexes
+    shared: int
     loads: Counter  # by width in bits
     stores: Counter
+
+
+class Kernel(NamedTuple):
+    name: str
+    target: str
+    binary: Binary
+    narrow: set[tuple[str, int]]  # what else than 128 bits it may load or store, and why is said where it is made
+
+    def good(self) -> bool:
+        found = {("load", bits) for bits in self.binary.loads} | {("store", bits) for bits in self.binary.stores}
+        bulk = {("load", 128), ("store", 128)}
+        return self.binary.spilled == 0 and bulk <= found <= bulk | self.narrow
 
 
 class _NoDriver:
@@ -77,77 +95,128 @@ def _calls() -> Iterator[tuple[str, object, tuple]]:
     yield "cast_qkv", ops.cast_qkv, (*(heads(n, torch.float32) for _ in range(3)), torch.bfloat16)
 
 
-def compile_all(targets: Sequence[GPUTarget]) -> list[Compiled]:
+def triton_binaries(targets: Iterable[str]) -> Iterator[Kernel]:
     """Compiles each op for each target as a launch on that GPU would; for a process that launches nothing."""
-    results: list[Compiled] = []
-    for target in targets:
+    compiled: list[dict] = []
+
+    def compile_only(kernel, grid, *arguments, **constants):
+        kernel.device_caches.clear()  # it knows the last target's binaries under the same device
+        kernel = kernel.warmup(*arguments, grid=grid, **triton_kernels.OPTIONS, **constants)
+        compiled.append(kernel.asm)
+
+    triton_kernels._launch = compile_only
+    for name in targets:
+        target = TARGETS[name]
         triton.runtime.driver.set_active(_NoDriver(target))
-        for name, op, arguments in _calls():
-
-            def compile_only(kernel, grid, *args, _name=name, _target=target, **constants):
-                kernel.device_caches.clear()  # it knows the last target's binaries under the same device
-                kernel = kernel.warmup(*args, grid=grid, **triton_kernels.OPTIONS, **constants)
-                results.append(_describe(_name, _target, kernel.asm))
-
-            triton_kernels._launch = compile_only
-            op(*arguments)
-    return results
+        for op, call, arguments in _calls():
+            compiled.clear()
+            call(*arguments)
+            (asm,) = compiled
+            binary = _of_cubin(asm["cubin"]) if target.backend == "cuda" else _of_amdgcn(asm["amdgcn"])
+            ids = {("load", 64)} if op.startswith("embed") else set()
+            placements = {("load", 32)} if "placed" in op else set()
+            yield Kernel(f"triton {op}", name, binary, ids | placements)
 
 
-def _describe(name: str, target: GPUTarget, asm: dict) -> Compiled:
-    if target.backend == "cuda":
-        registers, spills = _cuda_resources(asm["cubin"])
-        accesses = re.findall(r"\b(ld|st)\.global(?:\.\w+)*?(?:\.v(\d))?\.[bfsu](\d+)\b", asm["ptx"])
-        widths = [(kind, int(count or 1) * int(bits)) for kind, count, bits in accesses]
-        return Compiled(name, f"sm_{target.arch}", registers, spills, *_counters(widths, "ld", "st"))
-    text = asm["amdgcn"]
-    registers, spilled = (int(re.search(rf"\.vgpr_{what}:\s+(\d+)", text)[1]) for what in ("count", "spill_count"))
-    accesses = re.findall(r"\b(?:buffer|global)_(load|store)_(dwordx?\d?|[us]?(?:byte|short))", text)
-    bits = {"dword": 32, "dwordx2": 64, "dwordx3": 96, "dwordx4": 128}
-    widths = [(kind, bits.get(what, 16 if "short" in what else 8)) for kind, what in accesses]
-    return Compiled(name, str(target.arch), registers, spilled, *_counters(widths, "load", "store"))
+def cuda_binaries(targets: Iterable[str]) -> Iterator[Kernel]:
+    """The kernels of the installed CUDA library: one for each entry point and dtype of what it writes (or sums)."""
+    library = native.path("cuda")
+    if not library.exists():
+        print(f"no CUDA library was built ({library}), so there are no CUDA kernels to look into")
+        return
+    for (target, symbol), binary in _of_nvidia(library).items():
+        if target not in targets:
+            continue
+        entry, code = re.search(r"(Assemble|Strip|Overwrite|Sum)RowsI(f|d|6__half|13__nv_bfloat16)E", symbol).groups()
+        dtype, bits = ELEMENTS[code]
+        # Rows that are not aligned go element by element; ids and placements are narrow.
+        narrow = {("load", bits), ("load", 16), ("load", 32), ("store", bits)}
+        if entry == "Assemble":
+            narrow |= {("load", 64)}
+        if entry == "Sum":  # float32 sums may become half, of which a pack has 64 bits
+            narrow |= {("store", 16), ("store", 32), ("store", 64)}
+        yield Kernel(f"cuda {entry.lower()} {dtype}", target, binary, narrow)
 
 
-def _counters(widths: list[tuple[str, int]], *kinds: str) -> list[Counter]:
-    return [Counter(bits for kind, bits in widths if kind == wanted) for wanted in kinds]
-
-
-def _cuda_resources(cubin: bytes) -> tuple[int, int]:
-    """Registers, and bytes of local memory: nothing here has an array of its own, so that is what was spilled."""
+def _of_cubin(cubin: bytes) -> Binary:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(cubin)
+        (binary,) = _of_nvidia(path).values()
+    return binary
+
+
+def _of_nvidia(path: Path) -> dict[tuple[str, str], Binary]:
+    """By target and symbol, what NVIDIA's disassembler, which Triton brings along, finds in a cubin or a library."""
+
+    def lines(flag: str) -> Iterator[tuple[tuple[str, str], str]]:
+        """What it says, each line with the target (which a cubin does not name) and the symbol it is about."""
         tool = triton.knobs.nvidia.cuobjdump.path
-        text = subprocess.run([tool, "-res-usage", path], check=True, capture_output=True, text=True).stdout
-    return int(re.search(r"REG:(\d+)", text)[1]), int(re.search(r"LOCAL:(\d+)", text)[1])
+        target = symbol = ""
+        for line in subprocess.run([tool, flag, path], check=True, capture_output=True, text=True).stdout.splitlines():
+            if found := re.search(r"arch = (sm_\d+)", line):
+                target = found[1]
+            elif found := re.search(r"Function(?: :)? (\w+)", line):
+                symbol = found[1]
+            yield (target, symbol), line
+
+    resources, accesses = {}, defaultdict(list)
+    for key, line in lines("-res-usage"):
+        if found := re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", line):
+            resources[key] = tuple(map(int, found.groups()))
+    for key, line in lines("-sass"):
+        if found := re.search(r"\b(LD|ST)G\.E([.\w]*)", line):
+            bits = re.search(r"\.[US]?(8|16|64|128|256)\b", found[2])
+            accesses[key].append(("load" if found[1] == "LD" else "store", int(bits[1]) if bits else 32))
+    return {key: Binary(*found, *_by_width(accesses[key])) for key, found in resources.items()}
 
 
-def _has_narrow_accesses(kernel: Compiled) -> bool:
-    """Whether anything but ids (64 bits) and placements (32 bits) is loaded or stored in less than 128 bits."""
-    allowed = {128} | ({64} if kernel.op.startswith("embed") else set()) | ({32} if "placed" in kernel.op else set())
-    return not set(kernel.loads) <= allowed or set(kernel.stores) != {128}
+def _of_amdgcn(text: str) -> Binary:
+    def number(what: str) -> int:
+        return int(re.search(rf"\.{what}:\s+(\d+)", text)[1])
+
+    widths = {"dword": 32, "dwordx2": 64, "dwordx3": 96, "dwordx4": 128}
+    accesses = [
+        (kind, widths.get(what, 16 if "short" in what else 8))
+        for kind, what in re.findall(r"\b(?:buffer|global)_(load|store)_(dwordx?\d?|[us]?(?:byte|short))", text)
+    ]
+    spilled = number("private_segment_fixed_size")
+    return Binary(number("vgpr_count"), spilled, number("group_segment_fixed_size"), *_by_width(accesses))
+
+
+def _by_width(accesses: list[tuple[str, int]]) -> list[Counter]:
+    return [Counter(bits for kind, bits in accesses if kind == wanted) for wanted in ("load", "store")]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.aot", description=__doc__.splitlines()[0])
     parser.add_argument("targets", nargs="*", metavar="target", help=f"of {', '.join(TARGETS)}; default: all")
-    chosen = parser.parse_args().targets or list(TARGETS)
-    if unknown := set(chosen) - set(TARGETS):
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
+    chosen = parser.parse_args()
+    targets = chosen.targets or list(TARGETS)
+    if unknown := set(targets) - set(TARGETS):
         parser.error(f"target: expected some of {', '.join(TARGETS)}, got {', '.join(sorted(unknown))}")
-    results = compile_all([TARGETS[name] for name in chosen])
-    failed = 0
-    print(f"triton {triton.__version__}")
-    for r in results:
-        good = r.spills == 0 and not _has_narrow_accesses(r)
-        failed += not good
-        accesses = ", ".join(
-            f"{kind} " + " ".join(f"{count}x{bits}" for bits, count in sorted(widths.items(), reverse=True))
-            for kind, widths in (("load", r.loads), ("store", r.stores))
-        )
-        print(
-            f"{r.op:<36} {r.target:<7} {r.registers:>4} registers {r.spills:>2} spilled   {accesses}"
-            + ("" if good else "   <- spills or narrow accesses")
-        )
+    rows, failed = [], 0
+    for kernels in (cuda_binaries, triton_binaries):
+        for kernel in kernels(targets):
+            binary = kernel.binary
+            loads, stores = (
+                " ".join(f"{count}x{bits}" for bits, count in sorted(widths.items(), reverse=True))
+                for widths in (binary.loads, binary.stores)
+            )
+            failed += not kernel.good()
+            rows.append({
+                "kernel": kernel.name, "target": kernel.target, "registers": str(binary.registers),
+                "spilled": str(binary.spilled), "shared": str(binary.shared), "loads": loads, "stores": stores,
+            })  # fmt: skip
+            print(
+                f"{kernel.name:<42} {kernel.target:<7} {binary.registers:>3} registers, {binary.spilled} bytes "
+                f"spilled, {binary.shared} shared, load {loads}, store {stores}"
+                + ("" if kernel.good() else "   <- spills or narrow accesses")
+            )
+    date = datetime.date.today().isoformat()
+    about = f"triton {triton.__version__}, ptune-kernels {ptune_kernels.__version__}, {date}"
+    write_table(chosen.out / f"aot-{date}.csv", about, rows)
     return 1 if failed else 0
 
 

@@ -55,7 +55,10 @@ def report(chosen: argparse.Namespace, name: str, what: str, rows: list[dict[str
         f"{names[0] if names else platform.processor()}, {chosen.threads} threads, torch {torch.__version__}, {what}, "
         f"medians of {chosen.rounds} interleaved rounds, {date}"
     )
-    path = chosen.out / f"{name}-cpu-{date}.csv"
+    return write_table(chosen.out / f"{name}-cpu-{date}.csv", about, rows), about
+
+
+def write_table(path: Path, about: str, rows: list[dict[str, str]]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         file.write(f"# {about}\n")
@@ -63,4 +66,4 @@ def report(chosen: argparse.Namespace, name: str, what: str, rows: list[dict[str
         writer.writeheader()
         writer.writerows(rows)
     print(f"{about}\n{path}")
-    return path, about
+    return path

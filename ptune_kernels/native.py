@@ -23,22 +23,22 @@ class Library(NamedTuple):
 libraries: dict[str, Library] = {}  # by device type
 
 
-def _path(device_type: str) -> Path:
+def path(device_type: str) -> Path:
     return Path(__file__).with_name(f"libptune_{device_type}.so")
 
 
 def _load(device_type: str) -> None:
-    path = _path(device_type)
+    library = path(device_type)
     try:
-        torch.ops.load_library(path)
-        describe = ctypes.CDLL(str(path)).ptune_build
+        torch.ops.load_library(library)
+        describe = ctypes.CDLL(str(library)).ptune_build
     except (OSError, AttributeError) as error:
         raise ImportError(
-            f"{path} is present but does not load on torch {torch.__version__} ({error}); reinstall ptune-kernels, "
+            f"{library} is present but does not load on torch {torch.__version__} ({error}); reinstall ptune-kernels, "
             "or delete that file to go on without it"
         ) from error
     describe.restype = ctypes.c_char_p
-    libraries[device_type] = Library(path, describe().decode())
+    libraries[device_type] = Library(library, describe().decode())
 
 
 def loaded(device_type: str) -> bool:
@@ -47,7 +47,7 @@ def loaded(device_type: str) -> bool:
 
 def absence(device_type: str) -> str:
     """Why there is no library for ``device_type``."""
-    if not _path(device_type).exists():
+    if not path(device_type).exists():
         return "not built"
     return "built, but this torch has no CUDA"
 
@@ -61,8 +61,8 @@ def _refuse(name: str, *arguments) -> None:
 
 
 schema.register("native", {name: partial(_refuse, name) for name in schema.SCHEMAS})
-if _path("cpu").exists():
+if path("cpu").exists():
     _load("cpu")
 # The CUDA library needs symbols that only a CUDA build of torch has.
-if _path("cuda").exists() and torch.version.cuda is not None:
+if path("cuda").exists() and torch.version.cuda is not None:
     _load("cuda")
