@@ -8,17 +8,20 @@ import torch
 
 import ptune_kernels
 
-from .cases import OURS, cases
+from .cases import COPY, OURS, cases
+from .roofline import work_of
 from .timing import interleaved, options, report
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-RATIO = "time / ours"
+RATIO, FLOOR = "time / ours", "time / floor"
 
 
 def draw(rows: list[dict[str, str]], path: Path, title: str) -> None:
-    rows = [row for row in rows if row["way"] != OURS]
+    rows = [
+        row for row in rows if row["way"] not in (OURS, COPY) or (row["way"] == COPY and "backward" not in row["case"])
+    ]
     labels = [f"{row['case']}: {row['way']}" for row in rows]
     figure, axes = plt.subplots(figsize=(9, 0.28 * len(rows) + 1.2), layout="constrained")
     axes.barh(labels, [float(row[RATIO]) for row in rows], color="tab:blue")
@@ -38,9 +41,14 @@ def main() -> None:
     for case in cases():
         case.check()
         medians = interleaved({way: partial(case.run, way) for way in case.ways}, chosen.rounds)
+        # a copy reads and writes what the forward puts out
+        floor = work_of(case).floor(2 * case.output_bytes / medians[COPY])
         for way, seconds in medians.items():
-            row = {"case": case.name, "way": way, "ms": f"{seconds * 1e3:.3f}", RATIO: f"{seconds / medians[OURS]:.2f}"}
-            print(f"{row['case']:<38} {way:<26} {row['ms']:>9} ms {row[RATIO]:>7}")
+            row = {
+                "case": case.name, "way": way, "ms": f"{seconds * 1e3:.3f}", RATIO: f"{seconds / medians[OURS]:.2f}",
+                FLOOR: f"{seconds / floor:.2f}",
+            }  # fmt: skip
+            print(f"{row['case']:<38} {way:<26} {row['ms']:>9} ms {row[RATIO]:>7} {row[FLOOR]:>7}")
             rows.append(row)
 
     table, line = report(chosen, "ops", f"{ptune_kernels.backend_for('cpu')} backend", rows)

@@ -33,18 +33,28 @@ class Sizes:
 
 @dataclass
 class Case:
-    """Several ways to compute one thing from the same inputs; with ``trained``, forward and backward."""
+    """Several ways to compute one thing from the same inputs, forward and backward if something is ``trained``; and a
+    copy of what the forward puts out."""
 
-    name: str
+    op: str
+    sizes: Sizes
     ways: dict[str, Way]
     trained: tuple[Tensor, ...] = ()
 
     def __post_init__(self) -> None:
-        self.seeds = tuple(torch.randn_like(t) for t in self.ways[OURS]())
+        outputs = tuple(t.detach() for t in self.ways[OURS]())
+        self.output_bytes = sum(t.nbytes for t in outputs)
+        self.seeds = tuple(torch.randn_like(t) for t in outputs if self.trained)
+        self.ways[COPY] = lambda: tuple(t.clone() for t in outputs)
+
+    @property
+    def name(self) -> str:
+        return self.op + (", forward + backward" if self.trained else "")
 
     def run(self, way: str) -> tuple[Tensor, ...]:
         outputs = self.ways[way]()
-        return torch.autograd.grad(outputs, self.trained, self.seeds) if self.trained else outputs
+        trains = self.trained and way != COPY
+        return torch.autograd.grad(outputs, self.trained, self.seeds) if trains else outputs
 
     def check(self) -> None:
         """Refuses to time an op that is not right: raises AssertionError unless every way gives the same.
@@ -52,10 +62,8 @@ class Case:
         The others sum prompt gradients in half precision; they may be as far off as that format is coarse.
         """
         for way in self.ways:
-            if way == COPY and self.trained:
-                continue
             torch.testing.assert_close(self.ways[way](), self.ways[OURS](), rtol=0, atol=0)
-            if self.trained:
+            if self.trained and way != COPY:
                 coarse = len(self.seeds[0]) * torch.finfo(DTYPE).eps
                 torch.testing.assert_close(self.run(way), self.run(OURS), rtol=coarse, atol=coarse)
 
@@ -74,14 +82,10 @@ def _petals(prompts: Tensor, batch: int) -> Tensor:
     )
 
 
-def _case(name: str, ours: Way, others: dict[str, Way], trained: tuple[Tensor, ...] = ()) -> Case:
-    """A case with the first of the others compiled too, and the bytes that must move."""
+def _case(op: str, sizes: Sizes, ours: Way, others: dict[str, Way], trained: tuple[Tensor, ...] = ()) -> Case:
+    """A case with the first of the others compiled too."""
     first = next(iter(others))
-    ways = {OURS: ours, **others, f"compiled {first}": torch.compile(others[first])}
-    if not trained:
-        outputs = ours()
-        ways[COPY] = lambda: tuple(t.clone() for t in outputs)
-    return Case(name + (", forward + backward" if trained else ""), ways, trained)
+    return Case(op, sizes, {OURS: ours, **others, f"compiled {first}": torch.compile(others[first])}, trained)
 
 
 def embed_and_prepend(s: Sizes, train: bool) -> Case:
@@ -94,6 +98,7 @@ def embed_and_prepend(s: Sizes, train: bool) -> Case:
     }
     return _case(
         "embed_and_prepend",
+        s,
         lambda: (ops.embed_and_prepend(prompts, ids, table),),
         others,
         (prompts,) if train else (),
@@ -107,7 +112,7 @@ def prepend(s: Sizes, train: bool) -> Case:
         "PEFT": lambda: (torch.cat([_peft(prompts, s.batch), hidden], dim=1),),
         "Petals": lambda: (torch.cat([_petals(prompts, s.batch), hidden], dim=1),),
     }
-    return _case("prepend", lambda: (ops.prepend(prompts, hidden),), others, (prompts,) if train else ())
+    return _case("prepend", s, lambda: (ops.prepend(prompts, hidden),), others, (prompts,) if train else ())
 
 
 def overwrite(s: Sizes, train: bool) -> Case:
@@ -117,7 +122,7 @@ def overwrite(s: Sizes, train: bool) -> Case:
         "PEFT's parts": lambda: (torch.cat([_peft(prompts, s.batch), hidden[:, s.prompt :]], dim=1),),
         "Petals' parts": lambda: (torch.cat([_petals(prompts, s.batch), hidden[:, s.prompt :]], dim=1),),
     }
-    return _case("overwrite", lambda: (ops.overwrite(hidden, prompts),), others, (prompts,) if train else ())
+    return _case("overwrite", s, lambda: (ops.overwrite(hidden, prompts),), others, (prompts,) if train else ())
 
 
 def prepend_kv(s: Sizes, train: bool) -> Case:
@@ -132,6 +137,7 @@ def prepend_kv(s: Sizes, train: bool) -> Case:
 
     return _case(
         "prepend_kv",
+        s,
         lambda: ops.prepend_kv(*prefixes, key, value),
         {"expand, cast and cat": eager},
         prefixes if train else (),
@@ -144,7 +150,7 @@ def cast_qkv(s: Sizes) -> Case:
     def eager() -> tuple[Tensor, ...]:
         return tuple(t.to(DTYPE, memory_format=torch.contiguous_format) for t in (q, k, v))
 
-    return _case("cast_qkv", lambda: ops.cast_qkv(q, k, v, DTYPE), {"three casts": eager})
+    return _case("cast_qkv", s, lambda: ops.cast_qkv(q, k, v, DTYPE), {"three casts": eager})
 
 
 def overwrite_in_place(s: Sizes) -> Case:
@@ -165,11 +171,15 @@ def overwrite_in_place(s: Sizes) -> Case:
         return way
 
     others = {f"ours, n = {n}": ours(text(n)) for n in (1024, 8192)}
-    return Case("overwrite_", {OURS: ours(text(s.length)), **others, "slice assignment": assignment(text(s.length))})
+    ways = {OURS: ours(text(s.length)), **others, "slice assignment": assignment(text(s.length))}
+    return Case("overwrite_", s, ways)
+
+
+TRAINED = {make.__name__: make for make in (embed_and_prepend, prepend, overwrite, prepend_kv)}
 
 
 def cases(sizes: Sizes = Sizes()) -> Iterator[Case]:
-    for make in (embed_and_prepend, prepend, overwrite, prepend_kv):
+    for make in TRAINED.values():
         for train in (False, True):
             yield make(sizes, train)
     yield cast_qkv(sizes)

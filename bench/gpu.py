@@ -30,6 +30,7 @@ from ptune_kernels import native
 
 from .cases import COPY, OURS, Case, Sizes, cases
 from .generate import run as generate
+from .roofline import work_of
 from .timing import RESULTS, interleaved
 from .train_step import PAIRS, batch, step
 
@@ -86,9 +87,11 @@ def ops(device: str, tiny: bool) -> Iterator[dict[str, Any]]:
             for backend in backends(device):
                 with ptune_kernels.use_backend(backend):
                     case.check()
+            seconds = seconds_of(ways, device)
             yield {
-                "case": case.name, "output bytes": sum(t.nbytes for t in case.ways[OURS]()), **vars(sizes),
-                "us": {way: seconds * 1e6 for way, seconds in seconds_of(ways, device).items()},
+                "case": case.name, "output bytes": case.output_bytes, **vars(sizes),
+                "us": {way: taken * 1e6 for way, taken in seconds.items()},
+                "floor us": work_of(case).floor(2 * case.output_bytes / seconds[COPY]) * 1e6,
             }  # fmt: skip
 
 
@@ -172,16 +175,16 @@ def generation(name: str, sizes: dict[str, int], points: Any, device: str) -> It
 
 
 def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Time over that of a copy of the output, by the bytes of the output."""
-    names = sorted({row["case"] for row in rows if COPY in row["us"]})
-    figure, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 4), layout="constrained", sharey=True)
-    for name, axis in zip(names, axes, strict=True):
+    """Time over the floor, by the bytes of the output."""
+    names = list(dict.fromkeys(row["case"] for row in rows))
+    figure, axes = plt.subplots(2, (len(names) + 1) // 2, figsize=(22, 9), layout="constrained", sharey=True)
+    for name, axis in zip(names, axes.flat, strict=False):
         for way in next(row["us"] for row in rows if row["case"] == name):
-            points = [(row["output bytes"], row["us"][way] / row["us"][COPY]) for row in rows if row["case"] == name]
+            points = [(row["output bytes"], row["us"][way] / row["floor us"]) for row in rows if row["case"] == name]
             axis.plot(*zip(*points, strict=True), marker="o", label=way)
-        axis.set(xscale="log", title=name, xlabel="bytes of the output")
+        axis.set(xscale="log", title=name, xlabel="bytes of the output", ylim=(0, 6))
         axis.legend(fontsize=7)
-    axes[0].set_ylabel("time / clone")
+    axes[0, 0].set_ylabel("time / floor")
     figure.suptitle(title, fontsize=8)
     figure.savefig(path, dpi=120)
 
