@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 export PIP_USE_PEP517 := 1
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc ptune_kernels python -name '*.so' -prune -o -type f -not -path '*/__pycache__/*' -print)
 
-.PHONY: demo test lint fuzz sanitize bench gpu-check wheel clean
+.PHONY: demo test lint fuzz sanitize bench gpu-check wheel wheel-check clean
 
 demo: .venv/.installed
 	$(BIN)/ptune demo
@@ -49,6 +49,10 @@ gpu-check:
 	$(PYTHON) -m bench.gpu_check --out $(OUT)
 
 wheel: dist/.built
+
+wheel-check: dist/.built
+	$(PIP) install -q auditwheel
+	$(BIN)/python -m bench.wheel_check
 
 # torch is installed here first, so that the build uses its headers rather than a second copy.
 .venv/.build-tools: pyproject.toml constraints.txt

@@ -40,7 +40,7 @@ def steps(out: Path) -> list[Step]:
     return [
         Step("libraries", [python, "-m", "ptune_kernels"], 60, needs_gpu=False),
         Step("collect", [*PYTEST, "tests/ops", "-m", "cuda", "--collect-only"], 60, needs_gpu=False),
-        Step("compile", [python, "-m", "bench.aot", "sm_90"], 240, needs_gpu=False),
+        Step("compile", [python, "-m", "bench.aot", "--out", str(out)], 300, needs_gpu=False),
         Step("rehearse", [python, "-m", "bench.gpu", "--rehearse"], 120, needs_gpu=False),
         Step("tests", [*PYTEST, "tests/ops", "-m", "cuda"], 150),
         Step("memcheck", [sanitizer, "--tool", "memcheck", "--error-exitcode", "9", *PYTEST, *SANITIZED], 60),
