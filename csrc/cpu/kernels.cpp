@@ -7,6 +7,10 @@
 #include <cstdlib>
 #include <cstring>
 
+#ifdef __x86_64__
+#include <xmmintrin.h>
+#endif
+
 #include "rows.h"
 
 namespace ptune {
@@ -30,6 +34,12 @@ const cpu::RowFunctions& rows() {
   return chosen;
 }
 
+void store_fence() {
+#ifdef __x86_64__
+  _mm_sfence();
+#endif
+}
+
 int64_t size_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
 
 char* at(const View& v, int64_t i, int64_t h, int64_t r, int64_t c = 0) {
@@ -47,15 +57,24 @@ Spot spot(const Placement& p, int64_t i) {
   return {p.start.data[i * p.start.stride], p.length.data[i * p.length.stride], p.column.data[i * p.column.stride]};
 }
 
-// `rows` rows from `from` to `to`, converted; in one go where both lie without gaps.
-void convert_rows(const View& to, char* to_at, const View& from, const char* from_at, int64_t count, int64_t width) {
+// Whether an output of so many bytes is better written past the caches. A smaller one is still in them when it is read, and
+// memory for a larger one comes fresh from the system, which has zeroed it and left it there.
+bool streams(int64_t bytes) { return bytes >= int64_t{4} << 20 && bytes < int64_t{32} << 20; }
+
+// `count` rows from `from` to `to`, converted; in one go where both lie without gaps.
+void convert_rows(const View& to, char* to_at, const View& from, const char* from_at, int64_t count, int64_t width,
+                  bool stream = false) {
+  const int64_t to_step = to.stride[2] * size_of(to.dtype), from_step = from.stride[2] * size_of(from.dtype);
+  if (stream && to.dtype == from.dtype && to.stride[3] == 1 && from.stride[3] == 1) {
+    rows().stream(to_at, to_step, from_at, from_step, count, width * size_of(to.dtype));
+    return;
+  }
   const auto convert = rows().convert[static_cast<int>(from.dtype)][static_cast<int>(to.dtype)];
   const auto dense = [&](const View& v) { return v.stride[3] == 1 && v.stride[2] == width; };
   if (dense(to) && dense(from)) {
     convert(to_at, 1, from_at, 1, count * width);
     return;
   }
-  const int64_t to_step = to.stride[2] * size_of(to.dtype), from_step = from.stride[2] * size_of(from.dtype);
   for (int64_t r = 0; r < count; ++r) convert(to_at + r * to_step, to.stride[3], from_at + r * from_step, from.stride[3], width);
 }
 
@@ -70,6 +89,7 @@ void for_stretches(int64_t outer, int64_t inner, int64_t bytes_per_row, Body bod
       body(o, begin - o * inner, last - o * inner);
       begin = last;
     }
+    store_fence();
   });
 }
 
@@ -88,16 +108,14 @@ void for_heads(int64_t batch, int64_t heads, int64_t rows, int64_t bytes_per_row
   });
 }
 
-void look_up_rows(const Assemble& a, char* to, int64_t i, int64_t first, int64_t last) {
-  const auto dtype = static_cast<int>(a.out.dtype);
-  const auto copy = rows().convert[dtype][dtype];
-  const auto scale = rows().scale[dtype];
+void look_up_rows(const Assemble& a, char* to, int64_t i, int64_t first, int64_t last, bool stream) {
+  const auto scale = rows().scale[static_cast<int>(a.out.dtype)];
   for (int64_t r = first; r < last; ++r, to += a.width * size_of(a.out.dtype)) {
     const int64_t where = i * a.ids.stride[0] + r * a.ids.stride[1];
     const int64_t id = a.ids.wide ? static_cast<const int64_t*>(a.ids.data)[where] : static_cast<const int32_t*>(a.ids.data)[where];
     const char* from = at(a.text, 0, 0, id);
     if (a.scale == 1.0) {
-      copy(to, 1, from, a.text.stride[3], a.width);
+      convert_rows(a.out, to, a.text, from, 1, a.width, stream);
     } else {
       scale(to, from, a.text.stride[3], a.scale, a.width);
     }
@@ -108,16 +126,18 @@ void look_up_rows(const Assemble& a, char* to, int64_t i, int64_t first, int64_t
 void assemble_stretch(const Assemble& a, int64_t i, int64_t h, int64_t first, int64_t last) {
   const Spot s = spot(a.placement, i);
   const int64_t zeros = a.placement.max_length - s.length, prompt = zeros + s.column, rest = prompt + s.length;
+  const int64_t rows = a.placement.max_length + a.text_rows;
+  const bool stream = streams(a.batch * a.heads * rows * a.width * size_of(a.out.dtype));
   const auto part = [&](int64_t begin, int64_t end, auto write) {
     const int64_t from = std::max(first, begin), to = std::min(last, end);
     if (from < to) write(at(a.out, i, h, from), from - begin, to - from);
   };
   const auto text = [&](int64_t offset) {
-    return [&a, i, h, offset](char* to, int64_t skip, int64_t count) {
+    return [&a, i, h, offset, stream](char* to, int64_t skip, int64_t count) {
       if (a.ids.data) {
-        look_up_rows(a, to, i, offset + skip, offset + skip + count);
+        look_up_rows(a, to, i, offset + skip, offset + skip + count, stream);
       } else {
-        convert_rows(a.out, to, a.text, at(a.text, i, h, offset + skip), count, a.width);
+        convert_rows(a.out, to, a.text, at(a.text, i, h, offset + skip), count, a.width, stream);
       }
     };
   };
@@ -126,7 +146,7 @@ void assemble_stretch(const Assemble& a, int64_t i, int64_t h, int64_t first, in
   part(prompt, rest, [&](char* to, int64_t skip, int64_t count) {
     convert_rows(a.out, to, a.prompts, at(a.prompts, 0, h, s.start + skip), count, a.width);
   });
-  part(rest, a.placement.max_length + a.text_rows, text(s.column));
+  part(rest, rows, text(s.column));
 }
 
 }  // namespace
@@ -139,13 +159,15 @@ int assemble(const Assemble* params, int count, void*) {
 }
 
 int strip(const Strip& p, void*) {
+  const bool stream = streams(p.batch * p.heads * p.text_rows * p.width * size_of(p.out.dtype));
   for_stretches(p.batch * p.heads, p.text_rows, p.width * size_of(p.out.dtype), [&](int64_t o, int64_t first, int64_t last) {
     const int64_t i = o / p.heads, h = o % p.heads;
     const Spot s = spot(p.placement, i);
     const int64_t split = std::clamp(s.column, first, last), zeros = p.placement.max_length - s.length;
-    convert_rows(p.out, at(p.out, i, h, first), p.hidden, at(p.hidden, i, h, zeros + first), split - first, p.width);
+    convert_rows(p.out, at(p.out, i, h, first), p.hidden, at(p.hidden, i, h, zeros + first), split - first, p.width,
+                 stream);
     convert_rows(p.out, at(p.out, i, h, split), p.hidden, at(p.hidden, i, h, p.placement.max_length + split), last - split,
-                 p.width);
+                 p.width, stream);
   });
   return 0;
 }
@@ -170,12 +192,13 @@ int overwrite(const Overwrite& p, void*) {
     });
     return 0;
   }
+  const bool stream = streams(p.batch * p.rows * bytes);
   for_stretches(p.batch, p.rows, bytes, [&](int64_t i, int64_t first, int64_t last) {
     const Spot s = spot(p.placement, i);
     const int64_t begin = std::clamp(s.column, first, last), end = std::clamp(s.column + s.length, first, last);
-    convert_rows(p.out, at(p.out, i, 0, first), p.hidden, at(p.hidden, i, 0, first), begin - first, p.width);
+    convert_rows(p.out, at(p.out, i, 0, first), p.hidden, at(p.hidden, i, 0, first), begin - first, p.width, stream);
     if (begin < end) write(i, s, begin - s.column, end - s.column);
-    convert_rows(p.out, at(p.out, i, 0, end), p.hidden, at(p.hidden, i, 0, end), last - end, p.width);
+    convert_rows(p.out, at(p.out, i, 0, end), p.hidden, at(p.hidden, i, 0, end), last - end, p.width, stream);
   });
   return 0;
 }

@@ -1,6 +1,7 @@
 // Compiled three times, with PTUNE_ISA = plain, avx2 or avx512 and that instruction set's flags.
 #include "rows.h"
 
+#include <algorithm>
 #include <type_traits>
 
 #include "vector.h"
@@ -42,6 +43,18 @@ void convert(void* to_, int64_t to_stride, const void* from_, int64_t from_strid
     for_row<From>(
         unit, n, [&](int64_t i) { store_vector(to + i, load_vector(from + i)); },
         [&](int64_t i) { store(to + i * to_stride, load(from + i * from_stride)); });
+  }
+}
+
+void stream(void* to_, int64_t to_step, const void* from_, int64_t from_step, int64_t rows, int64_t bytes) {
+  for (int64_t r = 0; r < rows; ++r) {
+    auto* to = static_cast<char*>(to_) + r * to_step;
+    auto* from = static_cast<const char*>(from_) + r * from_step;
+    const int64_t start = std::min<int64_t>(bytes, -reinterpret_cast<intptr_t>(to) & (kLine - 1));
+    std::memcpy(to, from, start);
+    int64_t i = start;
+    for (; i + kLine <= bytes; i += kLine) stream_line(to + i, from + i);
+    std::memcpy(to + i, from + i, bytes - i);
   }
 }
 
@@ -107,6 +120,7 @@ extern const RowFunctions PTUNE_JOIN(rows_, PTUNE_ISA) = {
      {convert<Half, float>, convert<Half, Half>, convert<Half, BFloat16>, nullptr},
      {convert<BFloat16, float>, convert<BFloat16, Half>, convert<BFloat16, BFloat16>, nullptr},
      {nullptr, nullptr, nullptr, convert<double, double>}},
+    stream,
     {scale<float>, scale<Half>, scale<BFloat16>, scale<double>},
     {add<float>, add<Half>, add<BFloat16>, add<double>},
     {accumulate<float>, accumulate<Half>, accumulate<BFloat16>, accumulate<double>},

@@ -13,6 +13,8 @@
 namespace ptune::cpu {
 namespace {
 
+constexpr int64_t kLine = 64;  // bytes of a cache line
+
 struct Half {
   uint16_t bits;
 };
@@ -79,6 +81,9 @@ inline Floats load_vector(const BFloat16* p) {
   const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
 }
+inline void stream_line(void* to, const void* from) {
+  _mm512_stream_si512(static_cast<__m512i*>(to), _mm512_loadu_si512(from));
+}
 inline void store_vector(float* p, Floats x) { _mm512_storeu_ps(p, x.v); }
 inline void store_vector(Half* p, Floats x) {
   const __m256i half = _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -113,6 +118,13 @@ inline Floats load_vector(const BFloat16* p) {
   const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   return {_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16))};
 }
+inline void stream_line(void* to, const void* from) {
+  const auto* in = static_cast<const __m256i*>(from);
+  auto* out = static_cast<__m256i*>(to);
+  const __m256i low = _mm256_loadu_si256(in), high = _mm256_loadu_si256(in + 1);
+  _mm256_stream_si256(out, low);
+  _mm256_stream_si256(out + 1, high);
+}
 inline void store_vector(float* p, Floats x) { _mm256_storeu_ps(p, x.v); }
 inline void store_vector(Half* p, Floats x) {
   const __m128i half = _mm256_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -145,6 +157,7 @@ template <class T>
 inline Floats load_vector(const T* p) { return {load(p)}; }
 template <class T>
 inline void store_vector(T* p, Floats x) { store(p, x.v); }
+inline void stream_line(void* to, const void* from) { std::memcpy(to, from, kLine); }
 inline Floats splat(float x) { return {x}; }
 inline Floats operator+(Floats a, Floats b) { return {a.v + b.v}; }
 inline Floats operator-(Floats a, Floats b) { return {a.v - b.v}; }

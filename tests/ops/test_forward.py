@@ -12,6 +12,7 @@ from .cases import (
     LAYOUTS,
     OPS,
     TEXT_DTYPES,
+    Target,
     dtypes_for,
     lay_out,
     on_ops,
@@ -64,6 +65,21 @@ def test_any_strides(target, op, layout):
     for sizes in [(3, 4, 6, 9)] if target.interpreted else [(3, 4, 6, 9), (2, 3, 5, 64), (2, 2, 3, 259)]:
         for dtype in FLOATS:
             tensors, keywords = op.case(sizes, dtype, target.device, placed=True)
+            check(op, target, [lay_out(t, layout) for t in tensors], keywords | options)
+
+
+@on_ops
+@pytest.mark.parametrize("placed", [False, True], ids=["whole", "placed"])
+@pytest.mark.parametrize("layout", ["contiguous", "offset", "transposed"])
+def test_outputs_that_are_written_past_the_caches(op, placed, layout):
+    """The CPU library writes outputs of 4 to 32 MB so; rows of this width begin at every alignment."""
+    target = Target("native", "cpu")
+    if reason := target.missing():
+        pytest.skip(reason)
+    for dtype in (torch.float32, torch.bfloat16):
+        tensors, keywords = op.case((3, 7, 600, 1231), dtype, target.device, placed)
+        options = {"dtype": dtype} if op.name == "cast_qkv" else {}
+        with ptune_kernels.use_backend("native"):
             check(op, target, [lay_out(t, layout) for t in tensors], keywords | options)
 
 
