@@ -23,8 +23,6 @@ from torch.autograd.function import once_differentiable
 
 from .backends import Ops, ops_for
 
-_WHOLE_POOL = (None, None, None)
-
 
 class Placement(NamedTuple):
     """Which rows of the prompt pool each row of a batch uses, and where they stand.
@@ -77,7 +75,7 @@ def embed_and_prepend(
         if scale != 1.0:
             text = text * torch.tensor(scale, dtype=text.dtype, device=text.device)
         return prepend(prompts, text, placement)
-    ops = ops_for(embedding.device)
+    ops = ops_for(embedding)
     arguments = (input_ids, embedding, *_placed(placement, prompts.shape[0]), scale)
     if _needs_grad(prompts):
         return _EmbedAndPrepend.apply(ops, prompts, *arguments)
@@ -90,7 +88,7 @@ def prepend(prompts: Tensor, hidden: Tensor, placement: Placement | None = None)
     prompts [M, d], hidden [b, n, d] → [b, m + n, d] in hidden's dtype. ``n`` may be 0: the prompts expanded over the
     batch.
     """
-    ops = ops_for(hidden.device)
+    ops = ops_for(hidden)
     where = _placed(placement, prompts.shape[0])
     if _needs_grad(prompts, hidden):
         return _Prepend.apply(ops, prompts, hidden, *where)
@@ -105,7 +103,7 @@ def strip(hidden: Tensor, max_length: int, placement: Placement | None = None) -
     where = _placed(placement, max_length)
     if where[3] != max_length:
         raise ValueError(f"max_length: expected {where[3]} (that of placement), got {max_length}")
-    ops = ops_for(hidden.device)
+    ops = ops_for(hidden)
     if _needs_grad(hidden):
         return _Strip.apply(ops, hidden, *where)
     return ops.strip(hidden, *where, None)
@@ -118,7 +116,7 @@ def overwrite(hidden: Tensor, prompts: Tensor, placement: Placement | None = Non
     what `prepend` made, that is its own column plus ``max_length - length``. Backward of ``"overwrite"`` zeroes the
     gradient of the rows that were lost.
     """
-    ops = ops_for(hidden.device)
+    ops = ops_for(hidden)
     arguments = (*_placed(placement, prompts.shape[0]), _is_add(mode))
     if _needs_grad(prompts, hidden):
         return _Overwrite.apply(ops, hidden, prompts, *arguments)
@@ -131,7 +129,7 @@ def overwrite_(hidden: Tensor, prompts: Tensor, placement: Placement | None = No
     Under autograd ``hidden`` must not be a leaf, and nothing may have saved it for its backward; a region that is
     recomputed (gradient checkpointing) needs `overwrite`.
     """
-    ops = ops_for(hidden.device)
+    ops = ops_for(hidden)
     arguments = (*_placed(placement, prompts.shape[0]), _is_add(mode))
     if not _needs_grad(prompts, hidden):
         ops.overwrite_(hidden, prompts, *arguments)
@@ -155,7 +153,7 @@ def prepend_kv(
     """
     if dtype is not None:
         _check_dtype(dtype)
-    ops = ops_for(key.device)
+    ops = ops_for(key)
     arguments = (*_placed(placement, prefix_k.shape[1]), dtype)
     if _needs_grad(prefix_k, prefix_v, key, value):
         return _PrependKV.apply(ops, prefix_k, prefix_v, key, value, *arguments)
@@ -168,20 +166,24 @@ def cast_qkv(query: Tensor, key: Tensor, value: Tensor, dtype: torch.dtype) -> t
     Each of 4 dimensions and any strides.
     """
     _check_dtype(dtype)
-    ops = ops_for(query.device)
+    ops = ops_for(query)
     if _needs_grad(query, key, value):
         return _CastQKV.apply(ops, query, key, value, dtype)
     return ops.cast_qkv(query, key, value, dtype)
 
 
 def _needs_grad(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor.requires_grad:
+                return True
+    return False
 
 
 def _placed(placement: Placement | None, rows: int) -> tuple[Tensor | None, Tensor | None, Tensor | None, int]:
     """What the ops take for ``placement``: a whole pool of ``rows``, where there is none."""
     if placement is None:
-        return (*_WHOLE_POOL, rows)
+        return None, None, None, rows
     if not isinstance(placement, Placement):
         raise TypeError(f"placement: expected a Placement or None, got {type(placement).__name__}")
     return placement
