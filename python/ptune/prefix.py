@@ -117,8 +117,9 @@ class PrefixPath:
             return self._capture(token_type).prefix()
         device = watched[0].device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        how = token_type, autocast, self.body.config._attn_implementation
         # the parameters themselves, as addresses are used again
-        state = _State((token_type, autocast), [(w, w.dtype, 0 if w.is_inference() else w._version) for w in watched])
+        state = _State(how, [(w, w.dtype, 0 if w.is_inference() else w._version) for w in watched])
         if self._compiled is None or not self._compiled[0].is_still(state):
             # not inference tensors: they may be read where gradients are enabled
             with torch.inference_mode(False), torch.no_grad():
