@@ -16,7 +16,7 @@ from ..tasks import Generation
 from .passes import Audit, audit
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
-_HEADS = ("CausalLM", "MaskedLM", "SequenceClassification", "TokenClassification", "QuestionAnswering")
+_HEADS = ("CausalLM", "MaskedLM", "SequenceClassification", "TokenClassification")
 
 
 def audit_files(
