@@ -268,6 +268,28 @@ def test_other_ways_to_generate(base_of, name):
         checked(torch.cat([first, torch.randint(3, VOCABULARY, (1, 3))], 1), past_key_values=cache)
 
 
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("name", ["t5", "bart"])
+@torch.no_grad()
+def test_encoder_decoders(name, kind):
+    """Both of their caches are cast, and what T5 adds to its scores is."""
+    ends = {"vocab_size": VOCABULARY, "d_model": 24, "pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 1}
+    if name == "t5":
+        model = hf.T5ForConditionalGeneration(hf.T5Config(**ends, d_kv=6, d_ff=40, num_layers=2, num_heads=4))
+    else:
+        heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_layers": 2, "decoder_layers": 2}
+        model = hf.BartForConditionalGeneration(hf.BartConfig(**ends, **heads, init_std=0.2, forced_eos_token_id=None))
+    exact = copy.deepcopy(model.eval())
+    ptune.hybrid(model, torch.float16)
+    ids, mask = pad(texts_for("right"), "right", 0)
+    how = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "cache_implementation": kind}
+    output = model.generate(ids, attention_mask=mask, return_dict_in_generate=True, output_logits=True, **how)
+    logits = exact(ids, attention_mask=mask, decoder_input_ids=output.sequences[:, :-1]).logits
+    close(torch.stack(output.logits, 1), logits, 0.01)
+    both = output.past_key_values.self_attention_cache, output.past_key_values.cross_attention_cache
+    assert {tensor.dtype for cache in both for tensor in cache_tensors(cache)} == {torch.float16}
+
+
 @torch.no_grad()
 def test_a_float32_cache_is_taken_over(base_of, launches):
     model = base_of("llama").stock(hf.AutoModelForCausalLM).eval()

@@ -299,15 +299,18 @@ def test_a_lone_logit(base_of):
     assert audit(model, [batch]).whole["bf16"]["kl_mean"] == pytest.approx(divergence.mean().item(), rel=1e-2, abs=1e-7)
 
 
+class Stubborn(torch.nn.Module):
+    """What it multiplies by stays in float32."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.body, self.matrix = model, torch.eye(24)
+
+    def forward(self, **batch):
+        return self.body(**batch).last_hidden_state[:, 0] @ self.matrix
+
+
 def test_a_model_that_does_not_run_in_half_precision(base_of):
-    class Stubborn(torch.nn.Module):
-        def __init__(self, model):
-            super().__init__()
-            self.body, self.weight = model, torch.ones(24)
-
-        def forward(self, **batch):
-            return self.body(**batch).last_hidden_state[:, 0] @ torch.diag(self.weight)
-
     found = audit(Stubborn(base_of("bert").stock().eval()), [inputs()])
     assert "dtype" in found.whole["fp16"]["refused"]
     assert found.whole["hybrid-fp16"]["works"]
@@ -373,6 +376,7 @@ def test_report(base_of, tmp_path):
         (lambda a: a | {"model": a["model"].half()}, "model: expected float32 weights, got torch.float16 in"),
         (lambda a: a | {"model": ptune.hybrid(a["model"], BF16)}, "model: expected attention in float32"),
         (lambda a: a | {"pooling": lambda states, mask: states}, r"pooling: expected embeddings of shape \[b, d\]"),
+        (lambda a: a | {"model": Stubborn(a["model"]), "pooling": mean}, "pooling: expected None, as Stubborn returns"),
     ],
 )
 def test_refusals(base_of, change, message):
@@ -389,6 +393,11 @@ def test_what_is_no_model_and_what_has_two_masks():
     with pytest.raises(NotImplementedError, match="T5ForConditionalGeneration: an encoder-decoder"):
         audit(model, [inputs() | {"labels": inputs()["input_ids"]}])
     assert audit(model.get_encoder(), [inputs()]).compares == "embeddings"
+
+
+def test_bare_models_are_loaded_by_their_class(tmp_path):
+    t5().save_pretrained(tmp_path)
+    assert type(load(tmp_path)) is transformers.T5EncoderModel
 
 
 def test_heads_of_other_kinds_are_refused(base_of, tmp_path):

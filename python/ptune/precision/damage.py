@@ -50,6 +50,8 @@ class Outputs(nn.Module):
         """
         output: Any = self.model(**batch)
         if isinstance(output, Tensor):
+            if self.given:
+                raise ValueError(f"pooling: expected None, as {type(self.model).__name__} returns a tensor by itself")
             return self._checked(output)
         self.kind = "embeddings"
         found = output if isinstance(output, Mapping) else getattr(output, "__dict__", {})
