@@ -268,10 +268,10 @@ def test_other_ways_to_generate(base_of, name):
         checked(torch.cat([first, torch.randint(3, VOCABULARY, (1, 3))], 1), past_key_values=cache)
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize(("kind", "implementation"), [("dynamic", "sdpa"), ("static", "eager")])
 @pytest.mark.parametrize("name", ["t5", "bart"])
 @torch.no_grad()
-def test_encoder_decoders(name, kind):
+def test_encoder_decoders(name, kind, implementation):
     """Both of their caches are cast, and what T5 adds to its scores is."""
     ends = {"vocab_size": VOCABULARY, "d_model": 24, "pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 1}
     if name == "t5":
@@ -280,6 +280,7 @@ def test_encoder_decoders(name, kind):
         heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_layers": 2, "decoder_layers": 2}
         model = hf.BartForConditionalGeneration(hf.BartConfig(**ends, **heads, init_std=0.2, forced_eos_token_id=None))
     exact = copy.deepcopy(model.eval())
+    model.set_attn_implementation(implementation)
     ptune.hybrid(model, torch.float16)
     ids, mask = pad(texts_for("right"), "right", 0)
     how = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "cache_implementation": kind}
