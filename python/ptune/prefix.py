@@ -159,8 +159,11 @@ class PrefixPath:
     ) -> Capture:
         """Run prompt rows alone: ``prompts`` [m, d], and ``deep`` [L·m, d] at the blocks, in ``mode``."""
         body, count = self.body, prompts.shape[0]
-        weight, device = body.get_input_embeddings().weight, device_of(body.get_input_embeddings())
+        embedding = body.get_input_embeddings()
+        weight, device = embedding.weight, device_of(embedding)
         none = torch.empty(1, 0, weight.shape[1], dtype=weight.dtype, device=device)
+        if "forward" in vars(embedding) and not hasattr(embedding, "_hf_hook"):  # it may cast (see `keep_fp32`)
+            none = none.to(embedding(torch.empty(1, 0, dtype=torch.long, device=device)).dtype)
         blocks = () if deep is None else deep.view(-1, count, deep.shape[1]).unbind(0)
         capture = Capture(blocks, bool(blocks) and mode == "overwrite")
         if probing:

@@ -9,7 +9,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from ptune.precision import keep_fp32, to_half
+from ptune.precision import audit, keep_fp32, to_half
 from ptune.precision.casts import loaded_in
 
 from .test_precision_audit import BF16, FP16, inputs, states, t5
@@ -117,6 +117,19 @@ class TestKeepFp32:
                 keep_fp32(model, names)
             outcomes.append(states(model.half(), batch))
         assert all(torch.equal(states, outcomes[0]) for states in outcomes)
+
+    @pytest.mark.parametrize("sharing", ["auto", False])
+    def test_an_embedding_beside_prompts(self, base_of, sharing):
+        """Prompt rows take the dtype in which text comes out of it."""
+        model = base_of("gemma3").tuned(tuning_mode="deep_ptune", pre_seq_len=3, prefix_sharing=sharing).eval()
+        batch = inputs()
+        exact = states(model, batch)
+        got = states(to_half(keep_fp32(model, ["embed_tokens"]), FP16), batch)
+        assert (got.dtype, model.prefix_plan.path) == (FP16, "prefix" if sharing else "concat")
+        assert model.embed_tokens.weight.dtype == torch.float32
+        real = batch["attention_mask"].bool()
+        assert (got[real] - exact[real]).norm() <= 0.02 * exact[real].norm()
+        audit(base_of("gemma3").tuned(tuning_mode="deep_ptune", pre_seq_len=3, prefix_sharing=sharing), [batch])
 
     def test_autocast_has_no_say(self, base_of):
         model, seen = keep_fp32(base_of("llama").stock().eval(), ["layers.1.mlp"]), []
