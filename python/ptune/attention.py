@@ -108,7 +108,9 @@ def _additive_in(dtype: torch.dtype, mask: Any) -> Any:
     """An additive mask in ``dtype``; its least number leaves room, or float16 scores added to it would be infinite."""
     if not isinstance(mask, Tensor) or not mask.is_floating_point() or mask.dtype == dtype:
         return mask
-    return mask.clamp(min=torch.finfo(dtype).min / 2).to(dtype)
+    least = torch.finfo(dtype).min / 2
+    hidden = mask <= max(least, torch.finfo(mask.dtype).min / 2)  # a float16 mask's least would not hide from bfloat16
+    return mask.masked_fill(hidden, 0).to(dtype).masked_fill(hidden, least)
 
 
 _PAIRS = {

@@ -47,6 +47,9 @@ def hybrid(
     if dtype is None:
         if any(_is_half(part) for part in parts):
             model.set_attn_implementation(attention_of(before).stock)  # type: ignore[union-attr]
+        for module in model.modules():
+            for key in [key for key, hook in module._forward_pre_hooks.items() if hook is _cast_cache]:
+                del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
         return model
     _check(model, parts)
     attention = Attention(attention_of(before).stock, dtype, cache_dtype)  # type: ignore[union-attr]

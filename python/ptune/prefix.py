@@ -117,8 +117,9 @@ class PrefixPath:
             return self._capture(token_type).prefix()
         device = watched[0].device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        how = token_type, autocast, self.body.config._attn_implementation
         # the parameters themselves, as addresses are used again
-        state = _State((token_type, autocast), [(w, w.dtype, 0 if w.is_inference() else w._version) for w in watched])
+        state = _State(how, [(w, w.dtype, 0 if w.is_inference() else w._version) for w in watched])
         if self._compiled is None or not self._compiled[0].is_still(state):
             # not inference tensors: they may be read where gradients are enabled
             with torch.inference_mode(False), torch.no_grad():
@@ -158,8 +159,11 @@ class PrefixPath:
     ) -> Capture:
         """Run prompt rows alone: ``prompts`` [m, d], and ``deep`` [L·m, d] at the blocks, in ``mode``."""
         body, count = self.body, prompts.shape[0]
-        weight, device = body.get_input_embeddings().weight, device_of(body.get_input_embeddings())
+        embedding = body.get_input_embeddings()
+        weight, device = embedding.weight, device_of(embedding)
         none = torch.empty(1, 0, weight.shape[1], dtype=weight.dtype, device=device)
+        if "forward" in vars(embedding) and not hasattr(embedding, "_hf_hook"):  # it may cast (see `keep_fp32`)
+            none = none.to(embedding(torch.empty(1, 0, dtype=torch.long, device=device)).dtype)
         blocks = () if deep is None else deep.view(-1, count, deep.shape[1]).unbind(0)
         capture = Capture(blocks, bool(blocks) and mode == "overwrite")
         if probing:

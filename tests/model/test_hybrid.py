@@ -173,6 +173,21 @@ def test_eager(base_of, name, dtype):
     assert (text_of(output, mask) - exact).norm() <= (0.1 if dtype == torch.float16 else 0.5) * exact.norm()
 
 
+@torch.no_grad()
+def test_a_float16_mask_hides_from_bfloat16_attention(base_of):
+    """Scores that only bfloat16 can hold are further from zero than any number of the mask's."""
+    model = base_of("llama").stock(attn_implementation="eager").eval()
+    for layer in model.layers:
+        layer.self_attn.q_proj.weight.mul_(1000)
+        layer.self_attn.k_proj.weight.mul_(1000)
+    ptune.hybrid(model, torch.bfloat16).half()
+    ids = torch.randint(3, VOCABULARY, (2, 8))
+    before = model(ids)[0][:, :-1]
+    assert bool(before.isfinite().all())
+    ids[:, -1] = 3 + (ids[:, -1] - 2) % (VOCABULARY - 3)
+    assert torch.equal(model(ids)[0][:, :-1], before)
+
+
 def cache_tensors(cache):
     return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
 
@@ -219,6 +234,61 @@ def test_caches_take_half_the_bytes(base_of, name, prompted, kind):
     ptune.hybrid(model, None)
     assert torch.equal(run().sequences, whole.sequences)
     assert {tensor.dtype for tensor in cache_tensors(run().past_key_values)} == {torch.float32}
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
+def test_other_ways_to_generate(base_of, name):
+    """Assisted, and a conversation that goes on in the cache of its first answer, be it used before or not."""
+    exact = base_of(name).stock(hf.AutoModelForCausalLM).eval()
+    model, assistant = ptune.hybrid(copy.deepcopy(exact), torch.float16), copy.deepcopy(exact)
+    with torch.no_grad():
+        for weight in assistant.parameters():
+            weight.mul_(1 + 0.1 * torch.randn_like(weight))  # is right now and then
+    ids = torch.randint(3, VOCABULARY, (1, 6))
+
+    def checked(given, **rest):
+        """Whether each token is float32's likeliest, or as likely but for the error."""
+        how = {"max_new_tokens": 10, "min_new_tokens": 10, "do_sample": False, "return_dict_in_generate": True}
+        output = model.generate(given, attention_mask=torch.ones_like(given), pad_token_id=0, **how | rest)
+        with torch.no_grad():
+            logits = exact(output.sequences).logits[:, given.shape[1] - 1 : -1]
+        logits[..., model.config.eos_token_id] = -10  # forbidden, as a story must not end
+        chosen = logits.gather(-1, output.sequences[:, given.shape[1] :, None])[..., 0]
+        assert (logits.amax(-1) - chosen).max() <= 0.01 * logits.abs().max()
+        assert {tensor.dtype for tensor in cache_tensors(output.past_key_values)} == {torch.float16}
+        return output
+
+    checked(ids, assistant_model=assistant)
+    checked(ids, assistant_model=ptune.hybrid(assistant, torch.bfloat16))
+    static = hf.StaticCache(config=model.config, max_cache_len=40)
+    for cache in (hf.DynamicCache(config=model.config), static, static):
+        if cache.get_seq_length():
+            cache.reset()
+        first = checked(ids, past_key_values=cache).sequences
+        checked(torch.cat([first, torch.randint(3, VOCABULARY, (1, 3))], 1), past_key_values=cache)
+
+
+@pytest.mark.parametrize(("kind", "implementation"), [("dynamic", "sdpa"), ("static", "eager")])
+@pytest.mark.parametrize("name", ["t5", "bart"])
+@torch.no_grad()
+def test_encoder_decoders(name, kind, implementation):
+    """Both of their caches are cast, and what T5 adds to its scores is."""
+    ends = {"vocab_size": VOCABULARY, "d_model": 24, "pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 1}
+    if name == "t5":
+        model = hf.T5ForConditionalGeneration(hf.T5Config(**ends, d_kv=6, d_ff=40, num_layers=2, num_heads=4))
+    else:
+        heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_layers": 2, "decoder_layers": 2}
+        model = hf.BartForConditionalGeneration(hf.BartConfig(**ends, **heads, init_std=0.2, forced_eos_token_id=None))
+    exact = copy.deepcopy(model.eval())
+    model.set_attn_implementation(implementation)
+    ptune.hybrid(model, torch.float16)
+    ids, mask = pad(texts_for("right"), "right", 0)
+    how = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "cache_implementation": kind}
+    output = model.generate(ids, attention_mask=mask, return_dict_in_generate=True, output_logits=True, **how)
+    logits = exact(ids, attention_mask=mask, decoder_input_ids=output.sequences[:, :-1]).logits
+    close(torch.stack(output.logits, 1), logits, 0.01)
+    both = output.past_key_values.self_attention_cache, output.past_key_values.cross_attention_cache
+    assert {tensor.dtype for cache in both for tensor in cache_tensors(cache)} == {torch.float16}
 
 
 @torch.no_grad()
@@ -349,6 +419,49 @@ class TestState:
         assert model.config._attn_implementation == "ptune_eager_fp16_kv_bf16"
         ptune.hybrid(model, None)
         assert model.config._attn_implementation == ("ptune_eager" if prompted else "eager")
+
+    def test_taking_it_back_leaves_nothing(self, base_of):
+        model = base_of("gemma3").stock().eval()
+
+        def hooks():
+            return [(len(m._forward_pre_hooks), len(m._forward_pre_hooks_with_kwargs)) for m in model.modules()]
+
+        before = hooks()
+        for _ in range(2):
+            ptune.hybrid(model, torch.float16)
+            assert sum(count for count, _ in hooks()) > sum(count for count, _ in before)
+            model = copy.deepcopy(model)
+            ptune.hybrid(ptune.hybrid(model, torch.bfloat16), None)
+            assert hooks() == before
+        assert model.config._attn_implementation == "sdpa"
+
+    @torch.no_grad()
+    def test_compiled_prompts_are_compiled_again(self, base_of):
+        """Prompt rows attend, and so do not have the keys and values in half precision that they have in float32."""
+        model = base_of("llama").tuned(**settings_for("shallow")).eval()
+        ids = torch.randint(3, VOCABULARY, (2, 5))
+        exact = model(ids)[0]
+        model.compile_prompts()
+        assert torch.equal(model(ids)[0], exact)
+        ptune.hybrid(model, torch.bfloat16)
+        kept = model(ids)[0]
+        model._hooks.prefix.forget()
+        assert torch.equal(model(ids)[0], kept)
+        ptune.hybrid(model, None)
+        assert torch.equal(model(ids)[0], exact)
+
+    @pytest.mark.parametrize("reentrant", [False, True])
+    def test_under_checkpointing(self, base_of, reentrant):
+        model = base_of("llama").tuned(ptune.AutoPTuneModelForCausalLM, **settings_for("add")).train()
+        set_prompts(model, "add")
+        ptune.hybrid(model, torch.bfloat16)
+        inputs = batch("left", "generation", 0)
+        logits, gradients = outcome(model, inputs)
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        again, recomputed = outcome(model, inputs)
+        assert torch.equal(again, logits)
+        for name, gradient in gradients.items():
+            close(recomputed[name] / gradient.norm(), gradient / gradient.norm(), 1e-6)
 
     def test_compiled_and_under_autocast(self, base_of):
         model = base_of("gemma3").stock(hf.AutoModelForCausalLM).eval()

@@ -1,10 +1,9 @@
-"""The precision audit: each part against an oracle of plain hooks, then whole, on models made to fail in half types."""
+"""The precision audit, whole: on models of many kinds, and on those made to fail in half types."""
 
 import copy
 import json
 from collections import Counter
 
-import numpy as np
 import pytest
 import torch
 import transformers
@@ -15,13 +14,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import ptune
 from ptune.precision import Limits, audit, keep_fp32
 from ptune.precision.casts import loaded_in
-from ptune.precision.damage import Damage, passes, severity
-from ptune.precision.outputs import mean
+from ptune.precision.command import load
+from ptune.precision.damage import Damage, Outputs, mean
 from ptune.precision.report import write_audit
-from ptune.precision.sites import attention_calls, find_sites
-from ptune.precision.statistics import Tally
 
-from .families import LAYERS, VOCABULARY
+from .families import VOCABULARY
 
 FP16, BF16 = torch.float16, torch.bfloat16
 SPAM = 20  # messages of each class
@@ -39,242 +36,12 @@ def states(model, batch=None):
         return model(**(inputs() if batch is None else batch)).last_hidden_state
 
 
-def sites_of(model, batch):
-    with torch.no_grad():
-        return find_sites(model, lambda: model(**batch))
-
-
 def t5():
     torch.manual_seed(1)
     config = transformers.T5Config(
         vocab_size=VOCABULARY, d_model=24, d_kv=6, d_ff=40, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu"
     )
     return transformers.T5EncoderModel(config).eval()
-
-
-# Places: what each family has in one block, and outside its blocks, counted by hand from its modules.
-IN_ATTENTION = {"query": 1, "key": 1, "value": 1, "attention output": 1, "residual": 1}
-PLACES = {
-    "llama": ({"projection": 4, "mlp in": 2, "mlp out": 1, "norm": 2}, {"norm": 1, "embedding": 1}),
-    "gemma3": ({"projection": 4, "mlp in": 2, "mlp out": 1, "norm": 6}, {"norm": 1, "embedding": 1}),
-    "gpt2": ({"projection": 2, "mlp in": 1, "mlp out": 1, "norm": 2}, {"norm": 1, "embedding": 2}),
-    "bert": (
-        {"projection": 4, "mlp in": 1, "mlp out": 1, "norm": 2},
-        {"norm": 1, "embedding": 3, "pooling": 1},
-    ),
-    "distilbert": ({"projection": 4, "mlp in": 1, "mlp out": 1, "norm": 2}, {"norm": 1, "embedding": 2}),
-}
-
-
-@pytest.mark.parametrize("name", PLACES)
-def test_places_are_found(base_of, name):
-    sites = sites_of(base_of(name).stock().eval(), inputs())
-    block, outside = PLACES[name]
-    for layer in range(LAYERS):
-        found = Counter(site.kind for site in sites if site.layer == layer)
-        in_norms = 2 if name == "gemma3" else 0  # of queries and keys, in its attention
-        assert found == IN_ATTENTION | block, layer
-        assert sum(".attn" in s.name or "_attn." in s.name for s in sites if s.kind == "norm" and s.layer == layer) == (
-            in_norms
-        )
-    assert Counter(site.kind for site in sites if site.layer is None) == outside
-
-
-def test_places_of_t5():
-    sites = sites_of(t5(), inputs())
-    found = Counter(site.kind for site in sites if site.layer == 1)
-    # on the interface, so its attention has the four tensors too; wi_0 and wi_1 read, wo writes
-    assert found == IN_ATTENTION | {"projection": 4, "mlp in": 2, "mlp out": 1, "norm": 2}
-    assert {site.name for site in sites if site.kind == "mlp out"} == {
-        f"encoder.block.{layer}.layer.1.DenseReluDense.wo" for layer in range(2)
-    }
-
-
-def test_places_of_albert(base_of):
-    """One block, called for each layer, with attention and MLP side by side in a list within it."""
-    sites = sites_of(base_of("albert").stock().eval(), inputs())
-    found = Counter(site.kind for site in sites if site.layer == 0)
-    assert found == IN_ATTENTION | {"projection": 4, "mlp in": 1, "mlp out": 1, "norm": 2}
-
-
-def test_the_head_is_a_place(base_of):
-    sites = sites_of(base_of("llama").stock(AutoModelForCausalLM).eval(), inputs())
-    assert [site.name for site in sites if site.kind == "head"] == ["lm_head"]
-
-
-class TestRounding:
-    """Each kind of place rounded alone, beside plain hooks on GPT-2, where no rotation follows the projection."""
-
-    @pytest.fixture
-    def model(self, base_of):
-        return base_of("gpt2").stock().eval()
-
-    @pytest.mark.parametrize("dtype", [FP16, BF16])
-    @pytest.mark.parametrize("kind", ["query", "key", "value", "attention output", "residual", "norm", "mlp out"])
-    def test_alone(self, model, kind, dtype):
-        batch, block = inputs(), model.h[1]
-        exact = states(model, batch)
-        (site,) = [s for s in sites_of(model, batch) if s.kind == kind and s.layer == 1 and "ln_2" not in s.name]
-        with site.rounded(model, dtype):
-            got = states(model, batch)
-        other = copy.deepcopy(model)
-        block = other.h[1]
-
-        def low(tensor):
-            return tensor.to(dtype).float()
-
-        def third(module, args, output):
-            parts = list(output.chunk(3, dim=-1))
-            index = ("query", "key", "value").index(kind)
-            parts[index] = low(parts[index])
-            return torch.cat(parts, -1)
-
-        def alone(module):
-            module.to(dtype)
-            module.register_forward_pre_hook(lambda module, args: args[0].to(dtype))
-            module.register_forward_hook(lambda module, args, output: output.float())
-
-        if kind in ("query", "key", "value"):
-            block.attn.c_attn.register_forward_hook(third)
-        elif kind == "attention output":
-            block.attn.c_proj.register_forward_pre_hook(lambda module, args: low(args[0]))
-        elif kind == "residual":
-            block.register_forward_hook(lambda module, args, output: low(output))
-        else:
-            alone(block.ln_1 if kind == "norm" else block.mlp.c_proj)
-        assert torch.equal(got, states(other, batch))
-        assert not torch.equal(got, exact)
-        assert torch.equal(states(model, batch), exact)
-
-    def test_of_one_model_alone(self, model, base_of):
-        """Another model that runs meanwhile, by the same attention function, is not touched."""
-        batch, bystander = inputs(), base_of("bert").stock().eval()
-        exact, other = states(model, batch), states(bystander, batch)
-
-        def nothing(stock, *args, **kwargs):
-            output, *rest = stock(*args, **kwargs)
-            return output * 0, *rest
-
-        with attention_calls(model, nothing):
-            assert torch.equal(states(bystander, batch), other)
-            assert not torch.equal(states(model, batch), exact)
-        assert torch.equal(states(model, batch), exact)
-
-    def test_eager(self, base_of):
-        batch = inputs()
-        model = base_of("bert").stock(attn_implementation="eager").eval()
-        exact = states(model, batch)
-        (site,) = [s for s in sites_of(model, batch) if s.kind == "query" and s.layer == 2]
-        with site.rounded(model, BF16):
-            got = states(model, batch)
-        model.encoder.layer[2].attention.self.query.register_forward_hook(lambda m, a, out: out.to(BF16).float())
-        assert torch.equal(got, states(model, batch))
-        assert not torch.equal(got, exact)
-
-
-@pytest.mark.parametrize("dtype", [FP16, BF16])
-@pytest.mark.parametrize("name", ["llama", "gemma3", "bert", "t5"])
-def test_half_is_what_from_pretrained_makes(base_of, tmp_path, name, dtype):
-    if name == "t5":  # wo stays in float32 beside float16
-        t5().save_pretrained(tmp_path)
-        model, loaded = (transformers.T5EncoderModel.from_pretrained(tmp_path, **d) for d in ({}, {"dtype": dtype}))
-    else:
-        model, loaded = base_of(name).stock(), base_of(name).stock(dtype=dtype)
-    model, loaded, batch = model.eval(), loaded.eval(), inputs()
-    before = dict(model.named_parameters())
-    with loaded_in(model, dtype):
-        assert {n: p.dtype for n, p in model.named_parameters()} == {n: p.dtype for n, p in loaded.named_parameters()}
-        got = states(model, batch)
-    assert torch.equal(got, states(loaded, batch))
-    assert all(p is before[n] for n, p in model.named_parameters())
-    assert {p.dtype for p in model.parameters()} == {torch.float32}
-
-
-def test_prompts_stay_in_float32(base_of):
-    model = base_of("llama").tuned(tuning_mode="deep_ptune", pre_seq_len=3)
-    with loaded_in(model, FP16):
-        dtypes = {p.requires_grad: p.dtype for p in model.parameters()}
-    assert dtypes == {True: torch.float32, False: FP16}
-
-
-class TestKeepFp32:
-    def test_borders(self, base_of):
-        """One MLP in float32, in a half model: the composition written out."""
-        model, batch = base_of("llama").stock(dtype=FP16).eval(), inputs()
-        other = copy.deepcopy(model)
-        mlp = copy.deepcopy(other.layers[1].mlp).float()
-        other.layers[1].mlp.forward = lambda hidden: mlp(hidden.float()).half()
-        assert keep_fp32(model, ["layers.1.mlp"]) is model
-        assert torch.equal(states(model, batch), states(other, batch))
-        assert states(model, batch).dtype == FP16
-
-    @pytest.mark.parametrize("cast", [lambda m: m.half(), lambda m: m.to(BF16), lambda m: copy.deepcopy(m).half()])
-    def test_casts_pass_them_by(self, base_of, cast):
-        model = base_of("bert").stock().eval()
-        names = ["encoder.layer.1.output", "embeddings.LayerNorm", "embeddings.word_embeddings"]
-        before = {n: p.detach().clone() for n, p in model.named_parameters() if n.startswith(tuple(names))}
-        model = cast(keep_fp32(model, names))
-        for name, parameter in model.named_parameters():
-            kept = name in before
-            assert (parameter.dtype == torch.float32) == kept, name
-            assert not kept or torch.equal(parameter, before[name])
-        assert states(model).dtype == model.encoder.layer[0].output.dense.weight.dtype
-
-    def test_a_copy_runs_by_its_own_weights(self, base_of):
-        model, batch = keep_fp32(base_of("bert").stock().eval(), ["encoder.layer.1.output"]).half(), inputs()
-        copied = copy.deepcopy(model)
-        exact = states(copied, batch)
-        with torch.no_grad():
-            model.encoder.layer[1].output.dense.weight.zero_()
-        assert torch.equal(states(copied, batch), exact)
-        assert not torch.equal(states(model, batch), exact)
-
-    def test_a_tied_head(self, base_of):
-        model, batch = base_of("qwen3").stock(AutoModelForCausalLM).eval(), inputs()
-        assert model.lm_head.weight is model.model.embed_tokens.weight
-        whole = model.lm_head.weight.detach().clone()
-        keep_fp32(model, ["lm_head"]).half()
-        assert model.model.embed_tokens.weight.dtype == FP16
-        assert torch.equal(model.lm_head.weight, whole)
-        with torch.no_grad():
-            logits = model(**batch).logits
-            hidden = model.model(**batch).last_hidden_state
-        assert torch.equal(logits, (hidden.float() @ whole.T).half())
-
-    @pytest.mark.parametrize("names", [[], "layers.0", ["layers.7"], ["layers.0.mlp", "layers"]])
-    def test_errors_come_first(self, base_of, names):
-        model = base_of("llama").stock(dtype=FP16)
-        with pytest.raises(ValueError, match="names: "):
-            keep_fp32(model, names)
-        assert {p.dtype for p in model.parameters()} == {FP16}
-        assert not any("forward" in vars(module) for module in model.modules())
-
-    def test_the_audit_leaves_them_whole(self, base_of):
-        """Kept modules are no places, and the whole model in half is what it is with them kept."""
-        model = keep_fp32(base_of("bert").stock().eval(), ["encoder.layer.1"])
-        found = audit(model, [inputs()])
-        assert {site["layer"] for site in found.sites} == {0, 2, None}
-        alone = audit(base_of("bert").stock().eval(), [inputs()])
-        assert {site["layer"] for site in alone.sites} == {0, 1, 2, None}
-
-
-def test_statistics():
-    tally = Tally()
-    values = torch.ones(4, 5, 8)
-    values[0, 0, 3] = -2000.0  # massive: beyond 100, and a thousand times the median
-    values[1, 2, 3] = 1001.0
-    values[1, 1, 4] = 900.0  # not a thousand times it
-    values[2, 0, :2] = 65504 / 8 + 1  # and massive, too
-    values[3, 0, :3] = torch.tensor([2.0**-25, 0.0, 2.0**-24])
-    tally.add(values)
-    tally.add(torch.full((2, 8), 3.0))
-    assert tally.figures() == {
-        "amax": 65504 / 8 + 1,
-        "large": 2 / 176,
-        "lost": 1 / 176,
-        "massive": 4,
-        "massive_channels": [3, 0, 1],
-    }
 
 
 def test_padding_counts_nowhere(base_of):
@@ -293,43 +60,16 @@ def test_padding_counts_nowhere(base_of):
         assert record["amax"] == pytest.approx(expected["amax"], rel=1e-5)
 
 
-class TestDamage:
-    def test_of_embeddings(self):
-        reference, got = (np.random.default_rng(seed).normal(size=(7, 5)) for seed in (0, 1))
-        cosines = (reference * got).sum(1) / np.linalg.norm(reference, axis=1) / np.linalg.norm(got, axis=1)
-        damage = Damage("embeddings")
-        for part in (slice(0, 3), slice(3, 7)):
-            damage.add(torch.tensor(reference[part]), torch.tensor(got[part]))
-        figures = damage.figures()
-        assert figures["nonfinite"] == 0
-        assert figures["cosine_min"] == pytest.approx(cosines.min(), abs=1e-6)
-        assert figures["cosine_mean"] == pytest.approx(cosines.mean(), abs=1e-6)
-
-    def test_of_logits(self):
-        reference, got = (np.random.default_rng(seed).normal(size=(30, 4)) for seed in (2, 3))
-        p, q = (np.exp(x) / np.exp(x).sum(1, keepdims=True) for x in (reference, got))
-        divergence = (p * np.log(p / q)).sum(1)
-        damage = Damage("logits")
-        damage.add(torch.tensor(reference), torch.tensor(got))
-        figures = damage.figures()
-        assert figures["kl_mean"] == pytest.approx(divergence.mean(), rel=1e-5)
-        assert figures["kl_max"] == pytest.approx(divergence.max(), rel=1e-5)
-        assert figures["same_top1"] == pytest.approx((p.argmax(1) == q.argmax(1)).mean())
-
-    def test_inf_and_nan_are_the_worst(self):
-        reference = torch.randn(4, 3)
-        damages = {}
-        for name, change in {
-            "none": lambda x: x,
-            "opposite": lambda x: -x,
-            "one inf": lambda x: x.index_fill(0, torch.tensor([1]), float("inf")),
-            "all NaN": lambda x: x * float("nan"),
-        }.items():
-            damage = Damage("embeddings")
-            damage.add(reference, change(reference.clone()))
-            damages[name] = damage.figures()
-        assert sorted(damages, key=lambda name: severity(damages[name])) == ["none", "opposite", "one inf", "all NaN"]
-        assert [name for name in damages if passes(damages[name], Limits())] == ["none"]
+@pytest.mark.parametrize("mode", ["ptune", "deep_ptune"])
+def test_padding_counts_nowhere_beside_prompts(base_of, mode):
+    model, batch = base_of("bert").tuned(tuning_mode=mode, pre_seq_len=4).eval(), inputs()
+    with torch.no_grad():
+        model.embeddings.word_embeddings.weight[0] = 1e4
+    one, two = (
+        audit(model, [{name: tensor[1:2, :width] for name, tensor in batch.items()}]).statistics for width in (9, 3)
+    )
+    for record, expected in zip(one, two, strict=True):
+        assert record["amax"] == pytest.approx(expected["amax"], rel=1e-5), record["name"]
 
 
 def widened(folder):
@@ -396,7 +136,9 @@ def test_an_embedding_model_that_fails_in_float16(minilm, messages):
     assert "encoder.layer.2.output.dense" in found.verdict
     # the last is the innermost module that mends it, and the code that it gives does so
     assert found.repairs[-1]["works"]
-    assert found.repairs[-1]["how"] == "ptune.precision.keep_fp32(model, ['encoder.layer.2.output']).to(torch.float16)"
+    assert found.repairs[-1]["how"] == (
+        "ptune.precision.to_half(ptune.precision.keep_fp32(model, ['encoder.layer.2.output']), torch.float16)"
+    )
     kept = eval(found.repairs[-1]["how"], {"ptune": ptune, "torch": torch, "model": model})
     torch.testing.assert_close(embed(kept, tokenizer, texts), whole, rtol=0, atol=0.02)
 
@@ -488,7 +230,9 @@ def test_a_pooling_that_fails(minilm, messages, inside):
     assert worst > 20 * second
     assert not found.whole["bf16"]["works"]
     assert found.repair["name"] == "fp32 pooling"
-    assert (found.repair["how"] == "ptune.precision.keep_fp32(model, ['pooling']).to(torch.bfloat16)") == inside
+    assert (
+        found.repair["how"] == "ptune.precision.to_half(ptune.precision.keep_fp32(model, ['pooling']), torch.bfloat16)"
+    ) == inside
     assert "pooling(states.float(), mask)" in found.repair["how"] or inside
     assert "fp32 pooling" in found.verdict
 
@@ -508,7 +252,70 @@ def test_the_model_is_as_before(base_of):
     assert [module.training for module in model.modules()] == training
     assert ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
     assert model.config._attn_implementation == implementation
-    assert not any("forward" in vars(module) or module._forward_hooks for module in model.modules())
+    assert not any(
+        "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks for module in model.modules()
+    )
+
+
+def test_compiled_prompts(base_of):
+    """Their keys and values are those of each way to run the model, and of the model itself afterwards."""
+    model, batch = base_of("llama").tuned(tuning_mode="ptune", pre_seq_len=3).eval(), inputs()
+    limits = Limits(cosine=1.0)
+    expected, exact = audit(model, [batch, batch], limits=limits), states(model, batch)
+    model.compile_prompts()
+    assert torch.equal(states(model, batch), exact)
+    assert audit(model, [batch, batch], limits=limits) == expected
+    assert torch.equal(states(model, batch), exact)
+    assert model._hooks.prefix.keep_compiled
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "t5"])
+@pytest.mark.parametrize("dtype", [FP16, BF16])
+def test_the_code_does_what_was_tried(base_of, name, dtype):
+    model = t5() if name == "t5" else base_of(name).stock(AutoModelForCausalLM, attn_implementation="eager").eval()
+    batch = inputs((40, 7))
+    found = audit(model, [batch], dtype, limits=Limits(cosine=1.0, kl=0.0))
+    tried = [figures for figures in [*found.whole.values(), *found.repairs] if "and pooling(" not in figures["how"]]
+    assert len(tried) >= 6
+    with torch.no_grad():
+        reference = Outputs(model, None)(batch)
+        for figures in tried:
+            copied = eval(figures["how"], {"ptune": ptune, "torch": torch, "model": copy.deepcopy(model)})
+            damage = Damage(found.compares)
+            damage.add(reference, Outputs(copied, None)(batch))
+            assert damage.figures().items() <= figures.items(), figures["how"]
+
+
+def test_a_lone_logit(base_of):
+    """A reranker's: "yes" or "no", whose softmax by itself would be 1 whatever it is."""
+    model = base_of("bert").stock(transformers.AutoModelForSequenceClassification, num_labels=1).eval()
+    batch = inputs()
+    with torch.no_grad():
+        whole = model(**batch).logits[:, 0]
+        with loaded_in(model, BF16):
+            half = model(**batch).logits[:, 0].float()
+    p, q = whole.double().sigmoid(), half.double().sigmoid()
+    divergence = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
+    assert audit(model, [batch]).whole["bf16"]["kl_mean"] == pytest.approx(divergence.mean().item(), rel=1e-2, abs=1e-7)
+
+
+class Stubborn(torch.nn.Module):
+    """What it multiplies by stays in float32."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.body, self.matrix = model, torch.eye(24)
+
+    def forward(self, **batch):
+        return self.body(**batch).last_hidden_state[:, 0] @ self.matrix
+
+
+def test_a_model_that_does_not_run_in_half_precision(base_of):
+    found = audit(Stubborn(base_of("bert").stock().eval()), [inputs()])
+    assert "dtype" in found.whole["fp16"]["refused"]
+    assert found.whole["hybrid-fp16"]["works"]
+    assert found.repair["name"] == "hybrid-fp16"
+    assert found.verdict.startswith("fp16 fails: ")
 
 
 def test_attention_off_the_interface(base_of):
@@ -530,6 +337,15 @@ def test_prompts_are_audited_with_the_model(base_of):
     assert found.whole["fp16"]["nonfinite"] == 0
 
 
+def test_what_is_kept_in_float32_stays_whole(base_of):
+    """Kept modules are no places, and the whole model in half is what it is with them kept."""
+    model = keep_fp32(base_of("bert").stock().eval(), ["encoder.layer.1"])
+    found = audit(model, [inputs()])
+    assert {site["layer"] for site in found.sites} == {0, 2, None}
+    alone = audit(base_of("bert").stock().eval(), [inputs()])
+    assert {site["layer"] for site in alone.sites} == {0, 1, 2, None}
+
+
 def test_report(base_of, tmp_path):
     found = audit(base_of("llama").stock(AutoModelForCausalLM).eval(), [inputs(), inputs()], limits=Limits(kl=0.0))
     data, picture = write_audit(found, tmp_path / "new")
@@ -547,16 +363,47 @@ def test_report(base_of, tmp_path):
     [
         (lambda a: a | {"batches": []}, "batches: expected at least one"),
         (lambda a: a | {"batches": [[1, 2]]}, "batches: expected dicts of tensors, got list"),
+        (lambda a: a | {"batches": [{"input_ids": [[1, 2]]}]}, "batches: expected .*, got list for input_ids"),
+        (
+            lambda a: a | {"batches": [inputs(), {"input_ids": torch.ones(0, 5)}]},
+            r"batches: .*, got shape \(0, 5\) for input_ids",
+        ),
+        (
+            lambda a: a | {"batches": [inputs((7, 0))]},
+            "batches: .* with a token in each row, got a row of padding alone",
+        ),
         (lambda a: a | {"dtype": torch.float32}, "dtype: expected torch.float16 or torch.bfloat16"),
         (lambda a: a | {"model": a["model"].half()}, "model: expected float32 weights, got torch.float16 in"),
         (lambda a: a | {"model": ptune.hybrid(a["model"], BF16)}, "model: expected attention in float32"),
         (lambda a: a | {"pooling": lambda states, mask: states}, r"pooling: expected embeddings of shape \[b, d\]"),
+        (lambda a: a | {"model": Stubborn(a["model"]), "pooling": mean}, "pooling: expected None, as Stubborn returns"),
     ],
 )
 def test_refusals(base_of, change, message):
     arguments = change({"model": base_of("bert").stock().eval(), "batches": [inputs()], "pooling": None})
     with pytest.raises(ValueError, match=message):
         audit(**arguments)
+
+
+def test_what_is_no_model_and_what_has_two_masks():
+    with pytest.raises(ValueError, match="model: expected a transformers model, or a module around one, got Linear"):
+        audit(torch.nn.Linear(2, 2), [{"input": torch.ones(2, 2)}])
+    config = transformers.T5Config(vocab_size=VOCABULARY, d_model=24, d_kv=6, d_ff=40, num_layers=1, num_heads=4)
+    model = transformers.T5ForConditionalGeneration(config).eval()
+    with pytest.raises(NotImplementedError, match="T5ForConditionalGeneration: an encoder-decoder"):
+        audit(model, [inputs() | {"labels": inputs()["input_ids"]}])
+    assert audit(model.get_encoder(), [inputs()]).compares == "embeddings"
+
+
+def test_bare_models_are_loaded_by_their_class(tmp_path):
+    t5().save_pretrained(tmp_path)
+    assert type(load(tmp_path)) is transformers.T5EncoderModel
+
+
+def test_heads_of_other_kinds_are_refused(base_of, tmp_path):
+    base_of("bert").stock(transformers.AutoModelForQuestionAnswering).save_pretrained(tmp_path)
+    with pytest.raises(NotImplementedError, match=r"model: expected a head of .* got BertForQuestionAnswering"):
+        load(tmp_path)
 
 
 def test_nan_in_float32_is_refused(base_of):

@@ -93,6 +93,17 @@ class TestWatch:
         assert ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
         watching.remove()
 
+    def test_two_on_one_model(self, base_of):
+        model, batch = base_of("bert").stock().eval(), inputs()
+        one, two = watch(model, every=1), watch(model, every=1)
+        states(model, batch)
+        assert one.report() == two.report()
+        one.remove()
+        states(model, batch)
+        two.remove()
+        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
+        assert (one.calls, two.calls) == (1, 2)
+
     def test_in_training(self, base_of):
         """Gradients are as without it."""
         batch, base = inputs(), base_of("bert")

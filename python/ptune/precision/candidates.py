@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from ..half_attention import hybrid
 from .casts import loaded_in, running_in
-from .outputs import POOLING, Outputs
+from .damage import POOLING, Outputs
 from .sites import Site
 
 SHORT = {torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -35,7 +35,7 @@ class Candidate:
 def whole(outputs: Outputs) -> list[Candidate]:
     """The four that every audit tries: all in half precision, or attention alone."""
     halves = [
-        Candidate(SHORT[dtype], f"model.to({dtype})", lambda dtype=dtype: loaded_in(outputs, dtype))  # type: ignore[misc]
+        Candidate(SHORT[dtype], _code("model", dtype), lambda dtype=dtype: loaded_in(outputs, dtype))  # type: ignore[misc]
         for dtype in SHORT
     ]
     return [*halves, *(_hybrid(outputs, dtype) for dtype in SHORT)]
@@ -50,7 +50,7 @@ def repairs(outputs: Outputs, sites: Sequence[Site], dtype: torch.dtype) -> Iter
     if norms:
         yield _kept("fp32 pooling and norms" if poolings else "fp32 norms", outputs, poolings + norms, dtype)
     if dtype == torch.float16:
-        how = "ptune.hybrid(model, attn_dtype=torch.bfloat16).half()"
+        how = _code(f"ptune.hybrid(model, attn_dtype={torch.bfloat16})", dtype)
         yield Candidate("bf16 attention", how, lambda: _half_attention(outputs, torch.bfloat16, dtype))
     yield from (_hybrid(outputs, other) for other in sorted(SHORT, key=lambda other: other != dtype))
 
@@ -88,16 +88,20 @@ def _kept(name: str, outputs: Outputs, names: Sequence[str], dtype: torch.dtype)
     """``names`` in float32, and all else in ``dtype``."""
     modules = [_module(outputs, name) for name in names]
     own = [name for name in names if _module(outputs, name) is not outputs.pooling]
-    how = f"ptune.precision.keep_fp32(model, {own}).to({dtype})" if own else f"model.to({dtype})"
+    how = _code(f"ptune.precision.keep_fp32(model, {own})" if own else "model", dtype)
     if len(own) < len(names):
         how += ", and pooling(states.float(), mask)"
 
     @contextmanager
     def applied() -> Iterator[None]:
-        with loaded_in(outputs, dtype, modules), running_in(outputs, modules, torch.float32):
+        with loaded_in(outputs, dtype, modules), running_in(modules, torch.float32, around=dtype):
             yield
 
     return Candidate(name, how, applied)
+
+
+def _code(model: str, dtype: torch.dtype) -> str:
+    return f"ptune.precision.to_half({model}, {dtype})"
 
 
 def _module(outputs: Outputs, name: str) -> nn.Module:

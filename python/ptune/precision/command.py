@@ -16,7 +16,7 @@ from ..tasks import Generation
 from .passes import Audit, audit
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
-_HEADS = ("CausalLM", "MaskedLM", "SequenceClassification", "TokenClassification", "QuestionAnswering")
+_HEADS = ("CausalLM", "MaskedLM", "SequenceClassification", "TokenClassification")
 
 
 def audit_files(
@@ -52,7 +52,8 @@ def load(path: str) -> Any:
             return getattr(transformers, f"AutoModelFor{head}").from_pretrained(path, dtype=torch.float32)
     if "For" in architecture:
         raise NotImplementedError(f"model: expected a head of {', '.join(_HEADS)}, or none, got {architecture}")
-    return AutoModel.from_pretrained(path, dtype=torch.float32)
+    # the class itself, for AutoModel takes T5's encoder for both of its halves
+    return getattr(transformers, architecture, AutoModel).from_pretrained(path, dtype=torch.float32)
 
 
 def read_texts(path: Path, column: str | None) -> list[str]:

@@ -99,15 +99,15 @@ class Watch:
         self._inspect()
         if not self._warned and not self._copies:
             by_device: dict[torch.device, list[Any]] = {}
-            for key, peak in self._peaks.items():
+            for key, peak in list(self._peaks.items()):  # other threads may call the model
                 by_device.setdefault(peak.device, []).append(key)
             self._copies = [_Copy(keys, [self._peaks[key] for key in keys]) for keys in by_device.values()]
             self._inspect()
 
     def _close(self) -> None:
-        if self._sampled is not None:
-            self._sampled.close()
-            self._sampled = None
+        sampled, self._sampled = self._sampled, None
+        if sampled is not None:
+            sampled.close()
 
     def _note_block(self, module: nn.Module, args: Any, output: Any) -> None:
         self._note(module, "output", output)

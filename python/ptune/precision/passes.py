@@ -1,5 +1,6 @@
 """`audit`: where a model loses precision, whether it matters, and what mends it."""
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -15,11 +16,11 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from ..attention import attention_of
+from ..mixin import PTuneMixin
 from ..support import evaluating
 from .candidates import SHORT, Candidate, layers, repairs, whole
-from .damage import DEFAULT_LIMITS, Damage, Limits, passes, severity
-from .outputs import POOLING, Outputs
-from .sites import ATTENTION, QKV, Site, attention_calls, find_sites
+from .damage import DEFAULT_LIMITS, POOLING, Damage, Limits, Outputs, passes, severity
+from .sites import ATTENTION, QKV, Anatomy, Site, attention_calls, find_sites
 from .statistics import Tally, without_padding
 
 Batch = Mapping[str, Tensor]
@@ -75,7 +76,9 @@ class Audit:
 
 
 def shown(figures: Figures) -> str:
-    """The figures of a `Damage` in words."""
+    """The figures of a `Damage` in words, or why there are none."""
+    if "refused" in figures:
+        return figures["refused"]
     if figures["nonfinite"] == 1:
         return "every output is inf or NaN"
     parts = [f"{figures['nonfinite']:.1%} of the outputs are inf or NaN"] if figures["nonfinite"] else []
@@ -111,14 +114,16 @@ def audit(
         limits: the damage up to which outputs count as right.
         progress: show a bar on a terminal.
 
-    Raises `ValueError` for arguments that do not fit, and for a model that gives inf or NaN in float32.
+    Raises `ValueError` for arguments that do not fit, and for a model that gives inf or NaN in float32;
+    `NotImplementedError` for an encoder-decoder.
     """
     found = list(batches)
     _check(model, found, dtype)
     device = next(model.parameters()).device
     moved = [{name: tensor.to(device) for name, tensor in batch.items()} for batch in found]
-    with torch.no_grad(), evaluating(model), _bar(progress) as bar:
-        return _Passes(Outputs(model, pooling), moved, limits, bar).run(dtype)
+    outputs = Outputs(model, pooling)
+    with torch.no_grad(), evaluating(outputs), _prompts_run_anew(outputs), _bar(progress) as bar:
+        return _Passes(outputs, moved, limits, bar).run(dtype)
 
 
 class _Passes:
@@ -166,28 +171,34 @@ class _Passes:
         tallies: dict[tuple[nn.Module, str], tuple[Tally, Tally]] = {}  # of what goes in, and of what comes out
         for site in sites:
             tallies[site.module, _tensor_of(site)] = Tally(), Tally()
-        mask: Tensor | None = None
+        # that of the body's rows, prompts perhaps among them; and that of the text
+        masks: list[Tensor | None] = [None, None]
+
+        def note_mask(body: nn.Module, args: Any, kwargs: Any) -> None:
+            masks[0] = kwargs.get("attention_mask")
 
         def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             for tally, values in zip(tallies[module, ""], ((args, kwargs), output), strict=True):
                 if (tensor := _first_floating(values)) is not None:
-                    tally.add(without_padding(tensor, mask))
+                    tally.add(without_padding(tensor, *masks))
 
         def note_attention(stock: Any, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             result = stock(module, *args, **kwargs)
             tensors = [tensor.transpose(1, 2) for tensor in args[: len(QKV)]]
             for kind, tensor in zip(ATTENTION, (*tensors, result[0]), strict=True):
                 if (module, kind) in tallies:
-                    tallies[module, kind][1].add(without_padding(tensor, mask))
+                    tallies[module, kind][1].add(without_padding(tensor, *masks))
             return result
 
         rows = 0
         with ExitStack() as stack:
+            body = Anatomy(self.outputs).body
+            stack.enter_context(_removed(body.register_forward_pre_hook(note_mask, with_kwargs=True)))
             for module in dict.fromkeys(site.module for site in sites if site.kind not in ATTENTION):
                 stack.enter_context(_removed(module.register_forward_hook(note, with_kwargs=True)))
             stack.enter_context(attention_calls(self.outputs, note_attention))
             for batch in self.bar.track(self.batches, description="magnitudes in float32"):
-                mask = batch.get("attention_mask")
+                masks[1] = batch.get("attention_mask")
                 rows += self.reference(batch).shape[0]
         records = [
             _described(site) | {"tensor": direction} | tally.figures()
@@ -219,7 +230,7 @@ class _Passes:
         figures: Figures = {"how": candidate.how}
         try:
             (damage,) = self.damages([candidate.applied], candidate.name)
-        except NotImplementedError as refusal:
+        except RuntimeError as refusal:  # hybrid's, or what a model meets that does not run in half precision
             return figures | {"works": False, "refused": str(refusal)}
         return figures | {"works": passes(damage, self.limits)} | damage
 
@@ -230,15 +241,45 @@ def _check(model: nn.Module, batches: list[Batch], dtype: torch.dtype) -> None:
     if not batches:
         raise ValueError("batches: expected at least one, got none")
     for batch in batches:
-        if not isinstance(batch, Mapping) or not all(isinstance(tensor, Tensor) for tensor in batch.values()):
+        if not isinstance(batch, Mapping):
             raise ValueError(f"batches: expected dicts of tensors, got {type(batch).__name__}")
+        for name, tensor in batch.items():
+            if not isinstance(tensor, Tensor) or not tensor.numel():
+                got = f"shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
+                raise ValueError(f"batches: expected dicts of tensors that hold something, got {got} for {name}")
+        mask = batch.get("attention_mask")
+        if mask is not None and (mask.dim() != 2 or not mask.bool().any(1).all()):
+            got = f"shape {tuple(mask.shape)}" if mask.dim() != 2 else "a row of padding alone"
+            raise ValueError(f"batches: expected an attention_mask [b, n] with a token in each row, got {got}")
+    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    if not parts:
+        raise ValueError(f"model: expected a transformers model, or a module around one, got {type(model).__name__}")
+    if "decoder_input_ids" in inspect.signature(parts[0].forward).parameters:
+        name = type(parts[0]).__name__
+        raise NotImplementedError(
+            f"{name}: an encoder-decoder, and its two masks, is not audited; its get_encoder() is"
+        )
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and parameter.dtype != torch.float32:
             raise ValueError(f"model: expected float32 weights, got {parameter.dtype} in {name}; load it in float32")
-    for part in model.modules():
-        attention = attention_of(part.config._attn_implementation) if isinstance(part, PreTrainedModel) else None
+    for part in parts:
+        attention = attention_of(part.config._attn_implementation)
         if attention is not None and attention.dtype is not None:
             raise ValueError(f"model: expected attention in float32, got {attention.dtype}; ptune.hybrid(model, None)")
+
+
+@contextmanager
+def _prompts_run_anew(outputs: Outputs) -> Iterator[None]:
+    """Within it, no keys and values of prompt rows are kept, which would be of another precision than the call."""
+    hooks = [part._hooks for part in outputs.modules() if isinstance(part, PTuneMixin) and part._hooks is not None]
+    kept = [each.prefix for each in hooks if each.prefix.keep_compiled]
+    for prefix in kept:
+        prefix.keep_compiled = False
+    try:
+        yield
+    finally:
+        for prefix in kept:
+            prefix.keep_compiled = True
 
 
 def _described(site: Site) -> Figures:

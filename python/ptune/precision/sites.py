@@ -1,9 +1,10 @@
-"""Where a model's activations can lose precision, found by its structure, and how each place is rounded alone.
+"""Where a float32 model's activations can lose precision, found by its structure, each rounded alone.
 
 A site is a tensor at an attention function (query, key, value, its output), the state that a block hands on
 (residual), or a module with weights, which is then run in the low precision by itself: inputs, weights and arithmetic.
 """
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -49,33 +50,49 @@ class Site:
             return attention_calls(model, partial(_round_one, self, dtype))
         if self.kind == "residual":
             return _output_rounded(self.module, dtype)
-        return running_in(model, [self.module], dtype)
+        return running_in([self.module], dtype, around=torch.float32)
 
 
 @contextmanager
 def attention_calls(model: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
     """Within it, attentions of ``model`` call ``function(stock, module, query, key, value, mask, **kwargs)``.
 
-    ``stock`` is the attention function that the model is set to. Other models' attentions pass by.
+    ``stock`` is the attention function that the model is set to. Other models' attentions pass by. Several may be
+    entered at a time, and left in any order: models are watched by threads.
     """
-    own = {id(module) for module in model.modules()}
-    names = {m.config._attn_implementation for m in model.modules() if isinstance(m, PreTrainedModel)}
-
-    def call(stock: Any, module: Any, *args: Any, **kwargs: Any) -> Any:
-        stock = eager_of(module) if stock is None else stock
-        return function(stock, module, *args, **kwargs) if id(module) in own else stock(module, *args, **kwargs)
-
-    before = {}
-    for name in names - {None}:
-        before[name] = _pop_override(name)
-        ALL_ATTENTION_FUNCTIONS[name] = partial(call, before[name] or ALL_ATTENTION_FUNCTIONS.get(name))
+    listener = {id(module) for module in model.modules()}, function
+    names = {m.config._attn_implementation for m in model.modules() if isinstance(m, PreTrainedModel)} - {None}
+    with _lock:
+        for name in names:
+            if name not in _listeners:
+                _overrides[name] = _pop_override(name)
+                stock = _overrides[name] or ALL_ATTENTION_FUNCTIONS.get(name)
+                ALL_ATTENTION_FUNCTIONS[name] = partial(_call, name, stock)
+            _listeners[name] = (*_listeners.get(name, ()), listener)
     try:
         yield
     finally:
-        for name, override in before.items():
-            del ALL_ATTENTION_FUNCTIONS[name]
-            if override is not None:
-                ALL_ATTENTION_FUNCTIONS[name] = override
+        with _lock:
+            for name in names:
+                _listeners[name] = tuple(other for other in _listeners[name] if other is not listener)
+                if not _listeners[name]:
+                    del _listeners[name], ALL_ATTENTION_FUNCTIONS[name]
+                    if (override := _overrides.pop(name)) is not None:
+                        ALL_ATTENTION_FUNCTIONS[name] = override
+
+
+# By implementation: who listens to its calls, and what stood before the registered function, if anything did.
+_listeners: dict[str, tuple[tuple[set[int], Callable[..., Any]], ...]] = {}
+_overrides: dict[str, Any] = {}
+_lock = threading.Lock()
+
+
+def _call(name: str, stock: Any, module: Any, *args: Any, **kwargs: Any) -> Any:
+    function = eager_of(module) if stock is None else stock
+    for modules, listener in _listeners.get(name, ()):
+        if id(module) in modules:
+            function = partial(listener, function)
+    return function(module, *args, **kwargs)
 
 
 def _pop_override(name: str) -> Any:
@@ -148,7 +165,7 @@ class Anatomy:
             return "pooling"
         if module in self.blocks:
             return "residual"
-        if type(module).__name__.endswith("Norm"):
+        if "Norm" in type(module).__name__:
             return "norm"
         block = self._within(module, self.blocks)
         if block is None:

@@ -50,15 +50,15 @@ class Tally:
         }
 
 
-def without_padding(tensor: Tensor, mask: Tensor | None) -> Tensor:
-    """The entries of ``tensor`` that belong to real tokens of ``mask`` [b, n], as [tokens, …, channels].
+def without_padding(tensor: Tensor, *masks: Tensor | None) -> Tensor:
+    """The entries of ``tensor`` of real tokens of the first mask [b, n] that fits, as [tokens, …, channels].
 
     States are [b, n, …], rows of experts [b * n, d]. What has no axis of tokens, or one that is not the text's, is
     returned as it is.
     """
-    if mask is None:
-        return tensor
-    mask = mask.bool().to(tensor.device)
-    if tensor.dim() > 2 and tensor.shape[:2] == mask.shape:
-        return tensor[mask]
-    return tensor[mask.flatten()] if tensor.dim() == 2 and tensor.shape[0] == mask.numel() else tensor
+    for mask in masks:
+        if mask is not None and tensor.dim() > 2 and tensor.shape[:2] == mask.shape:
+            return tensor[mask.bool().to(tensor.device)]
+        if mask is not None and tensor.dim() == 2 and tensor.shape[0] == mask.numel():
+            return tensor[mask.flatten().bool().to(tensor.device)]
+    return tensor
