@@ -293,6 +293,20 @@ def test_budget_drops_the_least_recently_used(base_of, tmp_path):
     assert bank.names == [f"p{number}" for number in range(6)]
 
 
+def test_a_file_that_is_written_over_changes_nothing(base_of, tmp_path):
+    base = base_of("llama")
+    bank = bank_of(base, max_bytes=0)  # the prompt is compiled anew at every call
+    folder = tuned(base, tmp_path, "add", "lm")
+    bank.add("a", folder)
+    ids, mask = batch(2, "right")
+    expected = bank(ids, mask, prompt_names=["a", "a"]).last_hidden_state
+    with (folder / "model.safetensors").open("r+b") as file:
+        size = file.seek(0, 2)
+        file.seek(size // 2)
+        file.write(bytes(size // 2))
+    assert torch.equal(bank(ids, mask, prompt_names=["a", "a"]).last_hidden_state, expected)
+
+
 def test_takes_a_compiled_prefix(base_of, tmp_path):
     base = base_of("llama")
     folder = tuned(base, tmp_path, "overwrite", "sequence")
