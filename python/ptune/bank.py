@@ -136,7 +136,7 @@ class PromptBank:
             raise ValueError(f"name: expected up to 100 letters, digits, '_', '.' and '-', got {name!r}")
         here = hub.folder_of(folder, **options)
         saved, tensors = checkpoint.read_config(here), checkpoint.read_tensors(here)
-        with self._lock:
+        with self._lock, torch.inference_mode(False):  # heads may train later
             if name in self._entries:
                 raise ValueError(f"name: {name!r} is taken; remove it first")
             try:

@@ -230,6 +230,16 @@ def test_autocast_does_not_round_what_is_kept(base_of, tmp_path):
     close(bank(ids, mask, prompt_names=["a"]).logits[0], alone(folder, "lm", ids[0], mask[0]))
 
 
+def test_what_is_added_in_inference_mode_may_train(base_of, tmp_path):
+    base = base_of("llama")
+    bank = bank_of(base)
+    with torch.inference_mode():
+        bank.add("a", tuned(base, tmp_path, "shallow", "sequence"))
+    own = bank.unfreeze("a")
+    bank(torch.randint(3, VOCABULARY, (1, 5)), prompt_names=["a"], labels={"a": torch.tensor([1])}).loss.backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in own.values())
+
+
 def test_an_assistant_has_prompts_of_its_own(base_of, tmp_path):
     base = base_of("llama")
     bank, folder = bank_of(base), tuned(base, tmp_path, "shallow", "lm")
