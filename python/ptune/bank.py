@@ -173,7 +173,8 @@ class PromptBank:
         if token_type_ids is not None:
             self._check_types(token_type_ids, input_ids)
         rows_of = {name: [i for i, other in enumerate(names) if other == name] for name in dict.fromkeys(names)}
-        _check_labels(labels, rows_of)
+        heads = {name: self._base_head if (e := entries[rows[0]]) is None else e.head for name, rows in rows_of.items()}
+        _check_labels(labels, rows_of, heads)
         labels = labels or {}
         column = mask.to(torch.int32).argmax(-1).to(torch.int32)
         trains = any(entry is not None and entry.trains for entry in entries)
@@ -181,8 +182,7 @@ class PromptBank:
             states = self._states(entries, input_ids, mask, token_type_ids, column)
             output = BankOutput(states, logits=[None] * len(entries))
             for name, rows in rows_of.items():
-                head = self._base_head if (entry := entries[rows[0]]) is None else entry.head
-                made = head(states[rows], input_ids[rows], mask[rows], column[rows], labels.get(name))
+                made = heads[name](states[rows], input_ids[rows], mask[rows], column[rows], labels.get(name))
                 output.tasks[name] = TaskOutput(rows, made)
                 if (logits := made.get("logits")) is not None:
                     for row, its in zip(rows, logits, strict=True):
@@ -443,14 +443,17 @@ def _mask(attention_mask: Any, input_ids: Tensor) -> Tensor:
     return ones_and_zeros(attention_mask)
 
 
-def _check_labels(labels: Any, names: Any) -> None:
+def _check_labels(labels: Any, rows_of: Mapping[Any, list[int]], heads: Mapping[Any, Head]) -> None:
     if labels is not None and not isinstance(labels, Mapping):
         raise ValueError(f"labels: expected tensors by the names of prompts, got {_said(labels)}")
     for name, its in (labels or {}).items():
-        if name not in names:
+        if name not in rows_of:
             raise ValueError(f"labels: expected names that the batch has, got {name!r}")
-        if not isinstance(its, Tensor):
-            raise ValueError(f"labels: expected a tensor for {name!r}, got {_said(its)}")
+        if not heads[name].takes_labels:
+            raise ValueError(f"labels: expected none for {name!r}, for {heads[name].model_class.__name__} has no head")
+        count = len(rows_of[name])
+        if not isinstance(its, Tensor) or its.shape[:1] != (count,):
+            raise ValueError(f"labels: expected a tensor of {count} rows for {name!r}, got {_said(its)}")
 
 
 def _said(value: Any) -> str:

@@ -101,6 +101,11 @@ class Head:
         self.model = model.eval()
         self._own = list(own)
 
+    @property
+    def takes_labels(self) -> bool:
+        """Whether the model class has a loss: a body alone has none."""
+        return not isinstance(self.model, _States)
+
     def own(self) -> dict[str, nn.Parameter]:
         """The task's own parameters, by the names that its folder has."""
         return {name: self.model.get_parameter(name) for name in self._own}
