@@ -132,8 +132,7 @@ class PromptBank:
         one of letters, digits, ``_``, ``.`` and ``-``, a folder that is damaged, or one that does not fit
         (`ptune.checkpoint.MisfitError`). The bank is then as it was.
         """
-        if not isinstance(name, str) or not _NAME.fullmatch(name):
-            raise ValueError(f"name: expected up to 100 letters, digits, '_', '.' and '-', got {name!r}")
+        check_name(name)
         here = hub.folder_of(folder, **options)
         saved, tensors = checkpoint.read_config(here), checkpoint.read_tensors(here)
         with self._lock, torch.inference_mode(False):  # heads may train later
@@ -434,6 +433,12 @@ class PromptBank:
         no_cache = {"use_cache": False} if "use_cache" in hooks.parameters else {}
         with mixing(self._runner, mixture):
             return hooks.body(**given, return_dict=True, **no_cache).last_hidden_state
+
+
+def check_name(name: Any) -> None:
+    """Raises `ValueError` for what a prompt cannot be called: names may become those of folders."""
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise ValueError(f"name: expected up to 100 letters, digits, '_', '.' and '-', got {name!r}")
 
 
 def _mask(attention_mask: Any, input_ids: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ A task's gradients are those that its own rows would give it alone.
 import random
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,19 +18,21 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import AutoConfig, PrinterCallback, Trainer, TrainingArguments
 
-from .bank import PromptBank
+from .bank import PromptBank, check_name
 from .checkpoint import PROMPTS
 from .data import Columns
 from .runs import MODELS, Options, Run, prepare
 from .tasks import IGNORED, Features
 from .train import evaluate, groups_of
 
-# What a task's file may say; the rest is said once, for all.
-_KEYS = (
-    "name", "task", "data", "eval_data", "hold_out", "text_column", "label_column", "prompt_column",
-    "completion_column", "tuning_mode", "pre_seq_len", "deep_prompt_mode", "init_text", "max_length", "batch_size",
-    "learning_rate", "head_learning_rate",
-)  # fmt: skip
+# What a task's file may say, and of what kind it is; the rest is said once, for all.
+_KEYS: dict[str, type] = {
+    "name": str, "task": str, "data": str, "eval_data": str, "hold_out": float, "text_column": str,
+    "label_column": str, "prompt_column": str, "completion_column": str, "tuning_mode": str, "pre_seq_len": int,
+    "deep_prompt_mode": str, "init_text": str, "max_length": int, "batch_size": int, "learning_rate": float,
+    "head_learning_rate": float,
+}  # fmt: skip
+_KINDS = {str: "a string", int: "an integer of at least 1", float: "a number"}
 _COLUMNS = ("text_column", "label_column", "prompt_column", "completion_column")
 _BATCH_SIZE = 32  # of all tasks together, where their files do not say
 
@@ -38,7 +41,7 @@ def read_mix(paths: Sequence[Path], **shared: Any) -> dict[str, Options]:
     """The options of each task, by its name (the file's, unless it says one), from one YAML file for each.
 
     ``shared``: options of all; ``out`` is the folder of their folders. Paths in a file are relative to it. Raises
-    `ValueError` for a file that is no mapping or has other keys than the options of `ptune train`.
+    `ValueError` for a file that is no mapping, or says what is no option of `ptune train`.
     """
     options: dict[str, Options] = {}
     for path in paths:
@@ -49,19 +52,32 @@ def read_mix(paths: Sequence[Path], **shared: Any) -> dict[str, Options]:
         if not isinstance(said, dict) or not {"task", "data"} <= said.keys() <= set(_KEYS):
             keys = ", ".join(map(str, said)) if isinstance(said, dict) else type(said).__name__
             raise ValueError(f"{path}: expected task, data and any of {', '.join(_KEYS)}, got {keys}")
-        name = str(said.pop("name", path.stem))
+        said = {key: _of_kind(path, key, value) for key, value in said.items()}
+        name = said.pop("name", path.stem)
+        try:
+            check_name(name)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
         if name in options:
             raise ValueError(f"{path}: name: {name!r} is another task's")
         said["columns"] = Columns(*(said.pop(column, None) for column in _COLUMNS))
-        said |= {key: path.parent / said[key] for key in ("data", "eval_data") if said.get(key) is not None}
+        said |= {key: path.parent / said[key] for key in ("data", "eval_data") if key in said}
         if said.get("tuning_mode") == "none":  # as on the command line
             said["tuning_mode"] = None
         said.setdefault("batch_size", max(1, _BATCH_SIZE // len(paths)))
-        try:
-            options[name] = Options(**said | shared | {"out": shared["out"] / name})
-        except TypeError as error:
-            raise ValueError(f"{path}: {error}") from None
+        options[name] = Options(**said | shared | {"out": shared["out"] / name})
     return options
+
+
+def _of_kind(path: Path, key: str, value: Any) -> Any:
+    """The value of a key, as its kind."""
+    kind, got = _KEYS[key], value
+    if kind is float and isinstance(value, str | int) and not isinstance(value, bool):
+        with suppress(ValueError):
+            value = float(value)  # YAML takes 1e-2 for a string
+    if not isinstance(value, kind) or isinstance(value, bool) or (isinstance(value, int) and value < 1):
+        raise ValueError(f"{path}: {key}: expected {_KINDS[kind]}, got {got!r}")
+    return value
 
 
 class TaskMix(nn.Module):

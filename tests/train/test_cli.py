@@ -426,7 +426,7 @@ def test_tasks_trained_together(tiny_bert, tmp_path):
     mood, names = classification_file(tmp_path), tagging_file(tmp_path)
     mix = mix_of(
         tmp_path,
-        mood=f"task: classification\ndata: {mood.name}\nbatch_size: 32\n",
+        mood=f"task: classification\ndata: {mood.name}\nbatch_size: 32\nlearning_rate: 1e-2\n",
         people=f"name: names\ntask: tagging\ndata: {names.name}\nbatch_size: 32\npre_seq_len: 5\n",
     )
     out = tmp_path / "out"
@@ -463,6 +463,14 @@ def test_generation_trained_beside_classification(tiny_llama, tmp_path):
         ("task: tagging\ndata: a\nmodel: b", "got task, data, model"),
         ("task: tagging\ndata: nowhere.conll", "nowhere.conll"),
         ("task: chess\ndata: a", "task: expected one of"),
+        ("task: [tagging]\ndata: a", "a.yaml: task: expected a string, got ['tagging']"),
+        ("task: tagging\ndata: 3", "a.yaml: data: expected a string, got 3"),
+        ("task: tagging\ndata: a\nlabel_column: no", "a.yaml: label_column: expected a string, got False"),
+        ("task: tagging\ndata: a\nbatch_size: 0", "a.yaml: batch_size: expected an integer of at least 1, got 0"),
+        ("task: tagging\ndata: a\nbatch_size: true", "a.yaml: batch_size: expected an integer of at least 1, got True"),
+        ("task: tagging\ndata: a\npre_seq_len: 2.5", "a.yaml: pre_seq_len: expected an integer of at least 1, got 2.5"),
+        ("task: tagging\ndata: a\nlearning_rate: fast", "a.yaml: learning_rate: expected a number, got 'fast'"),
+        ("task: tagging\ndata: a\nhold_out: null", "a.yaml: hold_out: expected a number, got None"),
     ],
 )
 def test_what_is_wrong_with_a_mix(tiny_llama, tmp_path, text, problem):
@@ -471,6 +479,17 @@ def test_what_is_wrong_with_a_mix(tiny_llama, tmp_path, text, problem):
     assert result.exit_code == 2
     assert problem in " ".join(result.stderr.split())
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["../outside", "{tmp}/outside", "two words", "''"])
+def test_names_that_are_no_folders(tiny_bert, tmp_path, name):
+    """Before anything is written, wherever the name leads."""
+    classification_file(tmp_path)
+    mix = mix_of(tmp_path, a=f"task: classification\ndata: sentiment0.tsv\nname: {name.format(tmp=tmp_path)}\n")
+    result = ptune("train", "--task-mix", mix, "--model", tiny_bert, "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "a.yaml: name: expected up to 100 letters" in " ".join(result.stderr.split())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.yaml", "sentiment0.tsv"]
 
 
 @pytest.mark.parametrize("option", [["--task", "tagging"], ["--pre-seq-len", 3], ["--learning-rate", 1], ["--resume"]])
