@@ -455,6 +455,36 @@ def test_generation_trained_beside_classification(tiny_llama, tmp_path):
     assert "(add)" in succeed("info", out / "tale")
 
 
+def evaluations_of(folder: Path) -> list[dict[str, float]]:
+    return [entry for entry in json.loads((folder / "train.json").read_text())["log"] if "eval_loss" in entry]
+
+
+def test_a_mix_keeps_what_did_best_of_each_task(tiny_llama, tmp_path):
+    """The more the tale is trained, the worse it fits its evaluation data, which wants the opposite."""
+    data, other = generation_file(tmp_path), generation_file(tmp_path, 20, seed=1)
+    other.write_text(other.read_text().replace("one two three", "three two one"))
+    tale = f"task: generation\ndata: {data.name}\neval_data: {other.name}\nbatch_size: 32\nlearning_rate: 1e-1\n"
+    mood = f"task: classification\ndata: {classification_file(tmp_path).name}\nbatch_size: 16\n"
+    out, arguments = tmp_path / "out", ["--model", tiny_llama, "--steps", 60]
+    succeed("train", "--task-mix", mix_of(tmp_path, tale=tale, mood=mood), "--out", out, *arguments)
+    evaluations = evaluations_of(out / "tale")
+    assert [entry["step"] for entry in evaluations] == [12, 24, 36, 48, 60]
+    best = min(evaluations, key=lambda entry: entry["eval_perplexity"])
+    assert best["step"] < 60
+    assert metrics_of(out / "tale") == {"loss": best["eval_loss"], "perplexity": best["eval_perplexity"]}
+    assert f"{best['eval_loss']:.4f}" in succeed("eval", out / "tale", "--data", other)
+
+
+def test_tasks_of_a_mix_do_not_slow_each_other_down(tiny_llama, tmp_path):
+    """One task's gradients are long, and would shorten the other's if they were clipped together."""
+    tale = f"task: generation\ndata: {generation_file(tmp_path).name}\nbatch_size: 32\n"
+    mood = f"task: classification\ndata: {classification_file(tmp_path).name}\nbatch_size: 16\n"
+    for out, mix in (("alone", mix_of(tmp_path, mood=mood)), ("mixed", mix_of(tmp_path, tale=tale, mood=mood))):
+        succeed("train", "--task-mix", mix, "--out", tmp_path / out, "--model", tiny_llama, "--steps", 15)
+    alone, mixed = (evaluations_of(tmp_path / out / "mood") for out in ("alone", "mixed"))
+    assert [entry["eval_loss"] for entry in mixed] == pytest.approx([entry["eval_loss"] for entry in alone], rel=1e-3)
+
+
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
