@@ -5,7 +5,7 @@ The formats, m rows, L layers, h key heads of width w:
 - PEFT: ``adapter_config.json`` and ``adapter_model.safetensors``. ``prompt_embeddings`` [m, d] are rows before the
   text; of prefix tuning and cartridges [m, 2L·h·w], the keys (2l) and values (2l + 1) of layer l, rotated already.
 - P-tuning v2 (Liu et al. 2022): ``prefix_encoder.embedding.weight`` [m, 2L·h·w] in the same order, or what an MLP
-  (``prefix_encoder.trans``) makes that of.
+  (``prefix_encoder.trans``) makes that of; with the head, or with the whole model.
 - Petals: ``prompt_embeddings.weight`` [m, d], and ``intermediate_prompt_embeddings.weight`` [m, L·d] that is added at
   the blocks.
 """
@@ -300,6 +300,8 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()
     ):
         raise ValueError(f"{path}: expected tensors by their names, got {type(tensors).__name__}")
+    # a buffer of 0, 1, …, which older versions of transformers wrote
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("position_ids")}
     for name, tensor in tensors.items():
         if tensor.dtype not in _DTYPES:
             raise ValueError(f"{path}: {name}: expected floating-point numbers of 16 bits or more, got {tensor.dtype}")
@@ -332,6 +334,12 @@ def _num_labels(head: dict[str, Tensor]) -> int:
 
 def _set_head(model: Any, head: dict[str, Tensor]) -> None:
     parameters = dict(model.named_parameters())
+    # of a whole model, what the base has already is no head
+    head = {
+        name: tensor
+        for name, tensor in head.items()
+        if name in model._head or name not in parameters or not torch.equal(parameters[name].float(), tensor)
+    }
     found = {name: parameters[name].shape for name in head if name in parameters}
     wrong = [name for name, tensor in head.items() if found.get(name) != tensor.shape]
     lacking = [name for name in model._head if name not in head]

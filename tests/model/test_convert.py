@@ -151,10 +151,15 @@ def test_models_without_a_task(base_of, tmp_path, name, mode):
         close(back.pooler_output, expected.pooler_output)
 
 
+@pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("projected", [False, True])
-def test_reads_p_tuning_v2(base_of, tmp_path, projected):
+def test_reads_p_tuning_v2(base_of, tmp_path, projected, whole):
     base, count, width = base_of("bert"), 4, 2 * LAYERS * 24
-    state = {"classifier.weight": torch.randn(3, 24), "classifier.bias": torch.randn(3)}
+    state = {}
+    if whole:  # as its authors' Trainer writes it
+        stock = base.stock(transformers.AutoModelForTokenClassification, num_labels=3)
+        state = stock.state_dict() | {"bert.embeddings.position_ids": torch.arange(64)[None]}
+    state |= {"classifier.weight": torch.randn(3, 24), "classifier.bias": torch.randn(3)}
     if projected:
         encoder = nn.Sequential(nn.Embedding(count, 24), nn.Linear(24, 11), nn.Tanh(), nn.Linear(11, width))
         names = ["embedding.weight", "trans.0.weight", "trans.0.bias", "trans.2.weight", "trans.2.bias"]
@@ -165,6 +170,7 @@ def test_reads_p_tuning_v2(base_of, tmp_path, projected):
     torch.save(state, tmp_path / "pytorch_model.bin")
     convert(tmp_path / "pytorch_model.bin", tmp_path / "ours", base_model=base.folder, task="tagging")
     ours = ptune.AutoPTuneModelForTokenClassification.from_pretrained(tmp_path / "ours").eval()
+    assert ours._head == ["classifier.bias", "classifier.weight"]
     # as its authors feed a model: past_key_values of [m, 2L, heads, width]
     past = prefix.view(count, 2 * LAYERS, 4, 6).permute(1, 2, 0, 3)
     for layer, (key, value) in enumerate(ours._hooks.prefix.prefix().layers):
