@@ -79,7 +79,7 @@ def convert(
     Raises `ValueError`, and writes nothing, for what is no such prompt, holds pickled code, or does not fit the base
     (`MisfitError`). Where PEFT pools a prompt row or a padding token (classification by encoders), outputs are ours.
     """
-    foreign = _read_peft(Path(source), task_id) if os.path.isdir(source) else _read_file(Path(source))
+    foreign = _read_peft(Path(source), task_id, base_model) if os.path.isdir(source) else _read_file(Path(source))
     base = base_model or foreign.base
     if not base:
         raise ValueError(f"base_model: expected one, for {source} does not name its base")
@@ -183,7 +183,7 @@ def to_peft(
     checkpoint.replace_file(Path(out, CONFIG_NAME), lambda path: path.write_text(text, encoding="utf-8"))
 
 
-def _read_peft(folder: Path, task_id: int | None) -> _Foreign:
+def _read_peft(folder: Path, task_id: int | None, base_model: Any) -> _Foreign:
     path = folder / CONFIG_NAME
     if not path.is_file():
         raise ValueError(f"{folder}: expected PEFT's {CONFIG_NAME} in it")
@@ -216,6 +216,11 @@ def _read_peft(folder: Path, task_id: int | None) -> _Foreign:
         prompts = _of_task(folder, prompts, tensors, task_id)
     elif task_id is not None:
         raise ValueError(f"task_id: expected with a multitask prompt alone, got one with {kind}")
+    if config.get("revision") not in (None, "main") and not base_model and not os.path.isdir(base or ""):
+        raise ValueError(
+            f"{path}: revision: expected the base's own, for a folder of prompts does not name another, got "
+            f"{config['revision']!r}; download that of {base} and give it as base_model"
+        )
     foreign = _Foreign(base, _TASK_TYPES[task_type], head=_without("base_model.", tensors))
     if kind in _ROWS:
         foreign.prompts = prompts

@@ -236,6 +236,11 @@ class TestRefusals:
             base_model=base_of("gpt2").folder,
         )
 
+    def test_a_revision_of_the_base(self, folder):
+        """A folder of prompts would go on with the base's newest."""
+        self.change(folder, base_model_name_or_path="some/base", revision="abc")
+        self.refuse(folder, "revision: expected the base's own, .* got 'abc'; download that of some/base")
+
     def test_wrong_number_of_rows(self, folder):
         self.change(folder, num_virtual_tokens=7)
         self.refuse(folder, r"prompt_embeddings: expected \[7, …\], got \[6, 72\]")
