@@ -129,8 +129,8 @@ def to_peft(
 ) -> None:
     """Write the prompts and head of our ``folder`` as PEFT's: shallow prompts as prompt tuning, others as a prefix.
 
-    Raises `ValueError` for deep prompts that cannot be shared, for PEFT has nothing that they could be, and for those
-    of a model class that it has no task for.
+    Raises `ValueError` for what PEFT has nothing for: deep prompts that cannot be shared, or whose base takes no keys
+    and values, and model classes of other tasks.
     """
     saved = checkpoint.read_config(folder)
     task_type = next((kind for kind, names in _CLASSES.items() if saved["model_class"] in names.values()), None)

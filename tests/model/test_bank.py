@@ -240,6 +240,23 @@ def test_what_is_added_in_inference_mode_may_train(base_of, tmp_path):
     assert all(parameter.grad.abs().sum() > 0 for parameter in own.values())
 
 
+def test_tasks_of_one_class_share_what_is_made_for_it(base_of, tmp_path):
+    """Thousands of tasks would else take a model's modules each; what their labels are is their own."""
+    base = base_of("llama")
+    bank = bank_of(base)
+    before = len(bank._heads._skeletons)
+    kinds = {"a": "regression", "b": "multi_label_classification", "c": None}
+    for name, kind in kinds.items():
+        labels = {"id2label": {i: f"{name}{i}" for i in range(3)}, "label2id": {f"{name}{i}": i for i in range(3)}}
+        LOADERS["sequence"].from_pretrained(base.folder, **labels, problem_type=kind).save_prompts(tmp_path / name)
+        bank.add(name, tmp_path / name)
+    assert len(bank._heads._skeletons) == before + 1
+    for name, kind in kinds.items():
+        assert bank.head(name).config.id2label == {i: f"{name}{i}" for i in range(3)}
+        assert bank.head(name).config.label2id == {f"{name}{i}": i for i in range(3)}
+        assert bank.head(name).config.problem_type == kind
+
+
 def test_an_assistant_has_prompts_of_its_own(base_of, tmp_path):
     base = base_of("llama")
     bank, folder = bank_of(base), tuned(base, tmp_path, "shallow", "lm")
