@@ -132,11 +132,10 @@ class PromptBank:
         one of letters, digits, ``_``, ``.`` and ``-``, a folder that is damaged, or one that does not fit
         (`ptune.checkpoint.MisfitError`). The bank is then as it was.
         """
-        if not isinstance(name, str) or not _NAME.fullmatch(name):
-            raise ValueError(f"name: expected up to 100 letters, digits, '_', '.' and '-', got {name!r}")
+        check_name(name)
         here = hub.folder_of(folder, **options)
         saved, tensors = checkpoint.read_config(here), checkpoint.read_tensors(here)
-        with self._lock:
+        with self._lock, torch.inference_mode(False):  # heads may train later
             if name in self._entries:
                 raise ValueError(f"name: {name!r} is taken; remove it first")
             try:
@@ -173,7 +172,8 @@ class PromptBank:
         if token_type_ids is not None:
             self._check_types(token_type_ids, input_ids)
         rows_of = {name: [i for i, other in enumerate(names) if other == name] for name in dict.fromkeys(names)}
-        _check_labels(labels, rows_of)
+        heads = {name: self._base_head if (e := entries[rows[0]]) is None else e.head for name, rows in rows_of.items()}
+        _check_labels(labels, rows_of, heads)
         labels = labels or {}
         column = mask.to(torch.int32).argmax(-1).to(torch.int32)
         trains = any(entry is not None and entry.trains for entry in entries)
@@ -181,8 +181,7 @@ class PromptBank:
             states = self._states(entries, input_ids, mask, token_type_ids, column)
             output = BankOutput(states, logits=[None] * len(entries))
             for name, rows in rows_of.items():
-                head = self._base_head if (entry := entries[rows[0]]) is None else entry.head
-                made = head(states[rows], input_ids[rows], mask[rows], column[rows], labels.get(name))
+                made = heads[name](states[rows], input_ids[rows], mask[rows], column[rows], labels.get(name))
                 output.tasks[name] = TaskOutput(rows, made)
                 if (logits := made.get("logits")) is not None:
                     for row, its in zip(rows, logits, strict=True):
@@ -436,6 +435,12 @@ class PromptBank:
             return hooks.body(**given, return_dict=True, **no_cache).last_hidden_state
 
 
+def check_name(name: Any) -> None:
+    """Raises `ValueError` for what a prompt cannot be called: names may become those of folders."""
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise ValueError(f"name: expected up to 100 letters, digits, '_', '.' and '-', got {name!r}")
+
+
 def _mask(attention_mask: Any, input_ids: Tensor) -> Tensor:
     if not isinstance(attention_mask, Tensor) or attention_mask.shape != input_ids.shape:
         expected = f"a tensor of shape {tuple(input_ids.shape)}"
@@ -443,14 +448,17 @@ def _mask(attention_mask: Any, input_ids: Tensor) -> Tensor:
     return ones_and_zeros(attention_mask)
 
 
-def _check_labels(labels: Any, names: Any) -> None:
+def _check_labels(labels: Any, rows_of: Mapping[Any, list[int]], heads: Mapping[Any, Head]) -> None:
     if labels is not None and not isinstance(labels, Mapping):
         raise ValueError(f"labels: expected tensors by the names of prompts, got {_said(labels)}")
     for name, its in (labels or {}).items():
-        if name not in names:
+        if name not in rows_of:
             raise ValueError(f"labels: expected names that the batch has, got {name!r}")
-        if not isinstance(its, Tensor):
-            raise ValueError(f"labels: expected a tensor for {name!r}, got {_said(its)}")
+        if not heads[name].takes_labels:
+            raise ValueError(f"labels: expected none for {name!r}, for {heads[name].model_class.__name__} has no head")
+        count = len(rows_of[name])
+        if not isinstance(its, Tensor) or its.shape[:1] != (count,):
+            raise ValueError(f"labels: expected a tensor of {count} rows for {name!r}, got {_said(its)}")
 
 
 def _said(value: Any) -> str:

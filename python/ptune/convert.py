@@ -5,7 +5,7 @@ The formats, m rows, L layers, h key heads of width w:
 - PEFT: ``adapter_config.json`` and ``adapter_model.safetensors``. ``prompt_embeddings`` [m, d] are rows before the
   text; of prefix tuning and cartridges [m, 2L·h·w], the keys (2l) and values (2l + 1) of layer l, rotated already.
 - P-tuning v2 (Liu et al. 2022): ``prefix_encoder.embedding.weight`` [m, 2L·h·w] in the same order, or what an MLP
-  (``prefix_encoder.trans``) makes that of.
+  (``prefix_encoder.trans``) makes that of; with the head, or with the whole model.
 - Petals: ``prompt_embeddings.weight`` [m, d], and ``intermediate_prompt_embeddings.weight`` [m, L·d] that is added at
   the blocks.
 """
@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
 
-from . import checkpoint
+from . import checkpoint, hub
 from .auto import AutoPTuneModel, AutoPTuneModelForSeq2SeqLM
 from .checkpoint import MisfitError
 from .runs import MODELS
@@ -35,11 +35,12 @@ _TASK_TYPES = {
     "SEQ_CLS": "classification", "TOKEN_CLS": "tagging", "CAUSAL_LM": "generation", "SEQ_2_SEQ_LM": "seq2seq",
     "FEATURE_EXTRACTION": None, None: None,
 }  # fmt: skip
-_CLASSES = {
+_CLASSES: dict[str, Any] = {
     "SEQ_CLS": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
     "TOKEN_CLS": modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
     "CAUSAL_LM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     "SEQ_2_SEQ_LM": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    "FEATURE_EXTRACTION": modeling_auto.MODEL_MAPPING_NAMES,
 }
 _OUTPUT_LAYERS = ("out_proj.weight", "score.weight", "classifier.weight")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -78,7 +79,7 @@ def convert(
     Raises `ValueError`, and writes nothing, for what is no such prompt, holds pickled code, or does not fit the base
     (`MisfitError`). Where PEFT pools a prompt row or a padding token (classification by encoders), outputs are ours.
     """
-    foreign = _read_peft(Path(source), task_id) if os.path.isdir(source) else _read_file(Path(source))
+    foreign = _read_peft(Path(source), task_id, base_model) if os.path.isdir(source) else _read_file(Path(source))
     base = base_model or foreign.base
     if not base:
         raise ValueError(f"base_model: expected one, for {source} does not name its base")
@@ -94,12 +95,17 @@ def convert(
         "deep_prompt_mode": "overwrite" if foreign.deep is None else "add",
         "pre_seq_len": rows.shape[0],
     }
-    labels = {} if not foreign.head else {"num_labels": _num_labels(foreign.head), "ignore_mismatched_sizes": True}
+    labels: dict[str, Any] = {}
+    if foreign.head and task is not None:
+        labels = {"num_labels": _num_labels(foreign.head), "ignore_mismatched_sizes": True}
     model = _LOADERS[task].from_pretrained(base, **settings, **labels)
     _set_head(model, foreign.head)
     if foreign.prefix is not None:
-        model._install(model.ptune_config, None, None, _layers(model, foreign.prefix))
-        model.save_prefix(out)
+        # as they were read, where a model would have them in its base's dtype
+        names = checkpoint.compiled_names(model.ptune_config, model.config.num_hidden_layers)
+        tensors = {name: model.get_parameter(name) for name in model._head}
+        tensors |= dict(zip(names, _layers(model, foreign.prefix), strict=True))
+        hub.write(out, model._description(model.origin), tensors)
         return
     tables = [(model.prompt_embeddings.weight, foreign.prompts)]
     if foreign.deep is not None:
@@ -123,10 +129,13 @@ def to_peft(
 ) -> None:
     """Write the prompts and head of our ``folder`` as PEFT's: shallow prompts as prompt tuning, others as a prefix.
 
-    Raises `ValueError` for deep prompts that cannot be shared, for PEFT has nothing that they could be.
+    Raises `ValueError` for what PEFT has nothing for: deep prompts that cannot be shared, or whose base takes no keys
+    and values, and model classes of other tasks.
     """
     saved = checkpoint.read_config(folder)
     task_type = next((kind for kind, names in _CLASSES.items() if saved["model_class"] in names.values()), None)
+    if task_type is None:
+        raise ValueError(f"{folder}: model_class: expected one of a task that PEFT has, got {saved['model_class']}")
     model = _LOADERS[_TASK_TYPES[task_type]].from_pretrained(folder, base_model=base_model)
     settings, config = model.ptune_config, model.config
     if settings.tuning_mode is None:
@@ -146,9 +155,17 @@ def to_peft(
     else:
         if model.prefix_plan.path != "prefix":
             raise ValueError(f"{folder}: PEFT has no deep prompts but keys and values: {model.prefix_plan.reason}")
-        with torch.no_grad():
-            layers = model.eval()._hooks.prefix.prefix().layers
-        tensors = [tensor.transpose(0, 1).float() for layer in layers for tensor in layer]  # [m, h, w]
+        if "past_key_values" not in model._hooks.parameters:
+            raise ValueError(
+                f"{folder}: PEFT hands over past_key_values, which {model.base_class.__name__} takes none of"
+            )
+        if model.compiled_prefix is not None:  # in the base's dtype there, in float32 in the folder
+            stored = checkpoint.read_tensors(folder)
+            tensors = [stored[name] for name in checkpoint.compiled_names(settings, config.num_hidden_layers)]
+        else:
+            with torch.no_grad():
+                tensors = [tensor for layer in model.eval()._hooks.prefix.prefix().layers for tensor in layer]
+        tensors = [tensor.transpose(0, 1).float() for tensor in tensors]  # [m, h, w]
         if len({tensor.shape for tensor in tensors}) != 1:
             raise ValueError(f"{folder}: PEFT holds keys and values of one shape, and these have several")
         heads, width = tensors[0].shape[1:]
@@ -166,7 +183,7 @@ def to_peft(
     checkpoint.replace_file(Path(out, CONFIG_NAME), lambda path: path.write_text(text, encoding="utf-8"))
 
 
-def _read_peft(folder: Path, task_id: int | None) -> _Foreign:
+def _read_peft(folder: Path, task_id: int | None, base_model: Any) -> _Foreign:
     path = folder / CONFIG_NAME
     if not path.is_file():
         raise ValueError(f"{folder}: expected PEFT's {CONFIG_NAME} in it")
@@ -189,8 +206,8 @@ def _read_peft(folder: Path, task_id: int | None) -> _Foreign:
             f"{path}: expected a prompt of the encoder alone (num_transformer_submodules 1), got {kind} with "
             f"{config.get('num_transformer_submodules')!r}"
         )
-    weights = folder / WEIGHTS_NAME
-    tensors = _tensors(weights if weights.is_file() else folder / "adapter_model.bin")
+    weights, pickled = folder / WEIGHTS_NAME, folder / "adapter_model.bin"
+    tensors = _tensors(pickled if pickled.is_file() and not weights.is_file() else weights)
     prompts = tensors.pop("prompt_embeddings", None)
     if prompts is None or prompts.dim() != 2 or prompts.shape[0] != config.get("num_virtual_tokens"):
         expected = f"[{config.get('num_virtual_tokens')}, …]"
@@ -199,6 +216,11 @@ def _read_peft(folder: Path, task_id: int | None) -> _Foreign:
         prompts = _of_task(folder, prompts, tensors, task_id)
     elif task_id is not None:
         raise ValueError(f"task_id: expected with a multitask prompt alone, got one with {kind}")
+    if config.get("revision") not in (None, "main") and not base_model and not os.path.isdir(base or ""):
+        raise ValueError(
+            f"{path}: revision: expected the base's own, for a folder of prompts does not name another, got "
+            f"{config['revision']!r}; download that of {base} and give it as base_model"
+        )
     foreign = _Foreign(base, _TASK_TYPES[task_type], head=_without("base_model.", tensors))
     if kind in _ROWS:
         foreign.prompts = prompts
@@ -218,8 +240,8 @@ def _of_task(folder: Path, prompts: Tensor, tensors: dict[str, Tensor], task_id:
         )
     if task_id is None and columns.shape[0] == 1:
         task_id = 0
-    if task_id is None or not 0 <= task_id < columns.shape[0]:
-        raise ValueError(f"task_id: expected 0 to {columns.shape[0] - 1}, got {task_id}")
+    if type(task_id) is not int or not 0 <= task_id < columns.shape[0]:
+        raise ValueError(f"task_id: expected 0 to {columns.shape[0] - 1}, got {task_id!r}")
     return prompts * (columns[task_id] @ rows[task_id])
 
 
@@ -279,14 +301,28 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path}: holds pickled code, or is no file of tensors; it was not read") from None
     except Exception as error:  # reading damaged bytes may fail in any way
         raise ValueError(f"{path}: not a file of tensors: {error}") from None
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+    if not isinstance(tensors, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()
+    ):
         raise ValueError(f"{path}: expected tensors by their names, got {type(tensors).__name__}")
+    # a buffer of 0, 1, …, which older versions of transformers wrote
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("position_ids")}
     for name, tensor in tensors.items():
         if tensor.dtype not in _DTYPES:
             raise ValueError(f"{path}: {name}: expected floating-point numbers of 16 bits or more, got {tensor.dtype}")
-        if not bool(tensor.isfinite().all()):
+        if not _is_whole(tensor):
+            raise ValueError(f"{path}: {name}: expected all of its numbers, got a sparse, nested or repeated tensor")
+        tensors[name] = tensor.float()
+        if not bool(tensors[name].isfinite().all()):
             raise ValueError(f"{path}: {name}: expected finite numbers, got NaN or infinity among them")
-    return {name: tensor.float() for name, tensor in tensors.items()}
+    return tensors
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    """Whether it is a plain tensor that has a number in memory for each of its elements."""
+    if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_meta:
+        return False
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 def _without(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -303,6 +339,12 @@ def _num_labels(head: dict[str, Tensor]) -> int:
 
 def _set_head(model: Any, head: dict[str, Tensor]) -> None:
     parameters = dict(model.named_parameters())
+    # of a whole model, what the base has already is no head
+    head = {
+        name: tensor
+        for name, tensor in head.items()
+        if name in model._head or name not in parameters or not torch.equal(parameters[name].float(), tensor)
+    }
     found = {name: parameters[name].shape for name in head if name in parameters}
     wrong = [name for name, tensor in head.items() if found.get(name) != tensor.shape]
     lacking = [name for name in model._head if name not in head]

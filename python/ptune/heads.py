@@ -1,7 +1,6 @@
 """Task heads apart from their body: each is given the states that a body, run for many tasks at once, had for it."""
 
 import copy
-import json
 import threading
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +26,7 @@ class Heads:
 
     def __init__(self, runner: Any) -> None:
         self.runner = runner
-        self._skeletons: dict[str, Any] = {}
+        self._skeletons: dict[tuple[str, int | None], Any] = {}
 
     def of(self, saved: dict[str, Any], tensors: dict[str, Tensor]) -> "Head":
         """The head of a folder's config and tensors. Raises `MisfitError` where it does not fit the base."""
@@ -45,23 +44,26 @@ class Heads:
         return Head(self._skeleton(own), self.runner, {})
 
     def _skeleton(self, saved: dict[str, Any]) -> Any:
-        """A model of the folder's class and labels, without memory for its weights."""
-        config = copy.deepcopy(self.runner.config)
-        config._attn_implementation = stock_name(config._attn_implementation)
-        labels = saved_labels(saved)
-        key = json.dumps([saved["model_class"], labels])
+        """A model of the folder's class and labels, without memory for its weights: one for all of so many labels."""
+        labels = {"problem_type": self.runner.config.problem_type} | saved_labels(saved)
+        key = saved["model_class"], len(labels["id2label"]) if "id2label" in labels else None
         if key not in self._skeletons:
+            config = copy.deepcopy(self.runner.config)
+            config._attn_implementation = stock_name(config._attn_implementation)
             kind: Any = getattr(transformers, saved["model_class"], None)
             is_model = isinstance(kind, type) and issubclass(kind, PreTrainedModel)
             if not is_model or kind.forward is nn.Module.forward or kind.config_class is not type(config):
                 raise checkpoint.MisfitError(
                     f"model_class: expected a class of {type(config).__name__}'s models, got {saved['model_class']}"
                 )
-            for name, value in labels.items():
-                setattr(config, name, value)
+            if "id2label" in labels:
+                config.id2label = labels["id2label"]
             with torch.device("meta"):
                 self._skeletons[key] = ptune_class(kind)(config)
-        return self._skeletons[key]
+        skeleton = self._skeletons[key]
+        for name, value in labels.items():
+            setattr(skeleton.config, name, value)
+        return skeleton
 
 
 class Head:
@@ -100,6 +102,11 @@ class Head:
         self.model_class = skeleton.base_class
         self.model = model.eval()
         self._own = list(own)
+
+    @property
+    def takes_labels(self) -> bool:
+        """Whether the model class has a loss: a body alone has none."""
+        return not isinstance(self.model, _States)
 
     def own(self) -> dict[str, nn.Parameter]:
         """The task's own parameters, by the names that its folder has."""

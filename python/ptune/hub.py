@@ -111,7 +111,11 @@ def upload(
     """Upload the files of prompts in ``folder``, and nothing else, to a repository, which is made if there is none.
 
     By default it has the folder's name. A card that the repository has is kept. The keywords are those of `HfApi`.
+    Raises `FileNotFoundError` or `ValueError` for a folder that holds no prompts, or damaged ones, and makes no
+    repository then.
     """
+    checkpoint.read_config(folder)
+    checkpoint.read_tensors(folder)
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id or Path(folder).absolute().name, private=private, exist_ok=True).repo_id
     if revision is not None and not create_pr:

@@ -6,6 +6,7 @@ A task's gradients are those that its own rows would give it alone.
 import random
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,22 +16,25 @@ import transformers
 import yaml  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler, SequentialSampler
-from transformers import AutoConfig, PrinterCallback, Trainer, TrainingArguments
+from transformers import AutoConfig, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from .bank import PromptBank
+from .bank import PromptBank, check_name
 from .checkpoint import PROMPTS
 from .data import Columns
-from .runs import MODELS, Options, Run, prepare
+from .runs import Options, Run, prepare
 from .tasks import IGNORED, Features
-from .train import evaluate, groups_of
+from .train import EVALUATIONS, evaluate, groups_of
 
-# What a task's file may say; the rest is said once, for all.
-_KEYS = (
-    "name", "task", "data", "eval_data", "hold_out", "text_column", "label_column", "prompt_column",
-    "completion_column", "tuning_mode", "pre_seq_len", "deep_prompt_mode", "init_text", "max_length", "batch_size",
-    "learning_rate", "head_learning_rate",
-)  # fmt: skip
+# What a task's file may say, and of what kind it is; the rest is said once, for all.
+_KEYS: dict[str, type] = {
+    "name": str, "task": str, "data": str, "eval_data": str, "hold_out": float, "text_column": str,
+    "label_column": str, "prompt_column": str, "completion_column": str, "tuning_mode": str, "pre_seq_len": int,
+    "deep_prompt_mode": str, "init_text": str, "max_length": int, "batch_size": int, "learning_rate": float,
+    "head_learning_rate": float,
+}  # fmt: skip
+_KINDS = {str: "a string", int: "an integer of at least 1", float: "a number"}
 _COLUMNS = ("text_column", "label_column", "prompt_column", "completion_column")
+_MAX_GRAD_NORM = 1.0  # of each task, as Trainer's of one
 _BATCH_SIZE = 32  # of all tasks together, where their files do not say
 
 
@@ -38,7 +42,7 @@ def read_mix(paths: Sequence[Path], **shared: Any) -> dict[str, Options]:
     """The options of each task, by its name (the file's, unless it says one), from one YAML file for each.
 
     ``shared``: options of all; ``out`` is the folder of their folders. Paths in a file are relative to it. Raises
-    `ValueError` for a file that is no mapping or has other keys than the options of `ptune train`.
+    `ValueError` for a file that is no mapping, or says what is no option of `ptune train`.
     """
     options: dict[str, Options] = {}
     for path in paths:
@@ -49,19 +53,32 @@ def read_mix(paths: Sequence[Path], **shared: Any) -> dict[str, Options]:
         if not isinstance(said, dict) or not {"task", "data"} <= said.keys() <= set(_KEYS):
             keys = ", ".join(map(str, said)) if isinstance(said, dict) else type(said).__name__
             raise ValueError(f"{path}: expected task, data and any of {', '.join(_KEYS)}, got {keys}")
-        name = str(said.pop("name", path.stem))
+        said = {key: _of_kind(path, key, value) for key, value in said.items()}
+        name = said.pop("name", path.stem)
+        try:
+            check_name(name)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
         if name in options:
             raise ValueError(f"{path}: name: {name!r} is another task's")
         said["columns"] = Columns(*(said.pop(column, None) for column in _COLUMNS))
-        said |= {key: path.parent / said[key] for key in ("data", "eval_data") if said.get(key) is not None}
+        said |= {key: path.parent / said[key] for key in ("data", "eval_data") if key in said}
         if said.get("tuning_mode") == "none":  # as on the command line
             said["tuning_mode"] = None
         said.setdefault("batch_size", max(1, _BATCH_SIZE // len(paths)))
-        try:
-            options[name] = Options(**said | shared | {"out": shared["out"] / name})
-        except TypeError as error:
-            raise ValueError(f"{path}: {error}") from None
+        options[name] = Options(**said | shared | {"out": shared["out"] / name})
     return options
+
+
+def _of_kind(path: Path, key: str, value: Any) -> Any:
+    """The value of a key, as its kind."""
+    kind, got = _KEYS[key], value
+    if kind is float and isinstance(value, str | int) and not isinstance(value, bool):
+        with suppress(ValueError):
+            value = float(value)  # YAML takes 1e-2 for a string
+    if not isinstance(value, kind) or isinstance(value, bool) or (isinstance(value, int) and value < 1):
+        raise ValueError(f"{path}: {key}: expected {_KINDS[kind]}, got {got!r}")
+    return value
 
 
 class TaskMix(nn.Module):
@@ -91,7 +108,7 @@ class TaskMix(nn.Module):
 def train_mix(
     options: dict[str, Options], steps: int | None, say: Callable[[str], None], quiet: bool = False
 ) -> dict[str, dict[str, Any]]:
-    """Train the tasks of `read_mix` together, and write a folder for each, as `Run.fit` does.
+    """Train the tasks of `read_mix` together, and write a folder for each, of what did best, as `Run.fit` does.
 
     Args:
         steps: optimizer steps, each with ``batch_size`` examples of every task; by default, what the task that takes
@@ -104,33 +121,36 @@ def train_mix(
     runs: dict[str, Run] = {}
     with tempfile.TemporaryDirectory() as scratch:
         for name, its in options.items():
-            run = prepare(its, lambda line, name=name: say(f"{name}: {line}"))  # type: ignore[misc]
+            run = prepare(replace(its, steps=steps), lambda line, name=name: say(f"{name}: {line}"))  # type: ignore[misc]
             run.model.save_prompts(Path(scratch, name))
             runs[name] = replace(run, model=None)
-        bank = PromptBank(_base(first.model, first.dtype))
-        for name in options:
-            bank.add(name, Path(scratch, name))
-        mix = TaskMix(bank)
         steps = steps or max(run.steps for run in runs.values())
         arguments = TrainingArguments(
             scratch, max_steps=steps, warmup_steps=round(0.1 * steps), per_device_train_batch_size=1,
-            save_strategy="no", remove_unused_columns=False, logging_steps=max(1, steps // 20), seed=first.seed,
-            report_to="none", disable_tqdm=quiet, dataloader_pin_memory=torch.cuda.is_available(),
+            max_grad_norm=0.0, save_strategy="no", remove_unused_columns=False, logging_steps=max(1, steps // 20),
+            seed=first.seed, report_to="none", disable_tqdm=quiet, dataloader_pin_memory=torch.cuda.is_available(),
         )  # fmt: skip
+        # where Trainer takes what trains
+        bank = PromptBank(_base(first.model, first.dtype).to(arguments.device))
+        for name in options:
+            bank.add(name, Path(scratch, name))
+        mix = TaskMix(bank)
+        best = _Best(mix, runs, max(1, steps // EVALUATIONS))
         trainer = _Trainer(mix, arguments, train_dataset=_Steps(runs, steps, first.seed), data_collator=_Collate(runs))
         trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(_Clipping(mix))
+        trainer.add_callback(best)
         groups = []
         for name, run in runs.items():
             own = mix.parameters_of[name].items()
             groups += groups_of(own, run.learning_rate, run.options.head_learning_rate)
         trainer.optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
         trainer.train()
+    best.restore()
     records = {}
     for name, run in runs.items():
-        out = run.options.out
-        bank.save(name, out)
-        metrics = evaluate(MODELS[run.task.name].from_pretrained(out), run.task, run.evaluation)
-        records[name] = replace(run, steps=steps).write_record(metrics, trainer.state.log_history)
+        bank.save(name, run.options.out)
+        records[name] = replace(run, steps=steps).write_record(trainer.state.log_history + best.log[name])
     return records
 
 
@@ -139,6 +159,61 @@ def _base(model: str, dtype: str) -> Any:
     config = AutoConfig.from_pretrained(model)
     kind = getattr(transformers, (config.architectures or ["AutoModel"])[0], transformers.AutoModel)
     return kind.from_pretrained(model, dtype=dtype)
+
+
+class _Clipping(TrainerCallback):
+    """Clips the gradients of each task by their own norm, lest one task slow the others down."""
+
+    def __init__(self, mix: TaskMix) -> None:
+        self.mix = mix
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **options: Any) -> None:
+        for own in self.mix.parameters_of.values():
+            nn.utils.clip_grad_norm_(list(own.values()), _MAX_GRAD_NORM)
+
+
+class _Alone(nn.Module):
+    """A task of a bank, as `evaluate` takes a model."""
+
+    def __init__(self, bank: PromptBank, name: str) -> None:
+        super().__init__()
+        self.bank, self.name = bank, name
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Any:
+        names = [self.name] * input_ids.shape[0]
+        output = self.bank(input_ids, attention_mask, prompt_names=names, labels={self.name: labels})
+        return output.tasks[self.name].output
+
+
+class _Best(TrainerCallback):
+    """Evaluates every task each ``every`` steps, and remembers what of each did best.
+
+    Attributes:
+        log: by task, its evaluations, as Trainer's log has them.
+    """
+
+    def __init__(self, mix: TaskMix, runs: dict[str, Run], every: int) -> None:
+        self.mix, self.runs, self.every = mix, runs, every
+        self.log: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
+        self._values: dict[str, list[Tensor]] = {}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **options: Any) -> None:
+        if state.global_step % self.every:
+            return
+        for name, run in self.runs.items():
+            metrics = evaluate(_Alone(self.mix.bank, name), run.task, run.evaluation)
+            self.log[name].append(
+                {f"eval_{key}": value for key, value in metrics.items()} | {"step": state.global_step}
+            )
+            if run.best(self.log[name]) is self.log[name][-1]:
+                self._values[name] = [own.detach().clone() for own in self.mix.parameters_of[name].values()]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Give every task what of it did best."""
+        for name, values in self._values.items():
+            for own, value in zip(self.mix.parameters_of[name].values(), values, strict=True):
+                own.copy_(value)
 
 
 class _Steps(Dataset):

@@ -112,13 +112,13 @@ class Run:
             say=say,
         )
         self.model.save_pretrained(options.out)
-        record = self.write_record(self._best(log), log)
+        record = self.write_record(log)
         _remove_checkpoints(checkpoints)
         return record
 
-    def write_record(self, metrics: dict[str, float], log: Sequence[dict[str, float]]) -> dict[str, Any]:
+    def write_record(self, log: Sequence[dict[str, float]]) -> dict[str, Any]:
         """Write the `train.json` that makes a folder of prompts one of a finished run, and return it."""
-        options = self.options
+        options, best = self.options, self.best(log)
         record = {
             "task": self.task.name,
             "max_length": self.task.max_length,
@@ -127,19 +127,18 @@ class Run:
             "learning_rate": self.learning_rate,
             "head_learning_rate": options.head_learning_rate,
             "seed": options.seed,
-            "metrics": metrics,
+            "metrics": {name: best[f"eval_{name}"] for name in ("loss", *self.task.metrics)},
             "log": log,
         }
         _write_json(options.out / RECORD, record)
         return record
 
-    def _best(self, log: Sequence[dict[str, float]]) -> dict[str, float]:
-        """The metrics of the log's best evaluation, whose weights are the ones kept."""
+    def best(self, log: Sequence[dict[str, float]]) -> dict[str, float]:
+        """The log's best evaluation, the first of equals, whose weights are the ones kept."""
         first = self.task.metrics[0]
         evaluations = [entry for entry in log if f"eval_{first}" in entry]
         choose = max if self.task.greater_is_better else min
-        chosen = choose(evaluations, key=lambda entry: entry[f"eval_{first}"])
-        return {name: chosen[f"eval_{name}"] for name in ("loss", *self.task.metrics)}
+        return choose(evaluations, key=lambda entry: entry[f"eval_{first}"])
 
 
 def prepare(options: Options, say: Callable[[str], None]) -> Run:

@@ -13,6 +13,7 @@ from transformers.trainer_utils import EvalPrediction
 
 from .tasks import Task
 
+EVALUATIONS = 5  # of a run, by default
 HEAD_LEARNING_RATE = 1e-1  # a head starts from nothing: at the rate of prompts, which start from real states, it lags
 
 
@@ -55,7 +56,7 @@ class _Reporter(TrainerCallback):
 
 
 def _trainer(
-    model: PreTrainedModel, task: Task, train: Sequence[Any], evaluation: Sequence[Any], quiet: bool, **arguments: Any
+    model: torch.nn.Module, task: Task, train: Sequence[Any], evaluation: Sequence[Any], quiet: bool, **arguments: Any
 ) -> Trainer:
     pairs = [(task.encode(example), example) for example in evaluation]
     pairs.sort(key=lambda pair: len(pair[0]["input_ids"]))  # batches of one length pad nothing
@@ -118,7 +119,7 @@ def fit(
     head_learning_rate: float = HEAD_LEARNING_RATE,
     batch_size: int = 32,
     warmup: float = 0.1,
-    evaluations: int = 5,
+    evaluations: int = EVALUATIONS,
     seed: int = 0,
     checkpoints: Path | None = None,
     resume: Path | None = None,
@@ -175,7 +176,7 @@ def fit(
     return trainer.state.log_history
 
 
-def evaluate(model: PreTrainedModel, task: Task, examples: Sequence[Any], quiet: bool = True) -> dict[str, float]:
+def evaluate(model: torch.nn.Module, task: Task, examples: Sequence[Any], quiet: bool = True) -> dict[str, float]:
     """The task's metrics of `model` on `examples`, and `loss`."""
     with tempfile.TemporaryDirectory() as scratch:
         scores = _trainer(model, task, [], examples, quiet, output_dir=scratch).evaluate()

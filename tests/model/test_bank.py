@@ -230,6 +230,33 @@ def test_autocast_does_not_round_what_is_kept(base_of, tmp_path):
     close(bank(ids, mask, prompt_names=["a"]).logits[0], alone(folder, "lm", ids[0], mask[0]))
 
 
+def test_what_is_added_in_inference_mode_may_train(base_of, tmp_path):
+    base = base_of("llama")
+    bank = bank_of(base)
+    with torch.inference_mode():
+        bank.add("a", tuned(base, tmp_path, "shallow", "sequence"))
+    own = bank.unfreeze("a")
+    bank(torch.randint(3, VOCABULARY, (1, 5)), prompt_names=["a"], labels={"a": torch.tensor([1])}).loss.backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in own.values())
+
+
+def test_tasks_of_one_class_share_what_is_made_for_it(base_of, tmp_path):
+    """Thousands of tasks would else take a model's modules each; what their labels are is their own."""
+    base = base_of("llama")
+    bank = bank_of(base)
+    before = len(bank._heads._skeletons)
+    kinds = {"a": "regression", "b": "multi_label_classification", "c": None}
+    for name, kind in kinds.items():
+        labels = {"id2label": {i: f"{name}{i}" for i in range(3)}, "label2id": {f"{name}{i}": i for i in range(3)}}
+        LOADERS["sequence"].from_pretrained(base.folder, **labels, problem_type=kind).save_prompts(tmp_path / name)
+        bank.add(name, tmp_path / name)
+    assert len(bank._heads._skeletons) == before + 1
+    for name, kind in kinds.items():
+        assert bank.head(name).config.id2label == {i: f"{name}{i}" for i in range(3)}
+        assert bank.head(name).config.label2id == {f"{name}{i}": i for i in range(3)}
+        assert bank.head(name).config.problem_type == kind
+
+
 def test_an_assistant_has_prompts_of_its_own(base_of, tmp_path):
     base = base_of("llama")
     bank, folder = bank_of(base), tuned(base, tmp_path, "shallow", "lm")
@@ -291,6 +318,20 @@ def test_budget_drops_the_least_recently_used(base_of, tmp_path):
     bank.remove("p6")
     assert bank.compiled_bytes < 2 * size
     assert bank.names == [f"p{number}" for number in range(6)]
+
+
+def test_a_file_that_is_written_over_changes_nothing(base_of, tmp_path):
+    base = base_of("llama")
+    bank = bank_of(base, max_bytes=0)  # the prompt is compiled anew at every call
+    folder = tuned(base, tmp_path, "add", "lm")
+    bank.add("a", folder)
+    ids, mask = batch(2, "right")
+    expected = bank(ids, mask, prompt_names=["a", "a"]).last_hidden_state
+    with (folder / "model.safetensors").open("r+b") as file:
+        size = file.seek(0, 2)
+        file.seek(size // 2)
+        file.write(bytes(size // 2))
+    assert torch.equal(bank(ids, mask, prompt_names=["a", "a"]).last_hidden_state, expected)
 
 
 def test_takes_a_compiled_prefix(base_of, tmp_path):

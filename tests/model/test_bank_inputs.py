@@ -213,6 +213,14 @@ class TestRefusals:
         for wrong in (ids, [ids], {"a": ids[:1].tolist()}, {"b": ids}):
             with pytest.raises(ValueError, match="labels: expected"):
                 bank(ids, prompt_names=["a", None], labels=wrong)
+        for wrong in (ids, ids[0], torch.tensor(1)):  # the batch's, one text's without its row, a number
+            with pytest.raises(ValueError, match=r"labels: expected a tensor of 1 rows for 'a', got torch\.int64"):
+                bank(ids, prompt_names=["a", None], labels={"a": wrong})
+
+    def test_labels_without_a_head(self, base_of):
+        ids = torch.randint(3, VOCABULARY, (2, 5))
+        with pytest.raises(ValueError, match="labels: expected none for None, for BertModel has no head"):
+            bank_of(base_of("bert"))(ids, prompt_names=[None, None], labels={None: ids})
 
     def test_names_may_be_an_iterator(self, bank):
         ids, names = torch.randint(3, VOCABULARY, (3, 5)), ["a", None, "a"]

@@ -13,6 +13,7 @@ from torch import nn
 import ptune
 from ptune.checkpoint import MisfitError
 from ptune.convert import convert, to_peft
+from ptune.models import ptune_class
 
 from .common import close
 from .families import LAYERS, VOCABULARY
@@ -111,10 +112,54 @@ def test_peft_reads_what_is_written(base_of, tmp_path, name, task, mode):
     close(logits(again, ids, mask), expected)
 
 
+@pytest.mark.parametrize("kind", ["PROMPT_TUNING", "PREFIX_TUNING"])
+def test_a_half_base_rounds_nothing(base_of, tmp_path, kind):
+    base_of("llama").stock(transformers.AutoModelForCausalLM).bfloat16().save_pretrained(tmp_path / "base")
+    stock = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    assert stock.dtype == torch.bfloat16
+    model = peft.get_peft_model(stock, KINDS[kind][0](task_type="CAUSAL_LM", num_virtual_tokens=6))
+    model.save_pretrained(tmp_path / "peft")
+    expected = load_file(tmp_path / "peft" / "adapter_model.safetensors")["prompt_embeddings"]
+    assert not torch.equal(expected, expected.bfloat16().float())
+    convert(tmp_path / "peft", tmp_path / "ours")
+    ids, mask = texts()
+    ours = ptune.AutoPTuneModelForCausalLM.from_pretrained(tmp_path / "ours").eval()
+    assert ours.dtype == torch.bfloat16
+    close(logits(ours, ids, mask), logits(model.eval(), ids, mask)[:, -ids.shape[1] :], 1e-2)
+    to_peft(tmp_path / "ours", tmp_path / "again")
+    assert torch.equal(load_file(tmp_path / "again" / "adapter_model.safetensors")["prompt_embeddings"], expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+@pytest.mark.parametrize("mode", ["ptune", "deep_ptune"])
+def test_models_without_a_task(base_of, tmp_path, name, mode):
+    """The base's checkpoint of bert has no pooler, which is therefore what trains beside the prompts."""
+    base = base_of(name)
+    model = base.tuned(tuning_mode=mode, pre_seq_len=3).eval()
+    assert model._head == ([] if name == "llama" else ["pooler.dense.bias", "pooler.dense.weight"])
+    model.save_prompts(tmp_path / "ours")
+    to_peft(tmp_path / "ours", tmp_path / "peft")
+    theirs = peft.PeftModel.from_pretrained(base.stock(), tmp_path / "peft").eval()
+    convert(tmp_path / "peft", tmp_path / "again")
+    again = ptune.AutoPTuneModel.from_pretrained(tmp_path / "again").eval()
+    ids, mask = texts()
+    with torch.no_grad():
+        expected, got, back = (m(input_ids=ids, attention_mask=mask) for m in (model, theirs, again))
+    close(got.last_hidden_state[:, -ids.shape[1] :], expected.last_hidden_state)
+    close(back.last_hidden_state, expected.last_hidden_state)
+    if name == "bert":
+        close(back.pooler_output, expected.pooler_output)
+
+
+@pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("projected", [False, True])
-def test_reads_p_tuning_v2(base_of, tmp_path, projected):
+def test_reads_p_tuning_v2(base_of, tmp_path, projected, whole):
     base, count, width = base_of("bert"), 4, 2 * LAYERS * 24
-    state = {"classifier.weight": torch.randn(3, 24), "classifier.bias": torch.randn(3)}
+    state = {}
+    if whole:  # as its authors' Trainer writes it
+        stock = base.stock(transformers.AutoModelForTokenClassification, num_labels=3)
+        state = stock.state_dict() | {"bert.embeddings.position_ids": torch.arange(64)[None]}
+    state |= {"classifier.weight": torch.randn(3, 24), "classifier.bias": torch.randn(3)}
     if projected:
         encoder = nn.Sequential(nn.Embedding(count, 24), nn.Linear(24, 11), nn.Tanh(), nn.Linear(11, width))
         names = ["embedding.weight", "trans.0.weight", "trans.0.bias", "trans.2.weight", "trans.2.bias"]
@@ -125,6 +170,7 @@ def test_reads_p_tuning_v2(base_of, tmp_path, projected):
     torch.save(state, tmp_path / "pytorch_model.bin")
     convert(tmp_path / "pytorch_model.bin", tmp_path / "ours", base_model=base.folder, task="tagging")
     ours = ptune.AutoPTuneModelForTokenClassification.from_pretrained(tmp_path / "ours").eval()
+    assert ours._head == ["classifier.bias", "classifier.weight"]
     # as its authors feed a model: past_key_values of [m, 2L, heads, width]
     past = prefix.view(count, 2 * LAYERS, 4, 6).permute(1, 2, 0, 3)
     for layer, (key, value) in enumerate(ours._hooks.prefix.prefix().layers):
@@ -190,6 +236,11 @@ class TestRefusals:
             base_model=base_of("gpt2").folder,
         )
 
+    def test_a_revision_of_the_base(self, folder):
+        """A folder of prompts would go on with the base's newest."""
+        self.change(folder, base_model_name_or_path="some/base", revision="abc")
+        self.refuse(folder, "revision: expected the base's own, .* got 'abc'; download that of some/base")
+
     def test_wrong_number_of_rows(self, folder):
         self.change(folder, num_virtual_tokens=7)
         self.refuse(folder, r"prompt_embeddings: expected \[7, …\], got \[6, 72\]")
@@ -202,9 +253,43 @@ class TestRefusals:
         self.change_tensor(folder, "prompt_embeddings", lambda t: t / 0)
         self.refuse(folder, "prompt_embeddings: expected finite numbers")
 
-    def test_integers(self, folder):
-        self.change_tensor(folder, "prompt_embeddings", lambda t: t.long())
-        self.refuse(folder, "prompt_embeddings: expected floating-point numbers")
+    @pytest.mark.parametrize(
+        "dtype", [torch.int64, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu]
+    )
+    def test_numbers_of_other_kinds(self, folder, dtype):
+        self.change_tensor(folder, "prompt_embeddings", lambda t: t.to(dtype))
+        self.refuse(folder, f"prompt_embeddings: expected floating-point numbers of 16 bits or more, got {dtype}")
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda t: t.to_sparse(),
+            lambda t: t.to("meta"),
+            lambda t: t[:, :1].clone().expand(6, 10**12),
+            lambda t: torch.nested.nested_tensor([t[0], t[1, :3]]),
+        ],
+        ids=["sparse", "meta", "repeated", "nested"],
+    )
+    def test_tensors_without_all_of_their_numbers(self, folder, change):
+        path = folder / "adapter_model.safetensors"
+        tensors = load_file(path)
+        path.unlink()
+        torch.save(tensors | {"prompt_embeddings": change(tensors["prompt_embeddings"])}, folder / "adapter_model.bin")
+        self.refuse(folder, "prompt_embeddings: expected all of its numbers, got a sparse, nested or repeated tensor")
+
+    def test_beyond_float32(self, folder):
+        self.change_tensor(folder, "prompt_embeddings", lambda t: t.double() * 1e300)
+        self.refuse(folder, "prompt_embeddings: expected finite numbers")
+
+    def test_names_that_are_none(self, folder, tmp_path, base_of):
+        torch.save({0: torch.randn(3, 24)}, tmp_path / "p.pt")
+        self.refuse(tmp_path / "p.pt", "expected tensors by their names", base_model=base_of("llama").folder)
+
+    def test_shards(self, folder):
+        """PEFT writes and reads one file."""
+        (folder / "adapter_model.safetensors").rename(folder / "adapter_model-00001-of-00002.safetensors")
+        (folder / "adapter_model.safetensors.index.json").write_text("{}")
+        self.refuse(folder, "adapter_model.safetensors: no such file", FileNotFoundError)
 
     def test_foreign_head(self, folder):
         self.change_tensor(folder, "base_model.score.weight", lambda t: t[:, :-1].contiguous())
@@ -222,8 +307,8 @@ class TestRefusals:
     def test_task_id(self, folder, base_of):
         self.refuse(folder, "task_id: expected with a multitask prompt alone", task_id=1)
         peft_model(base_of("llama"), "MULTITASK_PROMPT_TUNING", "CAUSAL_LM").save_pretrained(folder)
-        self.refuse(folder, "task_id: expected 0 to 2, got 3", task_id=3)
-        self.refuse(folder, "task_id: expected 0 to 2, got None")
+        for number in (3, -1, None, True, 1.0, "1"):
+            self.refuse(folder, f"task_id: expected 0 to 2, got {number!r}", task_id=number)
 
     def test_pickled_code(self, folder, tmp_path):
         class Code:
@@ -254,6 +339,16 @@ class TestRefusals:
         )
         model.save_prompts(tmp_path / "ours")
         with pytest.raises(ValueError, match="PEFT has no deep prompts but keys and values"):
+            to_peft(tmp_path / "ours", tmp_path / "out")
+
+    def test_what_peft_would_not_hand_over(self, folder, base_of, tmp_path):
+        settings = {"tuning_mode": "deep_ptune", "pre_seq_len": 2}
+        base_of("distilbert").tuned(**settings).save_prompts(tmp_path / "ours")
+        with pytest.raises(ValueError, match="past_key_values, which DistilBertModel takes none of"):
+            to_peft(tmp_path / "ours", tmp_path / "out")
+        masked = ptune_class(transformers.BertForMaskedLM).from_pretrained(base_of("bert").folder, **settings)
+        masked.save_prompts(tmp_path / "ours")
+        with pytest.raises(ValueError, match="model_class: expected one of a task that PEFT has, got BertForMaskedLM"):
             to_peft(tmp_path / "ours", tmp_path / "out")
 
 

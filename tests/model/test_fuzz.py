@@ -12,6 +12,7 @@ import struct
 import time
 from pathlib import Path
 
+import huggingface_hub
 import peft
 import pytest
 import torch
@@ -31,6 +32,12 @@ OURS = ("shallow", "deep", "head", "prefix")
 THEIRS = ("peft rows", "peft prefix", "p-tuning v2")
 DTYPES = (torch.int64, torch.bool, torch.float64, torch.float16, torch.float8_e4m3fn, torch.complex64, torch.uint8)
 ODD = (None, [], {}, "", "x", -1, 10**30, -(10**18), 0.5, True, [[[[]]]], {"a": {"b": None}}, "\ud800", [None], 1e308)
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    """The name of a base may become one to look for on the hub, again and again where it cannot be reached."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
 
 
 def same(one: dict, other: dict) -> bool:

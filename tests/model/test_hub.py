@@ -299,6 +299,18 @@ class TestRefusals:
         assert not (tmp_path / "out").exists()
         assert not hub.calls
 
+    def test_what_is_no_prompt_is_not_uploaded(self, model, hub, tmp_path):
+        model.save_prompts(tmp_path / "spam")
+        (tmp_path / "spam" / WEIGHTS_NAME).unlink()
+        for folder, name in (
+            (tmp_path, CONFIG_NAME),
+            (tmp_path / "none", CONFIG_NAME),
+            (tmp_path / "spam", WEIGHTS_NAME),
+        ):
+            with pytest.raises(FileNotFoundError, match=name):
+                ptune.hub.upload(folder, "user/spam")
+        assert not hub.calls
+
     def test_a_repository_that_is_not_there(self, model, hub, base_of):
         for missing in ("user/ham", "ham"):
             with pytest.raises(FileNotFoundError, match=f"^{missing}: expected a folder of prompts, or a repository"):

@@ -426,7 +426,7 @@ def test_tasks_trained_together(tiny_bert, tmp_path):
     mood, names = classification_file(tmp_path), tagging_file(tmp_path)
     mix = mix_of(
         tmp_path,
-        mood=f"task: classification\ndata: {mood.name}\nbatch_size: 32\n",
+        mood=f"task: classification\ndata: {mood.name}\nbatch_size: 32\nlearning_rate: 1e-2\n",
         people=f"name: names\ntask: tagging\ndata: {names.name}\nbatch_size: 32\npre_seq_len: 5\n",
     )
     out = tmp_path / "out"
@@ -455,6 +455,36 @@ def test_generation_trained_beside_classification(tiny_llama, tmp_path):
     assert "(add)" in succeed("info", out / "tale")
 
 
+def evaluations_of(folder: Path) -> list[dict[str, float]]:
+    return [entry for entry in json.loads((folder / "train.json").read_text())["log"] if "eval_loss" in entry]
+
+
+def test_a_mix_keeps_what_did_best_of_each_task(tiny_llama, tmp_path):
+    """The more the tale is trained, the worse it fits its evaluation data, which wants the opposite."""
+    data, other = generation_file(tmp_path), generation_file(tmp_path, 20, seed=1)
+    other.write_text(other.read_text().replace("one two three", "three two one"))
+    tale = f"task: generation\ndata: {data.name}\neval_data: {other.name}\nbatch_size: 32\nlearning_rate: 1e-1\n"
+    mood = f"task: classification\ndata: {classification_file(tmp_path).name}\nbatch_size: 16\n"
+    out, arguments = tmp_path / "out", ["--model", tiny_llama, "--steps", 60]
+    succeed("train", "--task-mix", mix_of(tmp_path, tale=tale, mood=mood), "--out", out, *arguments)
+    evaluations = evaluations_of(out / "tale")
+    assert [entry["step"] for entry in evaluations] == [12, 24, 36, 48, 60]
+    best = min(evaluations, key=lambda entry: entry["eval_perplexity"])
+    assert best["step"] < 60
+    assert metrics_of(out / "tale") == {"loss": best["eval_loss"], "perplexity": best["eval_perplexity"]}
+    assert f"{best['eval_loss']:.4f}" in succeed("eval", out / "tale", "--data", other)
+
+
+def test_tasks_of_a_mix_do_not_slow_each_other_down(tiny_llama, tmp_path):
+    """One task's gradients are long, and would shorten the other's if they were clipped together."""
+    tale = f"task: generation\ndata: {generation_file(tmp_path).name}\nbatch_size: 32\n"
+    mood = f"task: classification\ndata: {classification_file(tmp_path).name}\nbatch_size: 16\n"
+    for out, mix in (("alone", mix_of(tmp_path, mood=mood)), ("mixed", mix_of(tmp_path, tale=tale, mood=mood))):
+        succeed("train", "--task-mix", mix, "--out", tmp_path / out, "--model", tiny_llama, "--steps", 15)
+    alone, mixed = (evaluations_of(tmp_path / out / "mood") for out in ("alone", "mixed"))
+    assert [entry["eval_loss"] for entry in mixed] == pytest.approx([entry["eval_loss"] for entry in alone], rel=1e-3)
+
+
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
@@ -463,6 +493,14 @@ def test_generation_trained_beside_classification(tiny_llama, tmp_path):
         ("task: tagging\ndata: a\nmodel: b", "got task, data, model"),
         ("task: tagging\ndata: nowhere.conll", "nowhere.conll"),
         ("task: chess\ndata: a", "task: expected one of"),
+        ("task: [tagging]\ndata: a", "a.yaml: task: expected a string, got ['tagging']"),
+        ("task: tagging\ndata: 3", "a.yaml: data: expected a string, got 3"),
+        ("task: tagging\ndata: a\nlabel_column: no", "a.yaml: label_column: expected a string, got False"),
+        ("task: tagging\ndata: a\nbatch_size: 0", "a.yaml: batch_size: expected an integer of at least 1, got 0"),
+        ("task: tagging\ndata: a\nbatch_size: true", "a.yaml: batch_size: expected an integer of at least 1, got True"),
+        ("task: tagging\ndata: a\npre_seq_len: 2.5", "a.yaml: pre_seq_len: expected an integer of at least 1, got 2.5"),
+        ("task: tagging\ndata: a\nlearning_rate: fast", "a.yaml: learning_rate: expected a number, got 'fast'"),
+        ("task: tagging\ndata: a\nhold_out: null", "a.yaml: hold_out: expected a number, got None"),
     ],
 )
 def test_what_is_wrong_with_a_mix(tiny_llama, tmp_path, text, problem):
@@ -471,6 +509,17 @@ def test_what_is_wrong_with_a_mix(tiny_llama, tmp_path, text, problem):
     assert result.exit_code == 2
     assert problem in " ".join(result.stderr.split())
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["../outside", "{tmp}/outside", "two words", "''"])
+def test_names_that_are_no_folders(tiny_bert, tmp_path, name):
+    """Before anything is written, wherever the name leads."""
+    classification_file(tmp_path)
+    mix = mix_of(tmp_path, a=f"task: classification\ndata: sentiment0.tsv\nname: {name.format(tmp=tmp_path)}\n")
+    result = ptune("train", "--task-mix", mix, "--model", tiny_bert, "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "a.yaml: name: expected up to 100 letters" in " ".join(result.stderr.split())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.yaml", "sentiment0.tsv"]
 
 
 @pytest.mark.parametrize("option", [["--task", "tagging"], ["--pre-seq-len", 3], ["--learning-rate", 1], ["--resume"]])
