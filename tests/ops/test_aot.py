@@ -1,4 +1,4 @@
-"""What is Triton's alone: compilation for GPUs that are not here, and tensors that it cannot reach."""
+"""GPU kernels where there is no GPU: what compilers made of them, and that Triton's refuse tensors on a CPU."""
 
 import os
 import subprocess
