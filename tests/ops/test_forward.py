@@ -71,7 +71,7 @@ def test_any_strides(target, op, layout):
 @on_ops
 @pytest.mark.parametrize("placed", [False, True], ids=["whole", "placed"])
 @pytest.mark.parametrize("layout", ["contiguous", "offset", "transposed"])
-def test_outputs_that_are_written_past_the_caches(op, placed, layout):
+def test_native_outputs_that_are_written_past_the_caches(op, placed, layout):
     """The CPU library writes outputs of 4 to 32 MB so; rows of this width begin at every alignment."""
     target = Target("native", "cpu")
     if reason := target.missing():
