@@ -142,14 +142,22 @@ def _reach(hooks: Any) -> str | None:
         modules = hooks.prefix.discover()
     except (TypeError, NotImplementedError) as error:
         return f"its forward does not hand the prefix to its attention ({error})"
-    if len({id(module) for module in modules}) != hooks.num_layers or len(modules) != hooks.num_layers:
-        return f"the prefix reached {len(modules)} attentions, of {hooks.num_layers} layers"
-    if any(getattr(module, "layer_idx", depth) not in (None, depth) for depth, module in enumerate(modules)):
-        return "its layers do not run in the order of layer_idx"
+    if (reason := disorder(modules, 0, hooks.num_layers)) is not None:
+        return reason
     hooks.prefix.plan.causal = all(getattr(module, "is_causal", True) for module in modules)
     settings = hooks.model.ptune_config
     if not hooks.prefix.plan.causal and not (settings.deep and settings.deep_prompt_mode == "overwrite"):
         return "in an encoder prompt rows read the text, unless deep prompts overwrite them"
+    return None
+
+
+def disorder(modules: list[Any], first: int, last: int) -> str | None:
+    """Why ``modules``, which prompt rows passed, are not the attentions of blocks ``first`` … ``last - 1`` in turn."""
+    count = last - first
+    if len({id(module) for module in modules}) != count or len(modules) != count:
+        return f"the prefix reached {len(modules)} attentions, of {count} layers"
+    if any(getattr(module, "layer_idx", depth) not in (None, depth) for depth, module in enumerate(modules, first)):
+        return "its layers do not run in the order of layer_idx"
     return None
 
 
@@ -188,6 +196,8 @@ def _compare(hooks: Any, length: int, weight: Tensor) -> str | None:
         shared = run()
         path.plan = Plan("concat", "for comparison")
         whole = run()
+    except ConnectionError:
+        raise  # blocks on servers that cannot be reached say nothing of the paths
     except Exception as failure:
         first_line = str(failure).partition("\n")[0]
         return f"a check on random rows failed with {type(failure).__name__}: {first_line}"

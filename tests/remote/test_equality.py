@@ -32,6 +32,7 @@ def pair_of(task, folder, servers, mode, **rest):
         folder, servers=servers, **settings_for(mode), **rest
     )
     give(far, local)
+    assert far.prefix_plan == local.prefix_plan
     return local, far
 
 
@@ -193,6 +194,63 @@ def test_some_blocks(serve, folder_of):
         close(gradient, other)
 
 
+def test_some_blocks_with_shared_rows(serve, folder_of):
+    blocks = remote.RemoteSequential(remote.connect(serve("llama", 2)), micro_batch=2)[1:3]
+    body = transformers.AutoModel.from_pretrained(folder_of("llama")).eval().requires_grad_(False)
+    hidden, shared, prompts = (torch.randn(*shape, 24, requires_grad=True) for shape in ((3, 7), (1, 2), (2, 2)))
+    padding = (0, 3, 0)
+    mask = torch.arange(7) >= torch.tensor(padding)[:, None]
+    positions = (mask.cumsum(1) - 1).clamp_min(0) + 2
+
+    def alone(text):
+        states = torch.cat([shared[0], text])[None]
+        embedded = body.rotary_emb(states, torch.arange(states.shape[1])[None])
+        for layer, prompt in zip(body.layers[1:3], prompts, strict=True):
+            states = torch.cat([states[:, :2] + prompt, states[:, 2:]], 1)
+            states = layer(states, attention_mask=None, position_embeddings=embedded)
+        return states[0, 2:]
+
+    expected = torch.cat([alone(text[at:]) for text, at in zip(hidden, padding, strict=True)])
+    first = torch.cat([torch.ones(3, 2, dtype=torch.bool), mask], 1)
+    got = blocks(hidden, prompts, first, positions, mode="add", shared=shared)[mask]
+    close(got, expected)
+    weight, leaves = torch.randn_like(got), [hidden, shared, prompts]
+    gradients = [torch.autograd.grad((states * weight).sum(), leaves) for states in (got, expected)]
+    for gradient, other in zip(*gradients, strict=True):
+        close(gradient, other)
+    before = torch.arange(9) >= torch.tensor(padding)[:, None]  # [pad ; prompt ; text]
+    with blocks.inference_session(max_length=11) as session:
+        parts = [session.step(hidden[:, :4], prompts, before[:, :6], positions[:, :4], mode="add", shared=shared)]
+        for at in (4, 5, 6):
+            parts.append(session.step(hidden[:, at : at + 1], None, before[:, : at + 3], positions[:, at : at + 1]))
+        close(torch.cat(parts, 1)[mask], expected)
+        assert session.length == 9
+        with pytest.raises(ValueError, match="at most 2 more columns, got 3"):
+            session.step(hidden[:, :1], shared=shared)
+        with pytest.raises(ValueError, match="shared: expected in the first step"):
+            session.step(hidden[:, :1], shared=shared[:, :1])
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("llama", {"shared": torch.zeros(2, 3, 24)}, r"shared: expected \[1, m, 24\], got shape \(2, 3, 24\)"),
+        ("llama", {"prompts": torch.zeros(LAYERS, 2, 24)}, "prompts: expected 3 rows, as shared has, got 2"),
+        ("llama", {"attention_mask": torch.ones(2, 5)}, r"mask: expected bool of shape \(2, 8\)"),
+        ("bert", {}, "shared: expected prompts that overwrite them"),
+        (
+            "bert",
+            {"prompts": torch.zeros(LAYERS, 3, 24), "mode": "add"},
+            "shared: expected prompts that overwrite them",
+        ),
+    ],
+)
+def test_rows_that_cannot_be_shared(family, changes, message, serve):
+    blocks = remote.RemoteSequential(remote.connect(serve(family, 2)))
+    with pytest.raises(ValueError, match=message):
+        blocks(torch.zeros(2, 5, 24), **{"shared": torch.zeros(1, 3, 24)} | changes)
+
+
 def test_a_session_equals_one_call(serve):
     blocks = remote.RemoteSequential(remote.connect(serve("llama", 4)))
     hidden, prompts = torch.randn(2, 9, 24), torch.randn(LAYERS, 3, 24)
@@ -209,9 +267,10 @@ def test_a_session_equals_one_call(serve):
 
 
 def test_prompts_travel_once_per_version(serve, folder_of):
-    _, far = pair_of("SequenceClassification", folder_of("llama"), serve("llama", 2), "overwrite", micro_batch=1)
+    _, far = pair_of("SequenceClassification", folder_of("bert"), serve("bert", 2), "add", micro_batch=1)
     ids, _ = batch_of("none")
     traffic, size = far.remote.link.traffic, LAYERS * COUNT * 24 * 4
+    traffic.clear()
     for versions in (1, 2):
         for _ in range(2):
             far(ids)
@@ -221,6 +280,34 @@ def test_prompts_travel_once_per_version(serve, folder_of):
     far(ids, labels=torch.zeros(5, dtype=torch.long)).loss.backward()
     assert traffic["prompts"] == 3 * size
     assert traffic["prompt gradients"] == len(ids) * size
+
+
+@pytest.mark.parametrize("micro_batch", [None, 2])
+@pytest.mark.parametrize("mode", MODES[1:])
+def test_prompt_rows_travel_once_per_step(mode, micro_batch, serve, folder_of):
+    _, far = pair_of("CausalLM", folder_of("llama"), serve("llama", 2), mode, micro_batch=micro_batch)
+    ids, _ = batch_of("none")
+    traffic, rows, text = far.remote.link.traffic, COUNT * 24 * 4, ids.numel() * 24 * 4
+    deep = 0 if mode == "shallow" else LAYERS * rows
+    for versions in (1, 0):
+        traffic.clear()
+        far(ids, labels=ids).loss.backward()
+        assert traffic == {
+            "prompts": rows + versions * deep,
+            "prompts between servers": rows,
+            "hidden": 2 * text,
+            "hidden between servers": text,
+            "gradients": 2 * text,
+            "gradients between servers": text,
+            "prompt gradients": rows + deep,
+            "prompt gradients between servers": rows,
+        }
+    traffic.clear()
+    far.generate(ids, max_new_tokens=3, min_new_tokens=3, pad_token_id=0)
+    new = 2 * len(ids) * 24 * 4
+    assert traffic["prompts"] == traffic["prompts between servers"] == rows
+    assert traffic["hidden"] == 2 * (text + new)
+    assert traffic["hidden between servers"] == text + new
 
 
 def test_nothing_waits_for_the_garbage_collector(serve):
@@ -274,12 +361,12 @@ def test_what_is_not_recorded_is_refused(name, serve, folder_of):
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"prefix_sharing": True}, "prefix_sharing"), ({"base_dropout": True}, "base_dropout")],
+    [({"prefix_sharing": True}, "prefix_sharing: True.*prompt rows read the text"), ({"base_dropout": True}, "base_")],
 )
 def test_settings_that_servers_do_not_have(settings, message, serve, folder_of):
     with pytest.raises(ValueError, match=message):
-        remote.AutoDistributedModelForCausalLM.from_pretrained(
-            folder_of("llama"), servers=serve("llama", 2), **settings_for("overwrite"), **settings
+        remote.AutoDistributedModelForTokenClassification.from_pretrained(
+            folder_of("bert"), servers=serve("bert", 2), **settings_for("add"), **settings
         )
 
 
