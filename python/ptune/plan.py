@@ -170,7 +170,7 @@ def _agree(hooks: Any) -> str | None:
     described = checkpoint.fingerprint(checkpoint.base_config(model.config))
     key = (
         type(model), described, settings.tuning_mode, settings.deep_prompt_mode, settings.pre_seq_len,
-        model.config._attn_implementation, weight.dtype, weight.device.type,
+        model.config._attn_implementation, weight.dtype, model.blocks_dtype, weight.device.type,
     )  # fmt: skip
     if key not in _checked:
         length = min(6, (hooks.position_limit or 6 + hooks.num_prompts) - hooks.num_prompts)
@@ -204,5 +204,5 @@ def _compare(hooks: Any, length: int, weight: Tensor) -> str | None:
     finally:
         path.plan = plan
     error = ((shared - whole).norm(dim=-1) / whole.norm(dim=-1)).max().item()
-    bound = 1e-3 if weight.dtype in (torch.float32, torch.float64) else 0.1
+    bound = 1e-3 if {weight.dtype, hooks.model.blocks_dtype} <= {torch.float32, torch.float64} else 0.1
     return None if error <= bound else f"a check on random rows found it {error:.1e} off the concat path"

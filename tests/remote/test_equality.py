@@ -26,11 +26,10 @@ MODES = ("none", "shallow", "overwrite", "add")
 PADDINGS = ("none", "right", "left")
 
 
-def pair_of(task, folder, servers, mode, **rest):
-    local = getattr(ptune, f"AutoPTuneModelFor{task}").from_pretrained(folder, **settings_for(mode))
-    far = getattr(remote, f"AutoDistributedModelFor{task}").from_pretrained(
-        folder, servers=servers, **settings_for(mode), **rest
-    )
+def pair_of(task, folder, servers, mode, sharing="auto", **rest):
+    settings = settings_for(mode) | {"prefix_sharing": sharing}
+    local = getattr(ptune, f"AutoPTuneModelFor{task}").from_pretrained(folder, **settings)
+    far = getattr(remote, f"AutoDistributedModelFor{task}").from_pretrained(folder, servers=servers, **settings, **rest)
     give(far, local)
     assert far.prefix_plan == local.prefix_plan
     return local, far
@@ -79,6 +78,41 @@ def test_token_classification(family, servers, mode, serve, folder_of):
     ids, mask = batch_of("right")
     labels = torch.randint(2, ids.shape).masked_fill(mask == 0, -100)
     check(local, far, {"input_ids": ids, "attention_mask": mask, "labels": labels}, mask.bool())
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("mode", MODES[1:])
+def test_rows_that_are_not_shared(mode, padding, serve, folder_of):
+    local, far = pair_of("CausalLM", folder_of("llama"), serve("llama", 2), mode, sharing=False, micro_batch=2)
+    ids, mask = batch_of(padding)
+    labels = ids if mask is None else ids.masked_fill(mask == 0, -100)
+    real = slice(None) if mask is None else mask.bool()
+    check(local, far, {"input_ids": ids, "attention_mask": mask, "labels": labels}, real)
+    if padding != "right":
+        how = {"attention_mask": mask, "max_new_tokens": 4, "pad_token_id": 0, "do_sample": False, "num_beams": 2}
+        assert far.generate(ids, **how).tolist() == local.generate(ids, **how).tolist()
+
+
+@pytest.mark.parametrize("first", [[1, 1, 1, 1, 1], [0, 1, 0, 1, 1]], ids=["of one type", "of their own"])
+def test_token_types_are_honoured(first, serve, folder_of):
+    """Prompt rows have the type of the token that they stand before; only those of one type are shared."""
+    local, far = pair_of("SequenceClassification", folder_of("bert"), serve("bert", 2), "overwrite", micro_batch=2)
+    ids, mask = batch_of("right")
+    types = torch.randint(2, ids.shape)
+    types[:, 0] = torch.tensor(first)
+    batch = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types, "labels": torch.tensor([0, 1, 1, 0, 1])}
+    check(local, far, batch, ...)
+
+
+def test_checkpointing_changes_nothing(serve, folder_of):
+    local, far = pair_of("CausalLM", folder_of("llama"), serve("llama", 2), "add")
+    far.gradient_checkpointing_enable()
+    ids, mask = batch_of("left")
+    labels = ids.masked_fill(mask == 0, -100)
+    for model in (local, far):
+        model.train()(ids, attention_mask=mask, labels=labels).loss.backward()
+    for parameter, other in zip(far.prompt_parameters(), local.prompt_parameters(), strict=True):
+        close(parameter.grad, other.grad)
 
 
 def test_positions_are_honoured(serve, folder_of):
@@ -350,6 +384,16 @@ def test_half_the_bytes_on_the_wire(serve):
     assert torch.equal(gradient, back)
     assert half.link.traffic["hidden"] == half.link.traffic["gradients"] == 2 * hidden.numel() * 2
     assert half.link.traffic["hidden between servers"] == hidden.numel() * 2
+
+
+def test_rounding_on_the_way_keeps_prompts_shared(serve, folder_of):
+    _, far = pair_of("CausalLM", folder_of("llama"), serve("llama", 2), "shallow", wire_dtype="bfloat16")
+    assert far.remote.wire_dtype == "bfloat16"
+    ids, _ = batch_of("none")
+    far.remote.link.traffic.clear()
+    far(ids, labels=ids).loss.backward()
+    assert far.remote.link.traffic["hidden"] == 2 * ids.numel() * 24 * 2
+    assert far.remote.link.traffic["prompts"] == COUNT * 24 * 4
 
 
 @pytest.mark.parametrize("name", ["output_hidden_states", "output_attentions"])

@@ -20,6 +20,7 @@ class Link:
         spans: the servers of all blocks, in order.
         max_tokens: b · S of a request that all of them take.
         fingerprint: of the config of the model that they serve (`ptune.checkpoint`).
+        dtype: in which they compute; the least precise where they differ.
         unshared: why they do not run prompt rows once for a batch; ``None`` where they do.
         causal: whether their blocks read text from left to right.
         traffic: bytes of arrays, by what they were: ``"hidden"``, ``"gradients"``, ``"prompts"`` and ``"prompt
@@ -31,6 +32,8 @@ class Link:
         self.retries = retries
         self.max_tokens = min(state["max_tokens"] for state in states)
         self.fingerprint = states[0]["fingerprint"]
+        dtypes = [getattr(torch, state["dtype"]) for state in states]
+        self.dtype: torch.dtype = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
         self.unshared = next((state["unshared"] for state in states if state["unshared"] is not None), None)
         self.causal = all(state["causal"] for state in states)
         self.client = uuid.uuid4().hex

@@ -168,6 +168,10 @@ class DistributedMixin(PTuneMixin):
         """The blocks."""
         return self._blocks[0].blocks
 
+    @property
+    def blocks_dtype(self: Any) -> torch.dtype:
+        return self.remote.link.dtype
+
     def save_pretrained(self: Any, *args: Any, save_base: bool = False, **kwargs: Any) -> None:
         if save_base:
             raise ValueError("save_base: expected False, as the base's blocks are not here")
@@ -209,7 +213,12 @@ class DistributedMixin(PTuneMixin):
             raise ValueError("base_dropout: expected False, as servers run without dropout")
         if self.compiled_prefix is not None:
             raise ValueError("a compiled prefix: expected prompts, of which servers make keys and values themselves")
-        super()._plan()
+        remote, wire_dtype = self.remote, self.remote.wire_dtype
+        remote.wire_dtype = None  # what is rounded on the way says nothing of the paths
+        try:
+            super()._plan()
+        finally:
+            remote.wire_dtype = wire_dtype
 
     def _before_remote(self: Any, body: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         if current_mixture(self) is not None:
