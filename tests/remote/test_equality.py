@@ -191,6 +191,19 @@ def test_folders_of_prompts_are_those_of_a_local_model(serve, folder_of, tmp_pat
         assert torch.equal(back.get_parameter(name), parameter)
 
 
+def test_compiled_prefixes_are_refused(serve, folder_of, tmp_path):
+    local, far = pair_of("CausalLM", folder_of("llama"), serve("llama", 2), "shallow")
+    with pytest.raises(ValueError, match="compile_prompts: expected blocks that are here"):
+        far.compile_prompts()
+    with pytest.raises(ValueError, match="save_prefix: expected blocks that are here"):
+        far.save_prefix(tmp_path)
+    local.save_prefix(tmp_path)
+    with pytest.raises(ValueError, match="a compiled prefix: expected prompts"):
+        far.load_prompts(tmp_path)
+    ids, _ = batch_of("none")
+    check(local, far, {"input_ids": ids, "labels": ids}, ...)
+
+
 def test_the_client_reads_no_blocks(serve, folder_of, tmp_path):
     folder = folder_of("bert")
     weights = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]

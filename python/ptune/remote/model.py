@@ -78,10 +78,6 @@ class RemoteBlock(StandIn):
         self.blocks: RemoteSequential | None = None
         self.sessions: WeakKeyDictionary[Any, InferenceSession] = WeakKeyDictionary()
 
-    @property
-    def is_causal(self) -> bool:
-        return self.blocks is None or self.blocks.link.causal
-
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         running: _Running | None = getattr(_thread, "running", None)
         if running is None or self.blocks is None:
@@ -197,10 +193,10 @@ class DistributedMixin(PTuneMixin):
         ]
 
     def compile_prompts(self: Any) -> None:
-        raise NotImplementedError("compile_prompts: not supported, as servers make keys and values for each call")
+        raise ValueError("compile_prompts: expected blocks that are here; servers make keys and values for each call")
 
     def save_prefix(self: Any, folder: str | os.PathLike[str]) -> None:
-        raise NotImplementedError("save_prefix: not supported, as keys and values are made by servers; save_prompts is")
+        raise ValueError("save_prefix: expected blocks that are here, and not on servers; use save_prompts")
 
     def _new_hooks(self: Any) -> PromptHooks:
         hooks = super()._new_hooks()
@@ -212,7 +208,7 @@ class DistributedMixin(PTuneMixin):
         if self.ptune_config.base_dropout:
             raise ValueError("base_dropout: expected False, as servers run without dropout")
         if self.compiled_prefix is not None:
-            raise ValueError("a compiled prefix: expected prompts, of which servers make keys and values themselves")
+            raise ValueError("a compiled prefix: expected prompts, of which servers make keys and values by themselves")
         remote, wire_dtype = self.remote, self.remote.wire_dtype
         remote.wire_dtype = None  # what is rounded on the way says nothing of the paths
         try:
@@ -339,8 +335,9 @@ class _Client:
         if model.can_generate():
             model.generation_config = _generation_config(path, model.generation_config, hub)
         remote = RemoteSequential(link, wire_dtype=self.wire_dtype, micro_batch=self.micro_batch)
-        for block in find_remote_blocks(find_body(model), model.config):
-            block.blocks = remote
+        blocks: Any = find_remote_blocks(find_body(model), model.config)
+        for block in blocks:
+            block.blocks, block.is_causal = remote, link.causal
         return model, info
 
     def _stock_class(self, config: Any) -> Any:
