@@ -116,7 +116,7 @@ def test_checkpointing_changes_nothing(serve, folder_of):
 
 
 def test_positions_are_honoured(serve, folder_of):
-    local, far = pair_of("CausalLM", folder_of("llama"), serve("llama", 2), "add")
+    local, far = pair_of("CausalLM", folder_of("llama"), serve("llama", 2), "add", sharing=True)
     ids, mask = batch_of("left")
     positions = (mask.cumsum(1) - 1).clamp_min(0) * 2 + 3
     labels = ids.masked_fill(mask == 0, -100)
@@ -357,17 +357,19 @@ def test_prompt_rows_travel_once_per_step(mode, micro_batch, serve, folder_of):
     assert traffic["hidden between servers"] == text + new
 
 
-def test_nothing_waits_for_the_garbage_collector(serve):
+@pytest.mark.parametrize("shared", [None, torch.zeros(1, 2, 24)], ids=["text", "shared"])
+def test_nothing_waits_for_the_garbage_collector(shared, serve):
+    count = 3 if shared is None else 4
     blocks = remote.RemoteSequential(remote.connect(serve("llama", 2)), micro_batch=2)
     hidden = torch.randn(5, 7, 24, requires_grad=True)
     actors = [span.server for span in blocks.link.spans]
     gc.collect()
     gc.disable()
     try:
-        outputs = [blocks(hidden) for _ in range(2)]
-        assert [ray.get(actor.status.remote())["kept"] for actor in actors] == [6, 6]
+        outputs = [blocks(hidden, shared=shared) for _ in range(2)]
+        assert [ray.get(actor.status.remote())["kept"] for actor in actors] == [2 * count] * 2
         outputs[0].sum().backward()
-        assert [ray.get(actor.status.remote())["kept"] for actor in actors] == [3, 3]
+        assert [ray.get(actor.status.remote())["kept"] for actor in actors] == [count] * 2
         del outputs
         assert [ray.get(actor.status.remote())["kept"] for actor in actors] == [0, 0]
     finally:

@@ -359,7 +359,21 @@ HIDDEN = np.zeros((2, 3, 24), np.float32)
             HIDDEN,
             "shared: expected rows for blocks 0",
         ),
-        ({"shared": Shared("rows", Request(0, 2, "float32", (2, 2)), [])}, HIDDEN, "shared: expected rows of one"),
+        (
+            {"shared": Shared("rows", Request(0, 2, "float32", (2, 2)), [])},
+            HIDDEN,
+            r"of shape \(1, m\), got .*\(2, 2\)",
+        ),
+        (
+            {"shared": Shared("rows", Request(0, 2, "float16", (1, 2)), [])},
+            HIDDEN,
+            "shared: expected float32 or float64",
+        ),
+        (
+            {"shared": Shared("rows", Request(0, 2, "float32", (1, 2), mask=np.ones((1, 2), bool)), [])},
+            HIDDEN,
+            "shared: expected rows at positions 0 to m - 1",
+        ),
         (
             {"shared": Shared("rows", Request(0, 2, "float32", (1, 2)), []), "mask": np.ones((2, 4), bool)},
             HIDDEN,

@@ -114,6 +114,8 @@ class RemoteSequential(nn.Module):
             raise NotImplementedError(f"shared: expected None, as these servers share no rows: {self.link.unshared}")
         if shared.dim() != 3 or shared.shape[0] != 1 or shared.shape[2] != hidden.shape[2]:
             raise ValueError(f"shared: expected [1, m, {hidden.shape[2]}], got shape {tuple(shared.shape)}")
+        if shared.shape[1] > self.link.max_tokens:
+            raise TooLarge(f"shared: expected at most {self.link.max_tokens} rows (max_tokens), got {shared.shape[1]}")
         if prompts is not None and prompts.shape[1] != shared.shape[1]:
             raise ValueError(f"prompts: expected {shared.shape[1]} rows, as shared has, got {prompts.shape[1]}")
         if not self.link.causal and (prompts is None or mode != "overwrite"):

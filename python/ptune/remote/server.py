@@ -25,7 +25,8 @@ class Limits:
 
     Attributes:
         max_tokens: b · S of one request.
-        kept_bytes: activations of forwards whose backward has not come; older ones are computed again.
+        kept_bytes: activations of forwards whose backward has not come, and what shared prompt rows were run for; older
+            ones are computed again.
         session_bytes: keys and values of inference sessions; the longest unused are dropped, and their clients send
             their history again.
         idle_seconds: after which what a client left is dropped.
@@ -117,6 +118,8 @@ class BlockServer:
         self._kept.take(shared.name)
         sums = [torch.zeros_like(layer, dtype=_wide(layer)) for layer in run.layers]
         for part in ray.get(parts):
+            if type(part) is not list or len(part) != len(sums):
+                raise ValueError(f"parts: expected lists of {len(sums)} arrays, got {type(part).__name__}")
             for total, array in zip(sums, part, strict=True):
                 total += to_tensor("parts", array, shared.request.dtype, total.shape).to(total.device)
         outputs, gradients = run.layers, [total.to(layer.dtype) for total, layer in zip(sums, run.layers, strict=True)]

@@ -62,8 +62,13 @@ class Shared:
         if type(self.request) is not Request or self.request.shared is not None:
             raise ValueError(f"shared: expected prompt rows and a Request for them alone, got {self!r}")
         self.request.check(first, last)
-        if self.request.shape[0] != 1:
-            raise ValueError(f"shared: expected rows of one batch row, got {self.request.shape[0]}")
+        if self.request.shape[0] != 1 or self.request.dtype not in ("float32", "float64"):
+            raise ValueError(
+                f"shared: expected float32 or float64 of shape (1, m), got {self.request.dtype} of shape "
+                f"{self.request.shape}"
+            )
+        if any(getattr(self.request, name) is not None for name in ("mask", "positions", "starts")):
+            raise ValueError("shared: expected rows at positions 0 to m - 1, got a mask, positions or starts")
 
 
 @dataclass(frozen=True)
