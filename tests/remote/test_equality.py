@@ -261,6 +261,7 @@ def test_some_blocks_with_shared_rows(serve, folder_of):
     first = torch.cat([torch.ones(3, 2, dtype=torch.bool), mask], 1)
     got = blocks(hidden, prompts, first, positions, mode="add", shared=shared)[mask]
     close(got, expected)
+    close(blocks(hidden[:1], prompts, mode="add", shared=shared)[0], expected[:7])
     weight, leaves = torch.randn_like(got), [hidden, shared, prompts]
     gradients = [torch.autograd.grad((states * weight).sum(), leaves) for states in (got, expected)]
     for gradient, other in zip(*gradients, strict=True):

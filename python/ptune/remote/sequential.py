@@ -78,13 +78,13 @@ class RemoteSequential(nn.Module):
             prompts: deep prompts [blocks, m, d], float32. Their gradient is summed over the batch by the servers.
             attention_mask: [b, S], 0 for padding; ``None`` where there is none. With ``shared`` [b, m + S], its first m
                 columns 1.
-            position_ids: [b, S] or [1, S]; ``None`` for 0, 1, …
+            position_ids: [b, S] or [1, S]; ``None`` for 0, 1, …, or m, m + 1, … with ``shared``.
             starts: [b], the column at which the m prompt rows of each row begin; ``None`` for 0.
             mode: whether prompts ``"overwrite"`` these rows (but for the model's first block, where they are added), or
                 ``"add"``.
-            shared: prompt rows [1, m, d] that are run once, and that all rows of ``hidden`` attend to as if they stood
-                before their first tokens, whose position is m; ``prompts`` are then theirs. Exact where such rows never
-                read the text: where blocks are causal, or ``prompts`` overwrite the rows.
+            shared: prompt rows [1, m, d], at positions 0 to m - 1, that are run once, and that all rows of ``hidden``
+                attend to as if they stood before their first tokens; ``prompts`` are then theirs. For blocks where such
+                rows never read the text: causal ones, or where ``prompts`` overwrite the rows.
 
         Raises `RemoteError` where the blocks could not be run, and `ValueError` for what no server takes.
         """
@@ -161,8 +161,11 @@ class _Pass:
             for leg in self.legs
         ]
         if shared is not None:
+            count, length = shared.shape[1], array.shape[1]
             if self.arrays["mask"] is None:
-                self.arrays["mask"] = np.ones((len(array), shared.shape[1] + array.shape[1]), np.bool_)
+                self.arrays["mask"] = np.ones((len(array), count + length), np.bool_)
+            if self.arrays["positions"] is None:
+                self.arrays["positions"] = np.arange(count, count + length, dtype=np.int64)[None]
             self.shared.append(SharedRows(self.link, self.legs, shared, sent, self.mode))
             sent = [None] * len(sent)
         for rows in self.slices:
