@@ -128,6 +128,11 @@ class PTuneMixin(PromptSaving):
             self._set_dropout()
 
     @property
+    def blocks_dtype(self: Any) -> torch.dtype:
+        """That in which the blocks compute."""
+        return self.get_input_embeddings().weight.dtype
+
+    @property
     def prefix_plan(self: Any) -> Plan:
         """Which path prompts take through the model, and why."""
         return Plan("none", "no prompts") if self._hooks is None else self._hooks.prefix.plan

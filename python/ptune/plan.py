@@ -142,14 +142,22 @@ def _reach(hooks: Any) -> str | None:
         modules = hooks.prefix.discover()
     except (TypeError, NotImplementedError) as error:
         return f"its forward does not hand the prefix to its attention ({error})"
-    if len({id(module) for module in modules}) != hooks.num_layers or len(modules) != hooks.num_layers:
-        return f"the prefix reached {len(modules)} attentions, of {hooks.num_layers} layers"
-    if any(getattr(module, "layer_idx", depth) not in (None, depth) for depth, module in enumerate(modules)):
-        return "its layers do not run in the order of layer_idx"
+    if (reason := disorder(modules, 0, hooks.num_layers)) is not None:
+        return reason
     hooks.prefix.plan.causal = all(getattr(module, "is_causal", True) for module in modules)
     settings = hooks.model.ptune_config
     if not hooks.prefix.plan.causal and not (settings.deep and settings.deep_prompt_mode == "overwrite"):
         return "in an encoder prompt rows read the text, unless deep prompts overwrite them"
+    return None
+
+
+def disorder(modules: list[Any], first: int, last: int) -> str | None:
+    """Why ``modules``, which prompt rows passed, are not the attentions of blocks ``first`` … ``last - 1`` in turn."""
+    count = last - first
+    if len({id(module) for module in modules}) != count or len(modules) != count:
+        return f"the prefix reached {len(modules)} attentions, of {count} layers"
+    if any(getattr(module, "layer_idx", depth) not in (None, depth) for depth, module in enumerate(modules, first)):
+        return "its layers do not run in the order of layer_idx"
     return None
 
 
@@ -162,7 +170,7 @@ def _agree(hooks: Any) -> str | None:
     described = checkpoint.fingerprint(checkpoint.base_config(model.config))
     key = (
         type(model), described, settings.tuning_mode, settings.deep_prompt_mode, settings.pre_seq_len,
-        model.config._attn_implementation, weight.dtype, weight.device.type,
+        model.config._attn_implementation, weight.dtype, model.blocks_dtype, weight.device.type,
     )  # fmt: skip
     if key not in _checked:
         length = min(6, (hooks.position_limit or 6 + hooks.num_prompts) - hooks.num_prompts)
@@ -188,11 +196,13 @@ def _compare(hooks: Any, length: int, weight: Tensor) -> str | None:
         shared = run()
         path.plan = Plan("concat", "for comparison")
         whole = run()
+    except ConnectionError:
+        raise  # blocks on servers that cannot be reached say nothing of the paths
     except Exception as failure:
         first_line = str(failure).partition("\n")[0]
         return f"a check on random rows failed with {type(failure).__name__}: {first_line}"
     finally:
         path.plan = plan
     error = ((shared - whole).norm(dim=-1) / whole.norm(dim=-1)).max().item()
-    bound = 1e-3 if weight.dtype in (torch.float32, torch.float64) else 0.1
+    bound = 1e-3 if {weight.dtype, hooks.model.blocks_dtype} <= {torch.float32, torch.float64} else 0.1
     return None if error <= bound else f"a check on random rows found it {error:.1e} off the concat path"

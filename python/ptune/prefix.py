@@ -89,14 +89,11 @@ class PrefixPath:
             arguments["past_key_values"] = None
         if "use_cache" in self.parameters:
             arguments["use_cache"] = False
-        call.injected = layout.num_prompts
         if mixture is not None:
-            prefix, call.padded = prefix.placed(layout.placement()), True
+            call.injected, call.padded = layout.num_prompts, True
+            prefix = prefix.placed(layout.placement())
             return call, arguments | {"attention_mask": layout.extend_mask(mask), KEYWORD: prefix}
-        # with one prompt for all, keys stand in the order of [prefix ; text], which an op writes without looking
-        call.padded = layout.padded and _holds_padding(mask)
-        call.columns = layout.columns_of_keys(length) if call.padded else None
-        mask = torch.cat([mask.new_ones(mask.shape[0], self.num_prompts), mask], 1)
+        call, mask = injected_call(layout, mask)
         return call, arguments | {"attention_mask": mask, KEYWORD: prefix}
 
     def leave(self, call: Call, output: Any) -> None:
@@ -230,6 +227,17 @@ class PrefixPath:
             # a training step has no use for one
             wanted = getattr(body.config, "use_cache", False) and not (torch.is_grad_enabled() and body.training)
         return DynamicCache(config=body.config) if wanted and self.plan.causal else None
+
+
+def injected_call(layout: Layout, mask: Tensor) -> tuple[Call, Tensor]:
+    """The call of a text under ``mask`` [b, n], before which attentions set the one prompt of all rows; and its mask.
+
+    Keys stand in the order of [prefix ; text], which an op writes without looking at the mask.
+    """
+    call = Call(layout, mask.shape[1], prefix=True, injected=layout.num_prompts)
+    call.padded = layout.padded and _holds_padding(mask)
+    call.columns = layout.columns_of_keys(mask.shape[1]) if call.padded else None
+    return call, torch.cat([mask.new_ones(mask.shape[0], layout.num_prompts), mask], 1)
 
 
 @dataclass

@@ -26,12 +26,12 @@ MODES = ("none", "shallow", "overwrite", "add")
 PADDINGS = ("none", "right", "left")
 
 
-def pair_of(task, folder, servers, mode, **rest):
-    local = getattr(ptune, f"AutoPTuneModelFor{task}").from_pretrained(folder, **settings_for(mode))
-    far = getattr(remote, f"AutoDistributedModelFor{task}").from_pretrained(
-        folder, servers=servers, **settings_for(mode), **rest
-    )
+def pair_of(task, folder, servers, mode, sharing="auto", **rest):
+    settings = settings_for(mode) | {"prefix_sharing": sharing}
+    local = getattr(ptune, f"AutoPTuneModelFor{task}").from_pretrained(folder, **settings)
+    far = getattr(remote, f"AutoDistributedModelFor{task}").from_pretrained(folder, servers=servers, **settings, **rest)
     give(far, local)
+    assert far.prefix_plan == local.prefix_plan
     return local, far
 
 
@@ -80,8 +80,43 @@ def test_token_classification(family, servers, mode, serve, folder_of):
     check(local, far, {"input_ids": ids, "attention_mask": mask, "labels": labels}, mask.bool())
 
 
-def test_positions_are_honoured(serve, folder_of):
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("mode", MODES[1:])
+def test_rows_that_are_not_shared(mode, padding, serve, folder_of):
+    local, far = pair_of("CausalLM", folder_of("llama"), serve("llama", 2), mode, sharing=False, micro_batch=2)
+    ids, mask = batch_of(padding)
+    labels = ids if mask is None else ids.masked_fill(mask == 0, -100)
+    real = slice(None) if mask is None else mask.bool()
+    check(local, far, {"input_ids": ids, "attention_mask": mask, "labels": labels}, real)
+    if padding != "right":
+        how = {"attention_mask": mask, "max_new_tokens": 4, "pad_token_id": 0, "do_sample": False, "num_beams": 2}
+        assert far.generate(ids, **how).tolist() == local.generate(ids, **how).tolist()
+
+
+@pytest.mark.parametrize("first", [[1, 1, 1, 1, 1], [0, 1, 0, 1, 1]], ids=["of one type", "of their own"])
+def test_token_types_are_honoured(first, serve, folder_of):
+    """Prompt rows have the type of the token that they stand before; only those of one type are shared."""
+    local, far = pair_of("SequenceClassification", folder_of("bert"), serve("bert", 2), "overwrite", micro_batch=2)
+    ids, mask = batch_of("right")
+    types = torch.randint(2, ids.shape)
+    types[:, 0] = torch.tensor(first)
+    batch = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types, "labels": torch.tensor([0, 1, 1, 0, 1])}
+    check(local, far, batch, ...)
+
+
+def test_checkpointing_changes_nothing(serve, folder_of):
     local, far = pair_of("CausalLM", folder_of("llama"), serve("llama", 2), "add")
+    far.gradient_checkpointing_enable()
+    ids, mask = batch_of("left")
+    labels = ids.masked_fill(mask == 0, -100)
+    for model in (local, far):
+        model.train()(ids, attention_mask=mask, labels=labels).loss.backward()
+    for parameter, other in zip(far.prompt_parameters(), local.prompt_parameters(), strict=True):
+        close(parameter.grad, other.grad)
+
+
+def test_positions_are_honoured(serve, folder_of):
+    local, far = pair_of("CausalLM", folder_of("llama"), serve("llama", 2), "add", sharing=True)
     ids, mask = batch_of("left")
     positions = (mask.cumsum(1) - 1).clamp_min(0) * 2 + 3
     labels = ids.masked_fill(mask == 0, -100)
@@ -156,6 +191,19 @@ def test_folders_of_prompts_are_those_of_a_local_model(serve, folder_of, tmp_pat
         assert torch.equal(back.get_parameter(name), parameter)
 
 
+def test_compiled_prefixes_are_refused(serve, folder_of, tmp_path):
+    local, far = pair_of("CausalLM", folder_of("llama"), serve("llama", 2), "shallow")
+    with pytest.raises(ValueError, match="compile_prompts: expected blocks that are here"):
+        far.compile_prompts()
+    with pytest.raises(ValueError, match="save_prefix: expected blocks that are here"):
+        far.save_prefix(tmp_path)
+    local.save_prefix(tmp_path)
+    with pytest.raises(ValueError, match="a compiled prefix: expected prompts"):
+        far.load_prompts(tmp_path)
+    ids, _ = batch_of("none")
+    check(local, far, {"input_ids": ids, "labels": ids}, ...)
+
+
 def test_the_client_reads_no_blocks(serve, folder_of, tmp_path):
     folder = folder_of("bert")
     weights = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
@@ -193,6 +241,64 @@ def test_some_blocks(serve, folder_of):
         close(gradient, other)
 
 
+def test_some_blocks_with_shared_rows(serve, folder_of):
+    blocks = remote.RemoteSequential(remote.connect(serve("llama", 2)), micro_batch=2)[1:3]
+    body = transformers.AutoModel.from_pretrained(folder_of("llama")).eval().requires_grad_(False)
+    hidden, shared, prompts = (torch.randn(*shape, 24, requires_grad=True) for shape in ((3, 7), (1, 2), (2, 2)))
+    padding = (0, 3, 0)
+    mask = torch.arange(7) >= torch.tensor(padding)[:, None]
+    positions = (mask.cumsum(1) - 1).clamp_min(0) + 2
+
+    def alone(text):
+        states = torch.cat([shared[0], text])[None]
+        embedded = body.rotary_emb(states, torch.arange(states.shape[1])[None])
+        for layer, prompt in zip(body.layers[1:3], prompts, strict=True):
+            states = torch.cat([states[:, :2] + prompt, states[:, 2:]], 1)
+            states = layer(states, attention_mask=None, position_embeddings=embedded)
+        return states[0, 2:]
+
+    expected = torch.cat([alone(text[at:]) for text, at in zip(hidden, padding, strict=True)])
+    first = torch.cat([torch.ones(3, 2, dtype=torch.bool), mask], 1)
+    got = blocks(hidden, prompts, first, positions, mode="add", shared=shared)[mask]
+    close(got, expected)
+    close(blocks(hidden[:1], prompts, mode="add", shared=shared)[0], expected[:7])
+    weight, leaves = torch.randn_like(got), [hidden, shared, prompts]
+    gradients = [torch.autograd.grad((states * weight).sum(), leaves) for states in (got, expected)]
+    for gradient, other in zip(*gradients, strict=True):
+        close(gradient, other)
+    before = torch.arange(9) >= torch.tensor(padding)[:, None]  # [pad ; prompt ; text]
+    with blocks.inference_session(max_length=11) as session:
+        parts = [session.step(hidden[:, :4], prompts, before[:, :6], positions[:, :4], mode="add", shared=shared)]
+        for at in (4, 5, 6):
+            parts.append(session.step(hidden[:, at : at + 1], None, before[:, : at + 3], positions[:, at : at + 1]))
+        close(torch.cat(parts, 1)[mask], expected)
+        assert session.length == 9
+        with pytest.raises(ValueError, match="at most 2 more columns, got 3"):
+            session.step(hidden[:, :1], shared=shared)
+        with pytest.raises(ValueError, match="shared: expected in the first step"):
+            session.step(hidden[:, :1], shared=shared[:, :1])
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("llama", {"shared": torch.zeros(2, 3, 24)}, r"shared: expected \[1, m, 24\], got shape \(2, 3, 24\)"),
+        ("llama", {"prompts": torch.zeros(LAYERS, 2, 24)}, "prompts: expected 3 rows, as shared has, got 2"),
+        ("llama", {"attention_mask": torch.ones(2, 5)}, r"mask: expected bool of shape \(2, 8\)"),
+        ("bert", {}, "shared: expected prompts that overwrite them"),
+        (
+            "bert",
+            {"prompts": torch.zeros(LAYERS, 3, 24), "mode": "add"},
+            "shared: expected prompts that overwrite them",
+        ),
+    ],
+)
+def test_rows_that_cannot_be_shared(family, changes, message, serve):
+    blocks = remote.RemoteSequential(remote.connect(serve(family, 2)))
+    with pytest.raises(ValueError, match=message):
+        blocks(torch.zeros(2, 5, 24), **{"shared": torch.zeros(1, 3, 24)} | changes)
+
+
 def test_a_session_equals_one_call(serve):
     blocks = remote.RemoteSequential(remote.connect(serve("llama", 4)))
     hidden, prompts = torch.randn(2, 9, 24), torch.randn(LAYERS, 3, 24)
@@ -209,9 +315,10 @@ def test_a_session_equals_one_call(serve):
 
 
 def test_prompts_travel_once_per_version(serve, folder_of):
-    _, far = pair_of("SequenceClassification", folder_of("llama"), serve("llama", 2), "overwrite", micro_batch=1)
+    _, far = pair_of("SequenceClassification", folder_of("bert"), serve("bert", 2), "add", micro_batch=1)
     ids, _ = batch_of("none")
     traffic, size = far.remote.link.traffic, LAYERS * COUNT * 24 * 4
+    traffic.clear()
     for versions in (1, 2):
         for _ in range(2):
             far(ids)
@@ -223,17 +330,47 @@ def test_prompts_travel_once_per_version(serve, folder_of):
     assert traffic["prompt gradients"] == len(ids) * size
 
 
-def test_nothing_waits_for_the_garbage_collector(serve):
+@pytest.mark.parametrize("micro_batch", [None, 2])
+@pytest.mark.parametrize("mode", MODES[1:])
+def test_prompt_rows_travel_once_per_step(mode, micro_batch, serve, folder_of):
+    _, far = pair_of("CausalLM", folder_of("llama"), serve("llama", 2), mode, micro_batch=micro_batch)
+    ids, _ = batch_of("none")
+    traffic, rows, text = far.remote.link.traffic, COUNT * 24 * 4, ids.numel() * 24 * 4
+    deep = 0 if mode == "shallow" else LAYERS * rows
+    for versions in (1, 0):
+        traffic.clear()
+        far(ids, labels=ids).loss.backward()
+        assert traffic == {
+            "prompts": rows + versions * deep,
+            "prompts between servers": rows,
+            "hidden": 2 * text,
+            "hidden between servers": text,
+            "gradients": 2 * text,
+            "gradients between servers": text,
+            "prompt gradients": rows + deep,
+            "prompt gradients between servers": rows,
+        }
+    traffic.clear()
+    far.generate(ids, max_new_tokens=3, min_new_tokens=3, pad_token_id=0)
+    new = 2 * len(ids) * 24 * 4
+    assert traffic["prompts"] == traffic["prompts between servers"] == rows
+    assert traffic["hidden"] == 2 * (text + new)
+    assert traffic["hidden between servers"] == text + new
+
+
+@pytest.mark.parametrize("shared", [None, torch.zeros(1, 2, 24)], ids=["text", "shared"])
+def test_nothing_waits_for_the_garbage_collector(shared, serve):
+    count = 3 if shared is None else 4
     blocks = remote.RemoteSequential(remote.connect(serve("llama", 2)), micro_batch=2)
     hidden = torch.randn(5, 7, 24, requires_grad=True)
     actors = [span.server for span in blocks.link.spans]
     gc.collect()
     gc.disable()
     try:
-        outputs = [blocks(hidden) for _ in range(2)]
-        assert [ray.get(actor.status.remote())["kept"] for actor in actors] == [6, 6]
+        outputs = [blocks(hidden, shared=shared) for _ in range(2)]
+        assert [ray.get(actor.status.remote())["kept"] for actor in actors] == [2 * count] * 2
         outputs[0].sum().backward()
-        assert [ray.get(actor.status.remote())["kept"] for actor in actors] == [3, 3]
+        assert [ray.get(actor.status.remote())["kept"] for actor in actors] == [count] * 2
         del outputs
         assert [ray.get(actor.status.remote())["kept"] for actor in actors] == [0, 0]
     finally:
@@ -265,6 +402,16 @@ def test_half_the_bytes_on_the_wire(serve):
     assert half.link.traffic["hidden between servers"] == hidden.numel() * 2
 
 
+def test_rounding_on_the_way_keeps_prompts_shared(serve, folder_of):
+    _, far = pair_of("CausalLM", folder_of("llama"), serve("llama", 2), "shallow", wire_dtype="bfloat16")
+    assert far.remote.wire_dtype == "bfloat16"
+    ids, _ = batch_of("none")
+    far.remote.link.traffic.clear()
+    far(ids, labels=ids).loss.backward()
+    assert far.remote.link.traffic["hidden"] == 2 * ids.numel() * 24 * 2
+    assert far.remote.link.traffic["prompts"] == COUNT * 24 * 4
+
+
 @pytest.mark.parametrize("name", ["output_hidden_states", "output_attentions"])
 def test_what_is_not_recorded_is_refused(name, serve, folder_of):
     _, far = pair_of("CausalLM", folder_of("llama"), serve("llama", 2), "shallow")
@@ -274,12 +421,12 @@ def test_what_is_not_recorded_is_refused(name, serve, folder_of):
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"prefix_sharing": True}, "prefix_sharing"), ({"base_dropout": True}, "base_dropout")],
+    [({"prefix_sharing": True}, "prefix_sharing: True.*prompt rows read the text"), ({"base_dropout": True}, "base_")],
 )
 def test_settings_that_servers_do_not_have(settings, message, serve, folder_of):
     with pytest.raises(ValueError, match=message):
-        remote.AutoDistributedModelForCausalLM.from_pretrained(
-            folder_of("llama"), servers=serve("llama", 2), **settings_for("overwrite"), **settings
+        remote.AutoDistributedModelForTokenClassification.from_pretrained(
+            folder_of("bert"), servers=serve("bert", 2), **settings_for("add"), **settings
         )
 
 

@@ -5,10 +5,12 @@ import json
 import pytest
 import torch
 import transformers
+from model.common import close
 from model.families import FAMILIES, VOCABULARY
 
 pytest.importorskip("ray", reason="ray is not installed")
 
+from ptune.capture import Capture
 from ptune.remote.span import Span
 
 from .common import LAYERS
@@ -56,6 +58,34 @@ def test_states_and_gradients(name, spans, folder_of):
     weight = torch.randn_like(expected) * mask[..., None]
     gradients = [torch.autograd.grad((states * weight).sum(), hidden)[0][real] for states in (got, expected)]
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_shared_rows_are_those_of_each_text(name, folder_of):
+    """Rows that run once, at the head of two spans, against rows that run with every text."""
+    spans = [Span(folder_of(name), first, last, "float64") for first, last in [(0, 1), (1, 4)]]
+    assert all(span.unshared is None for span in spans)
+    assert all(span.causal == FAMILIES[name].causal for span in spans)
+    width, mode = spans[0].width, "add" if FAMILIES[name].causal else "overwrite"
+    shapes = (1, 2, width), (3, 7, width), (4, 2, width)
+    rows, text, prompts = leaves = [torch.randn(shape, dtype=torch.double, requires_grad=True) for shape in shapes]
+    mask = torch.ones(3, 9, dtype=torch.long)
+    mask[1, 6:] = 0
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    shared, own, whole = text, rows, torch.cat([rows.expand(3, -1, -1), text], 1)
+    for span in spans:
+        where = span.first, span.last
+        deep = prompts[span.first : span.last]
+        capture = Capture(deep.unbind(), mode == "overwrite")
+        own = span(own, *where, prompts=deep, mode=mode, shared=capture)
+        shared = span(shared, *where, mask=mask, positions=positions[:, 2:], shared=capture.prefix())
+        whole = span(whole, *where, mask=mask, positions=positions, prompts=deep, mode=mode)
+    real = mask[:, 2:].bool()
+    close(shared[real], whole[:, 2:][real])
+    weight = torch.randn_like(text) * real[..., None]
+    gradients = [torch.autograd.grad((states * weight).sum(), leaves) for states in (shared, whole[:, 2:])]
+    for gradient, other in zip(*gradients, strict=True):
+        close(gradient, other)
 
 
 def test_it_holds_its_own_blocks_alone(folder_of):

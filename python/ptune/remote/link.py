@@ -20,15 +20,22 @@ class Link:
         spans: the servers of all blocks, in order.
         max_tokens: b · S of a request that all of them take.
         fingerprint: of the config of the model that they serve (`ptune.checkpoint`).
-        traffic: bytes of arrays, by what they were: ``"hidden"`` and ``"gradients"`` between client and servers,
-            ``"hidden between servers"`` and ``"gradients between servers"``, ``"prompts"`` and ``"prompt gradients"``.
+        dtype: in which they compute; the least precise where they differ.
+        unshared: why they do not run prompt rows once for a batch; ``None`` where they do.
+        causal: whether their blocks read text from left to right.
+        traffic: bytes of arrays, by what they were: ``"hidden"``, ``"gradients"``, ``"prompts"`` and ``"prompt
+            gradients"`` between client and servers, and each of them with ``" between servers"``.
     """
 
-    def __init__(self, spans: Sequence[Replicas], retries: Retries, max_tokens: int, fingerprint: str) -> None:
+    def __init__(self, spans: Sequence[Replicas], retries: Retries, states: Sequence[dict[str, Any]]) -> None:
         self.spans = list(spans)
         self.retries = retries
-        self.max_tokens = max_tokens
-        self.fingerprint = fingerprint
+        self.max_tokens = min(state["max_tokens"] for state in states)
+        self.fingerprint = states[0]["fingerprint"]
+        dtypes = [getattr(torch, state["dtype"]) for state in states]
+        self.dtype: torch.dtype = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+        self.unshared = next((state["unshared"] for state in states if state["unshared"] is not None), None)
+        self.causal = all(state["causal"] for state in states)
         self.client = uuid.uuid4().hex
         self.traffic: Counter[str] = Counter()
         self._sent: dict[tuple[int, int], tuple[Tensor, Prompts]] = {}

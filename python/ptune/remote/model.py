@@ -17,13 +17,18 @@ from transformers.models.auto.auto_factory import _get_model_class
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from .. import checkpoint
+from ..attention import KEYWORD, Prefix
+from ..cache import PrefixedCache
 from ..call import current_call
+from ..capture import Capture
 from ..classification import pooled_forward
 from ..generation import PromptGeneration
+from ..hooks import PromptHooks
+from ..layout import Layout
 from ..loading import load_model
 from ..mixin import PTuneMixin
 from ..mixture import current_mixture
-from ..plan import Plan
+from ..prefix import PrefixPath
 from ..support import find_body
 from .relay import Retries
 from .sequential import RemoteSequential
@@ -49,6 +54,22 @@ class _Running:
     one_by_one: bool
 
 
+class _SharedPath(PrefixPath):
+    """The prefix path of a body whose blocks are on servers: these run the prompt rows that reach the first block."""
+
+    def _hindrance(self, arguments: dict[str, Any], layout: Layout, text: Tensor) -> str | None:
+        if any(map(_is_watched, self.model._blocks)):
+            return "hooks on its blocks watch what each is given"
+        return super()._hindrance(arguments, layout, text)
+
+    def _cache(self, body: Any, arguments: dict[str, Any]) -> Any:
+        embeds = arguments.get("inputs_embeds")
+        given = [*self.model.prompt_parameters(), *([] if embeds is None else [embeds])]
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
+            return None  # sessions are without gradients
+        return super()._cache(body, arguments)
+
+
 class RemoteBlock(StandIn):
     """Stands for one block; the first runs them all, unless somebody watches what each is given."""
 
@@ -61,24 +82,42 @@ class RemoteBlock(StandIn):
         running: _Running | None = getattr(_thread, "running", None)
         if running is None or self.blocks is None:
             raise RuntimeError("remote blocks: expected a call of the model that they are of")
-        cache = kwargs.get("past_key_values")
-        if running.one_by_one:
+        cache, shared = kwargs.get("past_key_values"), kwargs.get(KEYWORD)
+        if isinstance(shared, Capture):
+            if self.blocks.link.unshared is not None:
+                raise NotImplementedError(f"its servers share no prompt rows: {self.blocks.link.unshared}")
+            # servers make keys and values of the rows, which are all that is known of them here
+            shared.modules.append(self)
+            shared.layers.append((hidden_states, hidden_states))
+        elif running.one_by_one:
             one = slice(self.index, self.index + 1)
             prompts = None if running.prompts is None else running.prompts[one]
             hidden_states = self._run(self.blocks[one], running, hidden_states, prompts)
         elif self.index == 0 and cache is not None:
             hidden_states = self._continue(running, cache, hidden_states)
         elif self.index == 0:
-            hidden_states = self._run(self.blocks, running, hidden_states, running.prompts)
+            rows = None if shared is None else _rows_of(shared)
+            hidden_states = self._run(self.blocks, running, hidden_states, running.prompts, rows)
         return super().forward(hidden_states, *args, **kwargs)
 
-    def _run(self, blocks: RemoteSequential, running: _Running, hidden: Tensor, prompts: Tensor | None) -> Tensor:
-        starts = running.starts if prompts is not None else None
-        return blocks(hidden, prompts, running.mask, running.positions, starts=starts, mode=running.mode)
+    def _run(
+        self,
+        blocks: RemoteSequential,
+        running: _Running,
+        hidden: Tensor,
+        prompts: Tensor | None,
+        shared: Tensor | None = None,
+    ) -> Tensor:
+        return blocks(
+            hidden, prompts, running.mask, running.positions, starts=running.starts, mode=running.mode, shared=shared
+        )
 
     def _continue(self, running: _Running, cache: Any, hidden: Tensor) -> Tensor:
         """The next columns of the session that ``cache`` stands for."""
         assert self.blocks is not None
+        shared = None
+        if isinstance(cache, PrefixedCache):
+            cache, shared = cache.cache, _rows_of(cache.prefix)
         rows = rows_in(cache, 0)
         session = self.sessions.get(cache)
         if rows is None:
@@ -98,7 +137,13 @@ class RemoteBlock(StandIn):
             starts=running.starts,
             mode=running.mode,
             rows=rows,
+            shared=shared,
         )
+
+
+def _rows_of(prefix: Prefix) -> Tensor:
+    """The prompt rows [1, m, d] that stand-ins took for keys and values."""
+    return prefix.layers[0][0]
 
 
 class DistributedMixin(PTuneMixin):
@@ -119,6 +164,10 @@ class DistributedMixin(PTuneMixin):
         """The blocks."""
         return self._blocks[0].blocks
 
+    @property
+    def blocks_dtype(self: Any) -> torch.dtype:
+        return self.remote.link.dtype
+
     def save_pretrained(self: Any, *args: Any, save_base: bool = False, **kwargs: Any) -> None:
         if save_base:
             raise ValueError("save_base: expected False, as the base's blocks are not here")
@@ -133,10 +182,6 @@ class DistributedMixin(PTuneMixin):
         self._remote_hooks: list[Any] = []
         self._hook_body()
 
-    def _put(self: Any, *args: Any) -> None:
-        super()._put(*args)
-        self._hook_body()
-
     def _hook_body(self: Any) -> None:
         """See what the body is given after the hooks of prompts have changed it."""
         for handle in self._remote_hooks:
@@ -147,13 +192,29 @@ class DistributedMixin(PTuneMixin):
             body.register_forward_hook(_after_remote, always_call=True),
         ]
 
+    def compile_prompts(self: Any) -> None:
+        raise ValueError("compile_prompts: expected blocks that are here; servers make keys and values for each call")
+
+    def save_prefix(self: Any, folder: str | os.PathLike[str]) -> None:
+        raise ValueError("save_prefix: expected blocks that are here, and not on servers; use save_prompts")
+
+    def _new_hooks(self: Any) -> PromptHooks:
+        hooks = super()._new_hooks()
+        hooks.prefix = _SharedPath(self, hooks.body, hooks.parameters, hooks.first_position)
+        self._hook_body()
+        return hooks
+
     def _plan(self: Any) -> None:
-        if self.ptune_config.prefix_sharing is True:
-            raise ValueError("prefix_sharing: expected 'auto' or False, as prompt rows run with the text's on servers")
         if self.ptune_config.base_dropout:
             raise ValueError("base_dropout: expected False, as servers run without dropout")
-        if self._hooks is not None:
-            self._hooks.prefix.plan = Plan("concat", "its blocks are on other machines")
+        if self.compiled_prefix is not None:
+            raise ValueError("a compiled prefix: expected prompts, of which servers make keys and values by themselves")
+        remote, wire_dtype = self.remote, self.remote.wire_dtype
+        remote.wire_dtype = None  # what is rounded on the way says nothing of the paths
+        try:
+            super()._plan()
+        finally:
+            remote.wire_dtype = wire_dtype
 
     def _before_remote(self: Any, body: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         if current_mixture(self) is not None:
@@ -173,7 +234,7 @@ class DistributedMixin(PTuneMixin):
             prompts = table.weight.view(self.config.num_hidden_layers, -1, table.weight.shape[1])
             starts = call.layout.column if call.placement is not None else None
             call.depth = self.config.num_hidden_layers
-        watched = any(block._forward_pre_hooks or block._forward_hooks for block in self._blocks)
+        watched = any(map(_is_watched, self._blocks))
         mode = self.ptune_config.deep_prompt_mode
         _thread.running = _Running(mask, arguments.get("position_ids"), prompts, starts, mode, watched)
         if "use_cache" in parameters and torch.is_grad_enabled():
@@ -185,6 +246,10 @@ class DistributedMixin(PTuneMixin):
                 # sessions are without gradients
                 arguments |= {"use_cache": False, "past_key_values": None}
         return (), arguments
+
+
+def _is_watched(block: nn.Module) -> bool:
+    return bool(block._forward_pre_hooks or block._forward_hooks)
 
 
 def _after_remote(body: nn.Module, args: tuple, output: Any) -> None:
@@ -270,8 +335,9 @@ class _Client:
         if model.can_generate():
             model.generation_config = _generation_config(path, model.generation_config, hub)
         remote = RemoteSequential(link, wire_dtype=self.wire_dtype, micro_batch=self.micro_batch)
-        for block in find_remote_blocks(find_body(model), model.config):
-            block.blocks = remote
+        blocks: Any = find_remote_blocks(find_body(model), model.config)
+        for block in blocks:
+            block.blocks, block.is_causal = remote, link.causal
         return model, info
 
     def _stock_class(self, config: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import uuid
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from .link import Link, call
 from .relay import Leg, Relay
 from .session import InferenceSession
+from .shared import SharedRows
 from .wire import Request, TooLarge, geometry, name_of, to_array, to_tensor
 
 
@@ -68,23 +70,31 @@ class RemoteSequential(nn.Module):
         *,
         starts: Tensor | None = None,
         mode: str = "overwrite",
+        shared: Tensor | None = None,
     ) -> Tensor:
-        """Run the blocks on ``hidden`` [b, S, d]; differentiable in it and in ``prompts``.
+        """Run the blocks on ``hidden`` [b, S, d]; differentiable in it, in ``prompts`` and in ``shared``.
 
         Args:
             prompts: deep prompts [blocks, m, d], float32. Their gradient is summed over the batch by the servers.
-            attention_mask: [b, S], 0 for padding; ``None`` where there is none.
-            position_ids: [b, S] or [1, S]; ``None`` for 0, 1, …
+            attention_mask: [b, S], 0 for padding; ``None`` where there is none. With ``shared`` [b, m + S], its first m
+                columns 1.
+            position_ids: [b, S] or [1, S]; ``None`` for 0, 1, …, or m, m + 1, … with ``shared``.
             starts: [b], the column at which the m prompt rows of each row begin; ``None`` for 0.
             mode: whether prompts ``"overwrite"`` these rows (but for the model's first block, where they are added), or
                 ``"add"``.
+            shared: prompt rows [1, m, d], at positions 0 to m - 1, that are run once, and that all rows of ``hidden``
+                attend to as if they stood before their first tokens; ``prompts`` are then theirs. For blocks where such
+                rows never read the text: causal ones, or where ``prompts`` overwrite the rows.
 
         Raises `RemoteError` where the blocks could not be run, and `ValueError` for what no server takes.
         """
         self.check(hidden, prompts)
-        keep = torch.is_grad_enabled() and (hidden.requires_grad or (prompts is not None and prompts.requires_grad))
-        run = _Pass(self, hidden, prompts, attention_mask, position_ids, starts, mode, keep)
-        return _Blocks.apply(run, hidden, prompts)
+        if shared is not None:
+            self._check_shared(hidden, prompts, mode, shared)
+        given = [tensor for tensor in (hidden, prompts, shared) if tensor is not None]
+        keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
+        run = _Pass(self, hidden, attention_mask, position_ids, starts if prompts is not None else None, mode, keep)
+        return _Blocks.apply(run, hidden, prompts, shared)
 
     def inference_session(self, max_length: int | None = None) -> InferenceSession:
         """A session whose keys and values are kept by the servers; ``max_length``: how many columns it may come to."""
@@ -99,6 +109,18 @@ class RemoteSequential(nn.Module):
         if prompts.dim() != 3 or prompts.shape[0] != len(self) or prompts.shape[2] != hidden.shape[2]:
             raise ValueError(f"prompts: expected [{len(self)}, m, {hidden.shape[2]}], got shape {tuple(prompts.shape)}")
 
+    def _check_shared(self, hidden: Tensor, prompts: Tensor | None, mode: str, shared: Tensor) -> None:
+        if self.link.unshared is not None:
+            raise NotImplementedError(f"shared: expected None, as these servers share no rows: {self.link.unshared}")
+        if shared.dim() != 3 or shared.shape[0] != 1 or shared.shape[2] != hidden.shape[2]:
+            raise ValueError(f"shared: expected [1, m, {hidden.shape[2]}], got shape {tuple(shared.shape)}")
+        if shared.shape[1] > self.link.max_tokens:
+            raise TooLarge(f"shared: expected at most {self.link.max_tokens} rows (max_tokens), got {shared.shape[1]}")
+        if prompts is not None and prompts.shape[1] != shared.shape[1]:
+            raise ValueError(f"prompts: expected {shared.shape[1]} rows, as shared has, got {prompts.shape[1]}")
+        if not self.link.causal and (prompts is None or mode != "overwrite"):
+            raise ValueError("shared: expected prompts that overwrite them, as these blocks read in both directions")
+
 
 class _Pass:
     """One forward through the blocks, and its backward, in micro-batches."""
@@ -107,7 +129,6 @@ class _Pass:
         self,
         blocks: RemoteSequential,
         hidden: Tensor,
-        prompts: Tensor | None,
         mask: Tensor | None,
         positions: Tensor | None,
         starts: Tensor | None,
@@ -118,7 +139,7 @@ class _Pass:
         self.legs = self.link.legs(blocks.first, blocks.last)
         self.dtype = blocks.wire_dtype or name_of(hidden.dtype)
         self.first = blocks.first
-        self.arrays = geometry(mask, positions, starts if prompts is not None else None)
+        self.arrays = geometry(mask, positions, starts)
         self.mode, self.keep = mode, keep
         rows, length = hidden.shape[:2]
         most = self.link.max_tokens // length
@@ -129,15 +150,24 @@ class _Pass:
         step = min(blocks.micro_batch or rows, most)
         self.slices = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
         self.chunks: list[_Chunk] = []
-        # at once, and not when garbage is collected: chunks and their relays hold one another
-        weakref.finalize(self, _release, self.chunks).atexit = False
+        self.shared: list[SharedRows] = []  # at most one, for all chunks
+        # at once, and not when garbage is collected: what passes servers and its relay hold one another
+        weakref.finalize(self, _release, self.chunks, self.shared).atexit = False
 
-    def forward(self, hidden: Tensor, prompts: Tensor | None) -> Tensor:
+    def forward(self, hidden: Tensor, prompts: Tensor | None, shared: Tensor | None) -> Tensor:
         array = to_array(hidden, self.dtype)
         sent = [
             None if prompts is None else self.link.prompts(leg.first, leg.last, self._rows(prompts, leg))
             for leg in self.legs
         ]
+        if shared is not None:
+            count, length = shared.shape[1], array.shape[1]
+            if self.arrays["mask"] is None:
+                self.arrays["mask"] = np.ones((len(array), count + length), np.bool_)
+            if self.arrays["positions"] is None:
+                self.arrays["positions"] = np.arange(count, count + length, dtype=np.int64)[None]
+            self.shared.append(SharedRows(self.link, self.legs, shared, sent, self.mode))
+            sent = [None] * len(sent)
         for rows in self.slices:
             requests = [
                 Request(
@@ -147,30 +177,37 @@ class _Pass:
                     (rows.stop - rows.start, array.shape[1]),
                     prompts=prompt,
                     mode=self.mode,
+                    shared=None,
                     **{name: _rows_of(value, rows) for name, value in self.arrays.items()},
                 )
                 for leg, prompt in zip(self.legs, sent, strict=True)
             ]
-            self.chunks.append(_Chunk(self.link, requests, array[rows], self.keep))
+            self.chunks.append(_Chunk(self.link, requests, array[rows], self.keep, *self.shared))
+        for each in self.shared:
+            each.relay.settle()
         outputs = [
             to_tensor("hidden", chunk.forward(), self.dtype, chunk.hidden.shape).to(hidden.device, hidden.dtype)
             for chunk in self.chunks
         ]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
-    def backward(self, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
+    def backward(self, gradient: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         array = to_array(gradient, self.dtype)
         relays = [chunk.begin_backward(array[rows]) for chunk, rows in zip(self.chunks, self.slices, strict=True)]
         parts: list[Tensor] = []
         deep: Tensor | None = None
         for chunk, relay in zip(self.chunks, relays, strict=True):
-            part, *rows = chunk.finish_backward(relay)
+            part, *of_legs = chunk.finish_backward(relay)
             parts.append(to_tensor("gradient", part, self.dtype, chunk.hidden.shape))
-            if rows[0] is not None:
+            if of_legs and of_legs[0] is not None:
                 # from the last blocks to the first
-                together = torch.cat([torch.from_numpy(rows_of.copy()) for rows_of in reversed(rows)])
+                together = torch.cat([torch.from_numpy(rows_of.copy()) for rows_of in reversed(of_legs)])
                 deep = together if deep is None else deep + together
-        return torch.cat(parts).to(gradient.device, gradient.dtype), deep
+        own: Tensor | None = None
+        for shared in self.shared:
+            own, deep = shared.backward(lambda leg: [chunk.parts[leg.first] for chunk in self.chunks], relays)
+        prompts, rows = (each if each is None else each.to(gradient.device) for each in (deep, own))
+        return torch.cat(parts).to(gradient.device, gradient.dtype), prompts, rows
 
     def _rows(self, prompts: Tensor, leg: Leg) -> Tensor:
         return prompts[leg.first - self.first : leg.last - self.first]
@@ -179,15 +216,25 @@ class _Pass:
 class _Chunk:
     """Some rows of a batch on their way through the blocks and back."""
 
-    def __init__(self, link: Link, requests: list[Request], hidden: np.ndarray, keep: bool) -> None:
+    def __init__(
+        self,
+        link: Link,
+        requests: list[Request],
+        hidden: np.ndarray,
+        keep: bool,
+        shared: SharedRows | None = None,
+    ) -> None:
         self.link = link
+        self.shared = shared
+        self.parts: dict[int, Any] = {}
         self.hidden = hidden
         self.requests = {request.first: request for request in requests}
         self.legs = link.legs(requests[0].first, requests[-1].last)
         self.keep = keep
         self._names: dict[int, str] = {}
         self._outstanding: list[tuple[Any, str]] = []
-        self.relay = Relay(self.legs, link.retries, self._begin, self._send)
+        lost = None if shared is None else shared.again
+        self.relay = Relay(self.legs, link.retries, self._begin, self._send, lost)
 
     def forward(self) -> np.ndarray:
         output = self.relay.wait()[0]
@@ -227,17 +274,26 @@ class _Chunk:
         if self.keep:
             keep = self._names[leg.first] = uuid.uuid4().hex
             self._outstanding.append((leg.server, keep))
-        return call(leg.server, "forward", 2, self.requests[leg.first], states, keep)
+        return call(leg.server, "forward", 2, self._request(leg), states, keep)
 
     def _send_back(self, leg: Leg, gradient: Any) -> list[Any]:
         keep = self._names[leg.first]
         if (leg.server, keep) in self._outstanding:
             self._outstanding.remove((leg.server, keep))  # the backward takes it
         source = self.relay.states[[own.first for own in self.legs].index(leg.first)]
-        return call(leg.server, "backward", 3, self.requests[leg.first], gradient, keep, [source])
+        made = call(leg.server, "backward", 3, self._request(leg), gradient, keep, [source])
+        if self.shared is not None:
+            self.parts[leg.first] = made.pop(1)  # which only the servers read
+        return made
+
+    def _request(self, leg: Leg) -> Request:
+        request = self.requests[leg.first]
+        return request if self.shared is None else replace(request, shared=self.shared.for_request(leg))
 
     def _forward_again(self) -> None:
         """Make anew what each leg was given."""
+        if self.shared is not None:
+            self.shared.again()
         self.relay.states.append(None)
         self.relay.begin_again()
         self.relay.settle()
@@ -246,21 +302,22 @@ class _Chunk:
 
 class _Blocks(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, run: _Pass, hidden: Tensor, prompts: Tensor | None) -> Tensor:
+    def forward(ctx: Any, run: _Pass, hidden: Tensor, prompts: Tensor | None, shared: Tensor | None) -> Tensor:
         ctx.run = run
-        return run.forward(hidden, prompts)
+        return run.forward(hidden, prompts, shared)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, Tensor | None]:
-        hidden, prompts = ctx.run.backward(gradient)
-        return None, hidden, prompts
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, Tensor | None, Tensor | None]:
+        return None, *ctx.run.backward(gradient)
 
 
 def _rows_of(array: np.ndarray | None, rows: slice) -> np.ndarray | None:
     return array if array is None or len(array) == 1 else array[rows]
 
 
-def _release(chunks: list[_Chunk]) -> None:
+def _release(chunks: list[_Chunk], shared: list[SharedRows]) -> None:
     for chunk in chunks:
         chunk.release()
+    for rows in shared:
+        rows.release()

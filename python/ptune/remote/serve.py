@@ -169,7 +169,7 @@ def connect(name: str, retries: Retries | None = None) -> Link:
     ends = [0, *(span.last for span in spans)]
     if ends != [*(span.first for span in spans), states[0]["num_layers"]]:
         raise RemoteError(f"{name}: expected servers of blocks 0 to {states[0]['num_layers'] - 1}, got {sorted(found)}")
-    return Link(spans, retries, min(state["max_tokens"] for state in states), states[0]["fingerprint"])
+    return Link(spans, retries, states)
 
 
 def status(name: str | None = None, timeout: float = 5.0) -> list[dict[str, Any]]:

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from ..attention import Prefix
+from ..capture import Capture
 from .keeping import Keeping
 from .span import Span
-from .wire import Prompts, Request, SessionGone, TooLarge, to_array, to_tensor
+from .wire import Prompts, Request, SessionGone, Shared, TooLarge, to_array, to_tensor
 
 _MIB = 2**20
 
@@ -23,7 +25,8 @@ class Limits:
 
     Attributes:
         max_tokens: b · S of one request.
-        kept_bytes: activations of forwards whose backward has not come; older ones are computed again.
+        kept_bytes: activations of forwards whose backward has not come, and what shared prompt rows were run for; older
+            ones are computed again.
         session_bytes: keys and values of inference sessions; the longest unused are dropped, and their clients send
             their history again.
         idle_seconds: after which what a client left is dropped.
@@ -76,8 +79,10 @@ class BlockServer:
 
     def backward(
         self, request: Request, gradient: np.ndarray, keep: str, source: list[Any]
-    ) -> tuple[np.ndarray, np.ndarray | None, bool]:
+    ) -> tuple[np.ndarray, Any, bool]:
         """Gradients of the hidden states, and of the prompts: float32 [blocks, m, d], summed over the batch.
+
+        Where prompt rows are shared, of the keys and values of these: a list, for `backward_shared`.
 
         ``source``: a list with a reference to the hidden states of the forward, which is run again where its
         activations are no longer here.
@@ -87,21 +92,58 @@ class BlockServer:
         if run is None:
             self._recomputed += 1
             run, _ = self._run(request, self._states(request, ray.get(source[0])))
+        inputs = run.layers if run.prompts is None else [run.prompts]
+        own, *gradients = torch.autograd.grad(run.output, [run.hidden, *inputs], output_gradient)
+        if request.shared is not None:
+            rest: Any = [to_array(each, request.shared.request.dtype) for each in gradients]
+        else:
+            rest = to_array(gradients[0], "float32") if gradients else None
+        return to_array(own, request.dtype), rest, True
+
+    def share(self, shared: Shared, rows: np.ndarray) -> tuple[np.ndarray, bool]:
+        """What the blocks make of prompt rows [1, m, d], whose keys and values are kept for later requests."""
+        states = self._admit_shared(shared, rows, "rows")
+        return to_array(self._captured(shared, states).output, shared.request.dtype), True
+
+    def backward_shared(
+        self, shared: Shared, gradient: np.ndarray | None, parts: list[Any]
+    ) -> tuple[np.ndarray, np.ndarray | None, bool]:
+        """Gradients of the rows, [1, m, d], and of their deep prompts: float32 [blocks, m, d].
+
+        ``gradient``: of what `share` returned; ``None`` after the last blocks. ``parts``: references to the gradients
+        of keys and values that `backward` returned for all requests of the step, which are summed in their order.
+        """
+        output_gradient = self._admit_shared(shared, gradient, "gradient")
+        run = self._captured(shared)
+        self._kept.take(shared.name)
+        sums = [torch.zeros_like(layer, dtype=_wide(layer)) for layer in run.layers]
+        for part in ray.get(parts):
+            if type(part) is not list or len(part) != len(sums):
+                raise ValueError(f"parts: expected lists of {len(sums)} arrays, got {type(part).__name__}")
+            for total, array in zip(sums, part, strict=True):
+                total += to_tensor("parts", array, shared.request.dtype, total.shape).to(total.device)
+        outputs, gradients = run.layers, [total.to(layer.dtype) for total, layer in zip(sums, run.layers, strict=True)]
+        if output_gradient is not None:
+            outputs, gradients = [*outputs, run.output], [*gradients, output_gradient]
         inputs = [run.hidden] if run.prompts is None else [run.hidden, run.prompts]
-        gradients = torch.autograd.grad(run.output, inputs, output_gradient)
-        deep = None if run.prompts is None else to_array(gradients[1], "float32")
-        return to_array(gradients[0], request.dtype), deep, True
+        # where deep prompts overwrite the rows, nothing reads these
+        own, *deep = torch.autograd.grad(outputs, inputs, gradients, allow_unused=True)
+        own = torch.zeros_like(run.hidden) if own is None else own
+        return to_array(own, shared.request.dtype), to_array(deep[0], "float32") if deep else None, True
 
     def step(
         self, request: Request, hidden: np.ndarray, session: str, seen: int, rows: np.ndarray | None = None
     ) -> tuple[np.ndarray, bool]:
-        """Continue ``session`` by the columns of ``hidden``, after ``seen`` others; 0 begins it.
+        """Continue ``session`` by the columns of ``hidden``, after ``seen`` others; 0 begins it, with what is shared.
 
         ``rows``: which rows of the batch before are continued. Raises `SessionGone` where the session does not stand at
         ``seen``.
         """
         states = self._admit(request, hidden)
         cache = self._sessions.take(session)
+        prompt_columns = 0 if request.shared is None else request.shared.request.shape[1]
+        if seen and prompt_columns:
+            raise ValueError("shared: expected in the first step of a session alone")
         if seen == 0:
             cache = DynamicCache(config=self.span.body.config)
         elif cache is None or cache.get_seq_length(request.first) != seen:
@@ -110,7 +152,7 @@ class BlockServer:
             cache.batch_select_indices(torch.from_numpy(rows.copy()))
         with torch.no_grad():
             output = self.span(states, request.first, request.last, cache=cache, **self._arguments(request))
-        if cache.get_seq_length(request.first) != seen + request.shape[1]:
+        if cache.get_seq_length(request.first) != seen + prompt_columns + request.shape[1]:
             raise ValueError(f"session: {type(self.span.body).__name__} keeps no keys and values")
         nbytes = sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
         if nbytes > self.limits.session_bytes:
@@ -141,6 +183,8 @@ class BlockServer:
             "last": self.span.last,
             "num_layers": self.span.num_layers,
             "fingerprint": self.span.fingerprint,
+            "unshared": self.span.unshared,
+            "causal": self.span.causal,
             "dtype": str(self.span.dtype).removeprefix("torch."),
             "node": ray.get_runtime_context().get_node_id(),
             "pid": os.getpid(),
@@ -168,6 +212,12 @@ class BlockServer:
             keeping.drop_idle()
         return states
 
+    def _admit_shared(self, shared: Shared, array: Any, name: str) -> Tensor | None:
+        if type(shared) is not Shared:
+            raise ValueError(f"shared: expected Shared, got {type(shared).__name__}")
+        shared.check(self.span.first, self.span.last)
+        return None if array is None else self._admit(shared.request, array, name)
+
     def _states(self, request: Request, array: Any, name: str = "hidden") -> Tensor:
         states = to_tensor(name, array, request.dtype, (*request.shape, self.span.width))
         return states.to(self.span.device)
@@ -180,7 +230,24 @@ class BlockServer:
                 arguments[name] = (tensor.long() if name == "mask" else tensor).to(self.span.device)
         if request.prompts is not None:
             arguments["prompts"] = self._prompts_of(request, request.prompts)
+        if request.shared is not None:
+            # leaves: each request has a graph of its own, and their gradients are to be summed unrounded
+            leaves = [
+                layer.detach().to(_wide(layer)).requires_grad_() for layer in self._captured(request.shared).layers
+            ]
+            arguments["shared"] = Prefix(list(zip(leaves[::2], leaves[1::2], strict=True)))
         return arguments
+
+    def _captured(self, shared: Shared, rows: Tensor | None = None) -> "_Kept":
+        """The keys and values of prompt rows and their graph, from ``rows``, or their source, where none are kept."""
+        run = self._kept.get(shared.name)
+        if run is None:
+            if rows is None:
+                self._recomputed += 1
+                rows = self._states(shared.request, ray.get(shared.source[0]), "rows")
+            run, nbytes = self._run(shared.request, rows, capture=True)
+            self._kept.put(shared.name, run, nbytes)
+        return run
 
     def _prompts_of(self, request: Request, prompts: Prompts) -> Tensor:
         key = (prompts.client, request.first, request.last)
@@ -192,12 +259,15 @@ class BlockServer:
         assert rows is not None
         return rows
 
-    def _run(self, request: Request, hidden: Tensor) -> tuple["_Kept", int]:
-        """A forward whose graph is kept, and how many bytes it keeps."""
+    def _run(self, request: Request, hidden: Tensor, capture: bool = False) -> tuple["_Kept", int]:
+        """A forward whose graph is kept, and how many bytes it keeps; or, for prompt rows alone, a ``capture``."""
         arguments = self._arguments(request)
         hidden.requires_grad_()
         if (prompts := arguments.get("prompts")) is not None:
             prompts = arguments["prompts"] = prompts.detach().requires_grad_()
+        if capture:
+            deep = () if prompts is None else prompts.unbind()
+            arguments["shared"] = Capture(deep, prompts is not None and request.mode == "overwrite")
         saved: dict[int, int] = {}
 
         def count(tensor: Tensor) -> Tensor:
@@ -208,7 +278,8 @@ class BlockServer:
 
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
             output = self.span(hidden, request.first, request.last, **arguments)
-        return _Kept(hidden, prompts, output), sum(saved.values())
+        layers = [tensor for layer in arguments["shared"].layers for tensor in layer] if "shared" in arguments else []
+        return _Kept(hidden, prompts, output, layers), sum(saved.values()) + sum(layer.nbytes for layer in layers)
 
 
 @dataclass
@@ -216,3 +287,8 @@ class _Kept:
     hidden: Tensor
     prompts: Tensor | None
     output: Tensor
+    layers: list[Tensor]  # keys and values of prompt rows: theirs, or those that were given
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)

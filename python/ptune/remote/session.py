@@ -2,6 +2,7 @@
 
 import uuid
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from .link import Link, call
 from .relay import Leg, Relay
+from .shared import SharedRows
 from .wire import Prompts, Request, TooLarge, geometry, name_of, to_array, to_tensor
 
 
@@ -35,11 +37,16 @@ class InferenceSession:
         self._starts: np.ndarray | None = None
         self._mode = "overwrite"
         self._places: dict[int, tuple[Any, str]] = {}
-        self._finalizer = weakref.finalize(self, _close, self._places)
+        self._shared: list[SharedRows] = []  # at most one, kept for servers that must begin anew
+        self._finalizer = weakref.finalize(self, _close, self._places, self._shared)
 
     @property
     def length(self) -> int:
-        return 0 if self._history is None else self._history.shape[1]
+        return 0 if self._history is None else self._prompt_columns + self._history.shape[1]
+
+    @property
+    def _prompt_columns(self) -> int:
+        return sum(shared.shape[1] for shared in self._shared)
 
     def __enter__(self) -> "InferenceSession":
         return self
@@ -62,27 +69,34 @@ class InferenceSession:
         starts: Tensor | None = None,
         mode: str = "overwrite",
         rows: Tensor | None = None,
+        shared: Tensor | None = None,
     ) -> Tensor:
         """Run the next columns ``hidden`` [b, S, d]; returns their states, without gradients.
 
         ``attention_mask`` [b, N] covers all columns so far and these. ``rows`` [b]: which rows of the batch before are
-        continued (beams). ``prompts``, ``starts`` and ``mode`` as in `RemoteSequential.forward`, in the first step
-        alone. Raises as that does.
+        continued (beams). ``prompts``, ``starts``, ``mode`` and ``shared`` as in `RemoteSequential.forward`, in the
+        first step alone; rows that are shared take m columns before each row's first token. Raises as that does.
         """
         if not self._finalizer.alive:
             raise ValueError("session: expected an open one, got one that was closed")
         dtype = self.wire_dtype or name_of(hidden.dtype)
-        seen, total = self.length, self.length + hidden.shape[1]
+        seen = self.length
+        added = hidden.shape[1] + (0 if shared is None else shared.shape[1])
+        total = seen + added
         if self.max_length is not None and total > self.max_length:
-            raise ValueError(f"hidden: expected at most {self.max_length - seen} more columns, got {hidden.shape[1]}")
+            raise ValueError(f"hidden: expected at most {self.max_length - seen} more columns, got {added}")
         if (tokens := hidden.shape[0] * total) > self.link.max_tokens:
             raise TooLarge(f"hidden: expected at most {self.link.max_tokens} tokens in all (max_tokens), got {tokens}")
-        if prompts is not None and seen:
-            raise ValueError("prompts: expected in the first step of a session alone")
+        if seen and (prompts is not None or shared is not None):
+            name = "prompts" if prompts is not None else "shared"
+            raise ValueError(f"{name}: expected in the first step of a session alone")
         if prompts is not None:
             for leg in self.legs:
                 part = prompts[leg.first - self.first : leg.last - self.first]
                 self._prompts[leg.first] = self.link.prompts(leg.first, leg.last, part)
+        if shared is not None:
+            sent = [self._prompts.pop(leg.first, None) for leg in self.legs]
+            self._shared[:] = [SharedRows(self.link, self.legs, shared, sent, mode)]
         arrays = geometry(attention_mask, position_ids, starts if prompts is not None else None)
         selected = None if rows is None else rows.detach().cpu().numpy()
         if selected is not None:
@@ -91,8 +105,13 @@ class InferenceSession:
             self._starts, self._mode = arrays["starts"], mode
         array = to_array(hidden, dtype)
         sending = _Step(self, array, dtype, arrays, seen, selected)
-        relay = Relay(self.legs, self.link.retries, lambda: ray.put(array), sending.send)
+        lost = self._shared[0].again if self._shared else None
+        relay = Relay(self.legs, self.link.retries, lambda: ray.put(array), sending.send, lost)
+        if shared is not None:
+            self._shared[0].relay.settle()
         output = relay.wait()[0]
+        for each in self._shared:
+            each.forget()  # the caches have them now
         self._remember(array, arrays["positions"])
         self.link.traffic["hidden"] += array.nbytes + output.nbytes
         self.link.traffic["hidden between servers"] += array.nbytes * (len(self.legs) - 1)
@@ -148,7 +167,6 @@ class _Step:
             if self.seen:
                 self._replay(leg, name)
         self._tried.add(leg.first)
-        begins = self.seen == 0
         request = Request(
             leg.first,
             leg.last,
@@ -156,11 +174,25 @@ class _Step:
             self.hidden.shape[:2],
             mask=self.arrays["mask"],
             positions=self.arrays["positions"],
-            prompts=session._prompts.get(leg.first) if begins else None,
-            starts=session._starts if begins else None,
             mode=session._mode,
         )
+        if self.seen == 0:
+            request = self._with_prompts(request, leg)
         return call(leg.server, "step", 2, request, states, name, self.seen, rows)
+
+    def _with_prompts(self, request: Request, leg: Leg) -> Request:
+        """The request for a session's first columns, which has its prompts."""
+        session = self.session
+        if not session._shared:
+            return replace(request, prompts=session._prompts.get(leg.first), starts=session._starts)
+        count, mask = session._prompt_columns, request.mask
+        if mask is None:
+            mask = np.ones((request.shape[0], count + request.shape[1]), np.bool_)
+        # the rows' columns, which stand before each row's first token, are put before all text
+        offset = np.arange(mask.shape[1]) - mask.argmax(1)[:, None]
+        text = mask[(offset < 0) | (offset >= count)].reshape(len(mask), -1)
+        mask = np.concatenate([np.ones((len(mask), count), np.bool_), text], 1)
+        return replace(request, mask=mask, shared=session._shared[0].for_request(leg))
 
     def _replay(self, leg: Leg, name: str) -> None:
         """Give a server the history, as the blocks before its own make it."""
@@ -170,17 +202,16 @@ class _Step:
         mask = self.arrays["mask"]
 
         def request(leg: Leg) -> Request:
-            return Request(
+            past = Request(
                 leg.first,
                 leg.last,
                 self.dtype,
                 history.shape[:2],
-                mask=None if mask is None else mask[:, : history.shape[1]],
+                mask=None if mask is None else mask[:, : session.length],
                 positions=session._positions,
-                prompts=session._prompts.get(leg.first),
-                starts=session._starts,
                 mode=session._mode,
             )
+            return self._with_prompts(past, leg)
 
         def forward(before: Leg, states: Any) -> list[Any]:
             return call(before.server, "forward", 2, request(before), states)
@@ -193,7 +224,9 @@ class _Step:
         ray.get(receipt, timeout=session.link.retries.timeout)
 
 
-def _close(places: dict[int, tuple[Any, str]]) -> None:
+def _close(places: dict[int, tuple[Any, str]], shared: list[SharedRows]) -> None:
+    for rows in shared:
+        rows.release()
     if ray.is_initialized():
         for server, name in places.values():
             server.close.remote(name)

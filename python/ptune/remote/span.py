@@ -3,6 +3,7 @@
 import inspect
 import os
 import re
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,15 @@ from transformers import AutoConfig, AutoModel
 from ptune_kernels import Placement, overwrite
 
 from .. import checkpoint
+from ..attention import KEYWORD, Prefix, sharing_name
+from ..cache import PrefixedCache
+from ..call import set_call
+from ..capture import Capture
 from ..concat import matching
+from ..config import PTuneConfig
+from ..layout import Layout
+from ..plan import KNOWN, disorder, obstacle
+from ..prefix import injected_call
 from ..support import check_base, find_blocks, find_body
 from .shards import read_tensors
 from .standin import StandIn
@@ -31,6 +40,10 @@ class Span:
         path: a folder that the machine can read, or a name on the hub, with safetensors files.
         dtype: of the weights: ``"float32"`` or the like, or ``"auto"`` for the checkpoint's.
         device: where they lie.
+
+    Attributes:
+        unshared: why prompt rows cannot run once for a batch here; ``None`` where they can.
+        causal: whether text is read from left to right, as far as `unshared` is ``None``.
 
     Raises `ValueError` or `NotImplementedError` for blocks that there are not, or a body that cannot be run so.
     """
@@ -74,6 +87,8 @@ class Span:
                     zero = torch.zeros((), dtype=wanted, device=self.device)
                     module._parameters[name] = nn.Parameter(zero.expand(weight.shape), requires_grad=False)
         self.body.to(self.device)
+        self.causal = True
+        self.unshared = self._try_sharing()
 
     def __call__(
         self,
@@ -87,11 +102,14 @@ class Span:
         starts: Tensor | None = None,
         mode: str = "overwrite",
         cache: Any = None,
+        shared: Capture | Prefix | None = None,
     ) -> Tensor:
         """Run blocks ``first`` … ``last - 1`` on ``hidden`` [b, S, d], which is returned in its dtype.
 
         ``mask`` [b, N] (1 for tokens), ``positions`` [b, S], ``prompts`` [blocks, m, d] float32 and ``starts`` int32
-        [b]: see `Request`. ``cache``: a `DynamicCache` that already holds N - S columns.
+        [b]: see `Request`. ``cache``: a `DynamicCache` that already holds N - S columns. ``shared``: what takes the
+        blocks' keys and values of prompt rows, ``hidden`` [1, m, d]; or these, for text under a mask [b, m + S], which
+        are written into an empty ``cache`` where there is one.
         """
         embedding = self.body.get_input_embeddings().weight
         zero = torch.zeros((), dtype=self.dtype, device=self.device)
@@ -113,13 +131,55 @@ class Span:
         if prompts is not None and starts is not None:
             length = torch.full_like(starts, prompts.shape[1])
             placement = Placement(torch.zeros_like(starts), length, starts, prompts.shape[1])
-        run = self._run = _Run(hidden.to(self.dtype), first, last, prompts, placement, mode)
+        call = capture = None
+        if isinstance(shared, Prefix):
+            assert mask is not None
+            text = mask[:, shared.num_columns :]
+            layout = Layout(shared.num_columns, hidden.shape[0], text, self.device)
+            # attentions look theirs up by the numbers of their blocks
+            shared = Prefix([shared.layers[0]] * first + shared.layers)
+            if cache is None:
+                call, arguments["attention_mask"] = injected_call(layout, text)
+            else:
+                arguments["past_key_values"] = PrefixedCache(cache, shared.placed(layout.placement()))
+                arguments["attention_mask"] = layout.extend_mask(text)
+        elif shared is not None:
+            capture = shared
+        arguments = {name: value for name, value in arguments.items() if name in self._parameters}
+        if shared is not None and cache is None:
+            arguments[KEYWORD] = shared
+        run = self._run = _Run(hidden.to(self.dtype), first, last, prompts, placement, mode, capture)
+        set_call(call)
         try:
-            self.body(**{name: value for name, value in arguments.items() if name in self._parameters})
+            with nullcontext() if capture is None else capture.skipping():
+                self.body(**arguments)
         finally:
             self._run = None
+            set_call(None)
         assert run.output is not None
         return run.output.to(hidden.dtype)
+
+    def _try_sharing(self) -> str | None:
+        """Set the attention that takes a prefix and number the blocks' attentions; or say why not, and leave all."""
+        kind, implementation = self.body.config.model_type, self.body.config._attn_implementation
+        if kind not in KNOWN:
+            return f"{kind!r} is not among the models known to share"
+        if (reason := obstacle(self.body, PTuneConfig())) is not None:
+            return reason
+        self.body.set_attn_implementation(sharing_name(implementation))
+        capture = Capture((), False)
+        try:
+            with torch.no_grad():
+                self(torch.zeros(1, 1, self.width, device=self.device), self.first, self.last, shared=capture)
+            reason = disorder(capture.modules, self.first, self.last)
+        except (TypeError, NotImplementedError) as error:
+            reason = f"its forward does not hand the prefix to its attention ({error})"
+        if reason is not None:
+            self.body.set_attn_implementation(implementation)
+        for depth, module in enumerate(capture.modules, self.first):
+            vars(module)["ptune_depth"] = depth
+        self.causal = all(getattr(module, "is_causal", True) for module in capture.modules)
+        return reason
 
     def _load(self, path: Any, blocks: nn.ModuleList, **hub: Any) -> None:
         pattern = block_pattern(self.body, blocks)
@@ -155,6 +215,7 @@ class _Run:
     prompts: Tensor | None
     placement: Placement | None
     mode: str
+    capture: Capture | None = None
     output: Tensor | None = None
 
 
@@ -172,6 +233,8 @@ class _Slot(StandIn):
         if not run.first <= self.index < run.last:
             return super().forward(hidden_states, *args, **kwargs)
         hidden = run.hidden if self.index == run.first else hidden_states
+        if run.capture is not None:
+            hidden = run.capture.before_block(hidden)
         if run.prompts is not None:
             rows = matching(run.prompts[self.index - run.first], hidden)
             # the model's first block adds, as everywhere

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from ..cache import PrefixedCache
+
 
 class StandIn(nn.Module):
     """Hands hidden states on, and keeps a cache's count of columns.
@@ -29,13 +31,16 @@ class StandIn(nn.Module):
 
 def count_columns(cache: Any, index: int, hidden: Tensor) -> None:
     """Make the layer ``index`` of ``cache`` as long as the layers of blocks that ran on ``hidden`` [b, n, d]."""
+    columns = hidden.shape[1]
+    if isinstance(cache, PrefixedCache):
+        cache, columns = cache.cache, columns + cache.prefix.num_columns
     if not isinstance(cache, DynamicCache):
         raise NotImplementedError(
             f"past_key_values: expected a DynamicCache, got {type(cache).__name__}; keys and values of remote blocks "
             "are kept by their servers"
         )
     rows = torch.arange(hidden.shape[0], dtype=torch.float32, device=hidden.device)
-    rows = rows[:, None, None, None].expand(-1, 1, hidden.shape[1], 1)
+    rows = rows[:, None, None, None].expand(-1, 1, columns, 1)
     cache.update(rows, rows, index)
 
 

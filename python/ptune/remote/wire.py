@@ -44,6 +44,34 @@ class Prompts:
 
 
 @dataclass(frozen=True)
+class Shared:
+    """Prompt rows that a server runs once, for all requests whose text attends to them.
+
+    Attributes:
+        name: under which it keeps their keys and values.
+        request: for the rows alone: float32 or float64, ``shape`` (1, m), with the deep prompts of these blocks.
+        source: a list with a reference to the rows [1, m, d], as they come to these blocks; in a list as in `Prompts`.
+    """
+
+    name: str
+    request: "Request"
+    source: list[Any] = field(repr=False)
+
+    def check(self, first: int, last: int) -> None:
+        """Raises `ValueError` where these are no rows for a server of blocks ``first`` … ``last - 1``."""
+        if type(self.request) is not Request or self.request.shared is not None:
+            raise ValueError(f"shared: expected prompt rows and a Request for them alone, got {self!r}")
+        self.request.check(first, last)
+        if self.request.shape[0] != 1 or self.request.dtype not in ("float32", "float64"):
+            raise ValueError(
+                f"shared: expected float32 or float64 of shape (1, m), got {self.request.dtype} of shape "
+                f"{self.request.shape}"
+            )
+        if any(getattr(self.request, name) is not None for name in ("mask", "positions", "starts")):
+            raise ValueError("shared: expected rows at positions 0 to m - 1, got a mask, positions or starts")
+
+
+@dataclass(frozen=True)
 class Request:
     """What is to be done with hidden states [b, S, d], beside these.
 
@@ -56,6 +84,8 @@ class Request:
         prompts: deep prompts of these blocks.
         starts: int32 [b], the column of each row at which they begin; ``None`` for 0.
         mode: ``"overwrite"`` or ``"add"``.
+        shared: prompt rows that every row attends to, as if they stood before its first token; ``mask`` is then
+            [b, m + S], and the first m columns are theirs.
     """
 
     first: int
@@ -67,6 +97,7 @@ class Request:
     prompts: Prompts | None = None
     starts: np.ndarray | None = None
     mode: str = "overwrite"
+    shared: Shared | None = None
 
     def check(self, first: int, last: int) -> None:
         """Raises `ValueError` where this is no request for a server of blocks ``first`` … ``last - 1``."""
@@ -87,6 +118,10 @@ class Request:
                 raise ValueError(f"mask: expected at least {length} columns, got {self.mask.shape[1]}")
         if self.positions is not None:
             _check_array("positions", self.positions, np.int64, (rows if len(self.positions) != 1 else 1, length))
+        if self.shared is not None:
+            if type(self.shared) is not Shared:
+                raise ValueError(f"shared: expected Shared, got {type(self.shared).__name__}")
+            self._check_shared(self.shared)
         if self.prompts is None:
             return
         count = self.prompts.count
@@ -98,6 +133,18 @@ class Request:
                 raise ValueError(
                     f"starts: expected columns 0 to {length - count}, got {self.starts.min()} to {self.starts.max()}"
                 )
+
+    def _check_shared(self, shared: Shared) -> None:
+        shared.check(self.first, self.last)
+        rows = shared.request
+        if (rows.first, rows.last) != (self.first, self.last):
+            raise ValueError(
+                f"shared: expected rows for blocks {self.first} to {self.last - 1}, got some for {rows.first} to "
+                f"{rows.last - 1}"
+            )
+        if self.prompts is not None:
+            raise ValueError("prompts: expected in the request of the shared rows, got some beside it")
+        _check_array("mask", self.mask, np.bool_, (self.shape[0], rows.shape[1] + self.shape[1]))
 
 
 def to_array(tensor: Tensor, dtype: str) -> np.ndarray:
