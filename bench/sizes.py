@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from .cases import COPY, OURS, Case, Sizes, cases
+from .cases import COPY, OURS, TRAINED, Case, Sizes, cast_qkv
 from .roofline import work_of
 from .timing import interleaved, options, report
 
@@ -47,10 +47,9 @@ def main() -> None:
     chosen = options("python -m bench.sizes", __doc__, 15)
     rows = []
     for sizes in SIZES:
-        for case in cases(sizes):
-            if not case.trained and case.op != "overwrite_":
-                rows.append(measure(case, chosen.rounds))
-                print("  ".join(rows[-1].values()), flush=True)
+        for make in (*(partial(make, train=False) for make in TRAINED.values()), cast_qkv):
+            rows.append(measure(make(sizes), chosen.rounds))
+            print("  ".join(rows[-1].values()), flush=True)
     report(chosen, "sizes", "no gradients", rows)
 
 
