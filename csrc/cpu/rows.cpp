@@ -28,6 +28,13 @@ inline void for_row(bool unit_strides, int64_t n, Vectors vectors, Scalar scalar
   for (; i < n; ++i) scalar(i);
 }
 
+// What the C library does for a long copy takes up to a tenth longer where the memory comes fresh from the system.
+inline void copy(char* to, const char* from, int64_t bytes) {
+  int64_t i = 0;
+  for (; i + kLine <= bytes; i += kLine) copy_line(to + i, from + i);
+  std::memcpy(to + i, from + i, bytes - i);
+}
+
 template <class From, class To>
 void convert(void* to_, int64_t to_stride, const void* from_, int64_t from_stride, int64_t n) {
   auto* to = static_cast<To*>(to_);
@@ -35,7 +42,7 @@ void convert(void* to_, int64_t to_stride, const void* from_, int64_t from_strid
   const bool unit = to_stride == 1 && from_stride == 1;
   if constexpr (std::is_same_v<From, To>) {
     if (unit) {
-      std::memcpy(to, from, n * sizeof(To));
+      copy(static_cast<char*>(to_), static_cast<const char*>(from_), n * sizeof(To));
     } else {
       for (int64_t i = 0; i < n; ++i) to[i * to_stride] = from[i * from_stride];
     }

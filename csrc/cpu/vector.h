@@ -81,6 +81,7 @@ inline Floats load_vector(const BFloat16* p) {
   const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
 }
+inline void copy_line(void* to, const void* from) { _mm512_storeu_si512(to, _mm512_loadu_si512(from)); }
 inline void stream_line(void* to, const void* from) {
   _mm512_stream_si512(static_cast<__m512i*>(to), _mm512_loadu_si512(from));
 }
@@ -117,6 +118,13 @@ inline Floats load_vector(const Half* p) {
 inline Floats load_vector(const BFloat16* p) {
   const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   return {_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16))};
+}
+inline void copy_line(void* to, const void* from) {
+  const auto* in = static_cast<const __m256i*>(from);
+  auto* out = static_cast<__m256i*>(to);
+  const __m256i low = _mm256_loadu_si256(in), high = _mm256_loadu_si256(in + 1);
+  _mm256_storeu_si256(out, low);
+  _mm256_storeu_si256(out + 1, high);
 }
 inline void stream_line(void* to, const void* from) {
   const auto* in = static_cast<const __m256i*>(from);
@@ -157,7 +165,8 @@ template <class T>
 inline Floats load_vector(const T* p) { return {load(p)}; }
 template <class T>
 inline void store_vector(T* p, Floats x) { store(p, x.v); }
-inline void stream_line(void* to, const void* from) { std::memcpy(to, from, kLine); }
+inline void copy_line(void* to, const void* from) { std::memcpy(to, from, kLine); }
+inline void stream_line(void* to, const void* from) { copy_line(to, from); }
 inline Floats splat(float x) { return {x}; }
 inline Floats operator+(Floats a, Floats b) { return {a.v + b.v}; }
 inline Floats operator-(Floats a, Floats b) { return {a.v - b.v}; }
