@@ -17,13 +17,19 @@ PADDINGS = ("none", "right", "left")
 COUNT = 4
 
 
-def close(got: Tensor, expected: Tensor, tolerance: float = 1e-5, nudged: Callable[[], Tensor] | None = None) -> None:
-    """Equal to within ``tolerance`` of the larger of 1 and the greatest expected magnitude.
+def close(
+    got: Tensor,
+    expected: Tensor,
+    tolerance: float = 1e-5,
+    nudged: Callable[[], Tensor] | None = None,
+    least: float = 1.0,
+) -> None:
+    """Equal to within ``tolerance`` of the larger of ``least`` and the greatest expected magnitude.
 
     Random models are now and then so steep that float32 cannot tell better. ``nudged`` computes what is expected with
     its inputs moved by their last bit (see `moved_by_a_bit`): four times what that changes is allowed too.
     """
-    scale = max(1.0, expected.abs().max().item())
+    scale = max(least, expected.abs().max().item())
     allowed = tolerance * scale
     if nudged is not None and not bool((got - expected).abs().max() <= allowed):
         allowed = max(allowed, 4 * (nudged() - expected).abs().max().item())

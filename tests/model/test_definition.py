@@ -1,5 +1,7 @@
 """Every family, mode and padding against the oracle, which runs each row alone."""
 
+from functools import cache
+
 import pytest
 import torch
 import transformers
@@ -43,30 +45,30 @@ def test_states_and_gradients(pair, mode, padding, sharing, how):
     expected = [run_row(stock, family.blocks(stock), prompt, text).states for text in texts]
     output = model(input_ids=ids, attention_mask=mask, output_hidden_states=True, **how)
 
+    weights = [torch.randn_like(states[-1]) for states in expected]
+
+    @cache
+    def nudged():
+        """Every row's states and the prompt's gradients, from weights and prompts moved by a bit."""
+        leaves = [None if t is None else moved_by_a_bit(t).requires_grad_() for t in (prompt.shallow, prompt.deep)]
+        twin, moved = moved_by_a_bit(stock), Prompt(*leaves, prompt.mode)
+        made = [run_row(twin, family.blocks(twin), moved, text).states for text in texts]
+        sum((states[-1] * w).sum() for states, w in zip(made, weights, strict=True)).backward()
+        return made, moved
+
     assert len(output.hidden_states) == LAYERS + 1
     # what is recorded last lies before or after the last norm, as the family has it: the body's output stands for it
     for depth, states in enumerate([*output.hidden_states[:-1], output.last_hidden_state]):
         assert states.shape[:2] == ids.shape
         for row, got in enumerate(real(states, mask)):
-            close(got, expected[row][depth])
+            close(got, expected[row][depth], nudged=lambda row=row, depth=depth: nudged()[0][row][depth])
 
-    weights = [torch.randn_like(states[-1]) for states in expected]
     sum((row * w).sum() for row, w in zip(real(output.last_hidden_state, mask), weights, strict=True)).backward()
     sum((states[-1] * w).sum() for states, w in zip(expected, weights, strict=True)).backward()
-
-    def nudged(which):
-        """The gradient of ``prompt``'s tensor of that name, from weights and prompts moved by a bit."""
-        rows = (prompt.shallow, prompt.deep)
-        leaves = [None if t is None else moved_by_a_bit(t).requires_grad_() for t in rows]
-        twin, moved = moved_by_a_bit(stock), Prompt(*leaves, prompt.mode)
-        made = [run_row(twin, family.blocks(twin), moved, text).states[-1] for text in texts]
-        sum((states * w).sum() for states, w in zip(made, weights, strict=True)).backward()
-        return getattr(moved, which).grad
-
-    close(model.prompt_embeddings.weight.grad, prompt.shallow.grad, nudged=lambda: nudged("shallow"))
+    close(model.prompt_embeddings.weight.grad, prompt.shallow.grad, nudged=lambda: nudged()[1].shallow.grad)
     if prompt.deep is not None:
         got = model.intermediate_prompt_embeddings.weight.grad.view_as(prompt.deep)
-        close(got, prompt.deep.grad, nudged=lambda: nudged("deep"))
+        close(got, prompt.deep.grad, nudged=lambda: nudged()[1].deep.grad)
         assert all(layer.abs().sum() > 0 for layer in prompt.deep.grad)
     assert all(p.grad is None for name, p in model.named_parameters() if "prompt_embeddings" not in name)
 

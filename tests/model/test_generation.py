@@ -6,7 +6,7 @@ import transformers
 
 import ptune
 
-from .common import COUNT, close, set_prompts, settings_for, texts_for
+from .common import COUNT, close, moved_by_a_bit, set_prompts, settings_for, texts_for
 from .oracle import pad, run_row
 
 NEW = 7
@@ -50,10 +50,15 @@ def test_greedy(pair, mode, padding, cache, sharing):
         ids, attention_mask=mask, **GREEDY, **how, output_logits=True, return_dict_in_generate=True, pad_token_id=0
     )
     assert output.sequences.shape == (len(texts), ids.shape[1] + NEW)
+    ended = torch.tensor([2])  # forbidden until the last token
     for row, text in enumerate(texts):
         tokens, logits = continued(stock, family, prompt, text)
         got = torch.stack([step[row] for step in output.logits])
-        close(got.index_fill(1, torch.tensor([2]), 0), logits.index_fill(1, torch.tensor([2]), 0))
+
+        def nudged(text=text):
+            return continued(moved_by_a_bit(stock), family, prompt, text)[1].index_fill(1, ended, 0)
+
+        close(got.index_fill(1, ended, 0), logits.index_fill(1, ended, 0), nudged=nudged)
         assert output.sequences[row, -NEW:].tolist() == tokens.tolist()
 
 
