@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from ptune import AutoPTuneModel
 from ptune.cli import app
+from ptune.precision.command import pooling_of
 
 from .tiny import WORDS
 
@@ -557,6 +558,46 @@ def test_audit_of_a_generative_model(tiny_llama, tmp_path):
     tokens = sum(1 + len(f"{row['prompt']} {row['completion']}".split()) for row in rows)
     assert (record["dtype"], record["compares"], record["rows"]) == ("bf16", "logits", tokens)
     assert any(site["kind"] == "head" for site in record["sites"])
+
+
+def with_pooling(base, folder, config):
+    """A copy of ``base`` as sentence-transformers saves a model that pools by ``config``."""
+    shutil.copytree(base, folder)
+    modules = [{"path": "", "type": "a.Transformer"}, {"path": "1_Pooling", "type": "a.Pooling"}]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, lambda row: row[0]),
+        ({"pooling_mode_lasttoken": True}, lambda row: row[-1]),
+        ({"pooling_mode": "mean", "include_prompt": True}, lambda row: row.mean(0)),
+        ({"pooling_mode": ["max", "cls"]}, lambda row: torch.cat([row.amax(0), row[0]])),
+    ],
+)
+def test_an_audit_pools_as_sentence_transformers_would(tiny_llama, tmp_path, config, expected):
+    folder = with_pooling(tiny_llama, tmp_path / "model", config)
+    states, mask = torch.randn(4, 7, 5), torch.ones(4, 7, dtype=torch.long)
+    mask[0, :3] = mask[1, 4:] = mask[2, 1:] = 0
+    rows = torch.stack([expected(row[real.bool()]) for row, real in zip(states, mask, strict=True)])
+    torch.testing.assert_close(pooling_of(str(folder))(states, mask), rows)
+    out = tmp_path / "out"
+    succeed("audit", "--model", folder, "--data", lines_file(tmp_path), "--out", out, "--batches", 1)
+    record = json.loads((out / "report.json").read_text())
+    assert (record["compares"], record["rows"]) == ("embeddings", 8)
+
+
+@pytest.mark.parametrize("config", [{"pooling_mode_weightedmean_tokens": True}, {"pooling_mode": "attention"}, {}])
+def test_an_audit_refuses_other_poolings(tiny_bert, tmp_path, config):
+    folder = with_pooling(tiny_bert, tmp_path / "model", config)
+    result = ptune("audit", "--model", folder, "--data", lines_file(tmp_path), "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "expected a pooling of cls, lasttoken, max, mean, got" in " ".join(result.stderr.split())
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

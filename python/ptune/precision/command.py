@@ -1,6 +1,7 @@
 """The command `ptune audit`: from a model's folder and a file of texts to a report."""
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,14 +9,17 @@ import torch
 import transformers
 from torch import Tensor
 from transformers import AutoConfig, AutoModel
+from transformers.utils import cached_file
 
 from ..data import Columns, DataError, read_passages, read_text, split_lines
 from ..runs import load_tokenizer
 from ..support import find_body, position_limit
 from ..tasks import Generation
+from .damage import first, greatest, last, mean
 from .passes import Audit, audit
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+POOLINGS = {"cls": first, "lasttoken": last, "max": greatest, "mean": mean}  # as sentence-transformers names them
 _HEADS = ("CausalLM", "MaskedLM", "SequenceClassification", "TokenClassification")
 
 
@@ -27,7 +31,8 @@ def audit_files(
         raise ValueError(f"--out: {out} is a file")
     texts = read_texts(data, text_column)[: batch_size * count]
     tokenizer = load_tokenizer(model, "classification")
-    loaded = load(model)
+    pooling = pooling_of(model)
+    loaded = load(model, bare=pooling is not None)
     out.mkdir(parents=True, exist_ok=True)  # what forbids it should be known before the work
     _, positions = position_limit(find_body(loaded))
     length = max_length if positions is None else min(max_length, positions)
@@ -38,22 +43,53 @@ def audit_files(
             encoded = tokenizer(chosen, padding=True, truncation=True, max_length=length, return_tensors="pt")
             yield {name: encoded[name] for name in ("input_ids", "attention_mask")}
 
-    return audit(loaded, batches(), DTYPES[dtype])
+    return audit(loaded, batches(), DTYPES[dtype], pooling=pooling)
 
 
-def load(path: str) -> Any:
-    """The float32 model that a checkpoint's ``architectures`` name: with its head, or a bare one, for embeddings.
+def pooling_of(model: str) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """How a model of sentence-transformers makes an embedding of token states; ``None`` for another model.
+
+    What may come after the pooling is left out. Raises `NotImplementedError` for a pooling that is not known here.
+    """
+    modules = _read_json(model, "modules.json")
+    if modules is None:
+        return None
+    folder = next((module["path"] for module in modules if module.get("type", "").endswith("Pooling")), None)
+    config = None if folder is None else _read_json(model, f"{folder}/config.json")
+    if config is None:
+        raise NotImplementedError(f"model: expected a Pooling among the modules of {model}, got {modules}")
+    modes = config.get("pooling_mode") or [  # as older versions have it
+        key.removeprefix("pooling_mode_").removesuffix("_tokens").removesuffix("_token")
+        for key, chosen in config.items()
+        if key.startswith("pooling_mode_") and chosen
+    ]
+    names = [modes] if isinstance(modes, str) else list(modes)
+    if not names or not set(names) <= POOLINGS.keys():
+        raise NotImplementedError(
+            f"model: expected a pooling of {', '.join(POOLINGS)}, got {', '.join(names) or config}"
+        )
+    return lambda states, mask: torch.cat([POOLINGS[name](states, mask) for name in names], 1)
+
+
+def _read_json(model: str, name: str) -> Any:
+    found = cached_file(model, name, _raise_exceptions_for_missing_entries=False)
+    return None if found is None else json.loads(Path(found).read_text(encoding="utf-8"))
+
+
+def load(path: str, bare: bool = False) -> Any:
+    """The float32 model that a checkpoint's ``architectures`` name, with its head unless it is to be ``bare``.
 
     Raises `NotImplementedError` for an architecture whose head is of no kind known here.
     """
     architecture = next(iter(AutoConfig.from_pretrained(path).architectures or ()), "")
-    for head in _HEADS:
+    for head in () if bare else _HEADS:
         if architecture.endswith((f"For{head}", *(("LMHeadModel",) if head == "CausalLM" else ()))):
             return getattr(transformers, f"AutoModelFor{head}").from_pretrained(path, dtype=torch.float32)
-    if "For" in architecture:
+    if "For" in architecture and not bare:
         raise NotImplementedError(f"model: expected a head of {', '.join(_HEADS)}, or none, got {architecture}")
     # the class itself, for AutoModel takes T5's encoder for both of its halves
-    return getattr(transformers, architecture, AutoModel).from_pretrained(path, dtype=torch.float32)
+    kind = AutoModel if "For" in architecture else getattr(transformers, architecture, AutoModel)
+    return kind.from_pretrained(path, dtype=torch.float32)
 
 
 def read_texts(path: Path, column: str | None) -> list[str]:

@@ -29,6 +29,21 @@ def mean(states: Tensor, mask: Tensor) -> Tensor:
     return (states * weights).sum(1) / weights.sum(1)
 
 
+def first(states: Tensor, mask: Tensor) -> Tensor:
+    """The state [b, d] of each text's first real token."""
+    return states[torch.arange(len(mask), device=mask.device), mask.long().argmax(1)]
+
+
+def last(states: Tensor, mask: Tensor) -> Tensor:
+    """The state [b, d] of each text's last real token."""
+    return first(states.flip(1), mask.flip(1))
+
+
+def greatest(states: Tensor, mask: Tensor) -> Tensor:
+    """The greatest value of each dimension [b, d] among the real tokens."""
+    return states.masked_fill(mask[..., None] == 0, -torch.inf).amax(1)
+
+
 class Outputs(nn.Module):
     """``model``, and ``pooling`` on top of it where it gives token states.
 
