@@ -286,14 +286,15 @@ def test_the_code_does_what_was_tried(base_of, name, dtype):
             assert damage.figures().items() <= figures.items(), figures["how"]
 
 
-def test_a_lone_logit(base_of):
-    """A reranker's: "yes" or "no", whose softmax by itself would be 1 whatever it is."""
-    model = base_of("bert").stock(transformers.AutoModelForSequenceClassification, num_labels=1).eval()
-    batch = inputs()
+@pytest.mark.parametrize(("count", "problem"), [(1, "regression"), (3, "multi_label_classification")])
+def test_logits_of_yes_or_no(base_of, count, problem):
+    """Of a reranker, whose softmax by itself would be 1 whatever it is, and of labels that may be true together."""
+    kind, settings = transformers.AutoModelForSequenceClassification, {"num_labels": count, "problem_type": problem}
+    model, batch = base_of("bert").stock(kind, **settings).eval(), inputs()
     with torch.no_grad():
-        whole = model(**batch).logits[:, 0]
+        whole = model(**batch).logits
         with loaded_in(model, BF16):
-            half = model(**batch).logits[:, 0].float()
+            half = model(**batch).logits.float()
     p, q = whole.double().sigmoid(), half.double().sigmoid()
     divergence = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
     assert audit(model, [batch]).whole["bf16"]["kl_mean"] == pytest.approx(divergence.mean().item(), rel=1e-2, abs=1e-7)

@@ -61,7 +61,8 @@ class Outputs(nn.Module):
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         """One row for each text, or for each real token where there are logits of tokens.
 
-        A lone logit (a reranker's) is that of "yes", and gets the 0 of a "no" beside it.
+        A lone logit (a reranker's), and each of a multi-label classifier, is that of "yes", and gets the 0 of a "no"
+        beside it.
         """
         output: Any = self.model(**batch)
         if isinstance(output, Tensor):
@@ -73,7 +74,8 @@ class Outputs(nn.Module):
         if not self.given and found.get("logits") is not None:
             self.kind = "logits"
             logits = without_padding(found["logits"], batch.get("attention_mask"))
-            logits = logits.reshape(-1, logits.shape[-1])
+            problem = getattr(getattr(self.model, "config", None), "problem_type", None)
+            logits = logits.reshape(-1, 1 if problem == "multi_label_classification" else logits.shape[-1])
             return logits if logits.shape[1] > 1 else nn.functional.pad(logits, (0, 1))
         if not self.given and found.get("sentence_embedding") is not None:
             return self._checked(found["sentence_embedding"])
