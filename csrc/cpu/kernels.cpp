@@ -108,12 +108,22 @@ void for_heads(int64_t batch, int64_t heads, int64_t rows, int64_t bytes_per_row
   });
 }
 
+// Asks for a row that may lie anywhere: for the beginnings of its pages, from where the processor goes on by itself.
+void prefetch(const char* row, int64_t bytes) {
+  for (int64_t page = 0; page < bytes; page += 4096)
+    for (int64_t line = page; line < std::min<int64_t>(bytes, page + 512); line += 64) __builtin_prefetch(row + line);
+}
+
 void look_up_rows(const Assemble& a, char* to, int64_t i, int64_t first, int64_t last, bool stream) {
   const auto scale = rows().scale[static_cast<int>(a.out.dtype)];
-  for (int64_t r = first; r < last; ++r, to += a.width * size_of(a.out.dtype)) {
+  const int64_t bytes = a.width * size_of(a.out.dtype);
+  const auto look_up = [&](int64_t r) {
     const int64_t where = i * a.ids.stride[0] + r * a.ids.stride[1];
-    const int64_t id = a.ids.wide ? static_cast<const int64_t*>(a.ids.data)[where] : static_cast<const int32_t*>(a.ids.data)[where];
-    const char* from = at(a.text, 0, 0, id);
+    return at(a.text, 0, 0, a.ids.wide ? static_cast<const int64_t*>(a.ids.data)[where] : static_cast<const int32_t*>(a.ids.data)[where]);
+  };
+  for (int64_t r = first; r < last; ++r, to += bytes) {
+    const char* from = look_up(r);
+    if (r + 1 < last) prefetch(look_up(r + 1), bytes);
     if (a.scale == 1.0) {
       convert_rows(a.out, to, a.text, from, 1, a.width, stream);
     } else {
