@@ -35,7 +35,10 @@ _forced: Ops | None = None
 def ops_for(tensor: Tensor) -> Ops:
     """The ops that serve the device of ``tensor``."""
     # to ask a tensor for its device takes a tenth of the time of a small op
-    return _forced or _serving_type("cpu" if tensor.is_cpu else tensor.device.type)
+    try:
+        return _forced or _serving_type("cpu" if tensor.is_cpu else tensor.device.type)
+    except AttributeError:
+        raise TypeError(f"expected a tensor, got {type(tensor).__name__}") from None
 
 
 def _serving_type(device_type: str) -> Ops:

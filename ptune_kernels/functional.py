@@ -49,6 +49,11 @@ class Placement(NamedTuple):
         device: torch.device | str | None = None,
     ) -> "Placement":
         """A placement from host numbers, checked against a pool of ``pool_rows`` rows before it goes to ``device``."""
+        if not len(start) == len(length) == len(column):
+            raise ValueError(
+                "start, length and column: expected one number each for every row of the batch, got "
+                f"{len(start)}, {len(length)} and {len(column)}"
+            )
         for i, (s, m, c) in enumerate(zip(start, length, column, strict=True)):
             if s < 0 or m < 0 or c < 0 or s + m > pool_rows:
                 raise IndexError(
@@ -100,6 +105,8 @@ def strip(hidden: Tensor, max_length: int, placement: Placement | None = None) -
 
     hidden [b, m + n, d] → [b, n, d]. Without a placement the first ``max_length`` rows go.
     """
+    if isinstance(max_length, Placement):
+        raise TypeError("max_length: expected a number of rows, got a Placement, which comes after it")
     where = _placed(placement, max_length)
     if where[3] != max_length:
         raise ValueError(f"max_length: expected {where[3]} (that of placement), got {max_length}")
@@ -174,9 +181,13 @@ def cast_qkv(query: Tensor, key: Tensor, value: Tensor, dtype: torch.dtype) -> t
 
 def _needs_grad(*tensors: Tensor) -> bool:
     if torch.is_grad_enabled():
-        for tensor in tensors:
-            if tensor.requires_grad:
-                return True
+        try:
+            for tensor in tensors:
+                if tensor.requires_grad:
+                    return True
+        except AttributeError:
+            kinds = ", ".join(type(tensor).__name__ for tensor in tensors)
+            raise TypeError(f"expected tensors alone, got {kinds}") from None
     return False
 
 

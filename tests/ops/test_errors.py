@@ -130,6 +130,7 @@ ANOTHER_CLASS = [
         (op, "placement", 5, ("expected a Placement or None", "int"))
         for op in ("embed_and_prepend", "prepend", "strip", "overwrite", "overwrite_", "prepend_kv")
     ),
+    ("strip", "max_length", Placement.of([0], [1], [0], pool_rows=1), ("expected a number of rows", "a Placement")),
     ("cast_qkv", "dtype", "bfloat16", ("expected a torch.dtype", "'bfloat16'")),
     ("prepend_kv", "dtype", "bfloat16", ("expected a torch.dtype", "'bfloat16'")),
 ]
@@ -142,6 +143,18 @@ def test_another_class(target, op, argument, value, words):
         getattr(ptune_kernels, op)(**good(op, target.device) | {argument: value})
     assert str(caught.value).startswith(f"{argument}: ")
     assert all(word in str(caught.value) for word in words)
+
+
+@on_targets
+@pytest.mark.parametrize(
+    "op", ["embed_and_prepend", "prepend", "strip", "overwrite", "overwrite_", "prepend_kv", "cast_qkv"]
+)
+def test_arrays(target, op):
+    """Refused here, or by torch, which names the argument."""
+    for argument, value in good(op, target.device).items():
+        if isinstance(value, torch.Tensor):
+            with pytest.raises((TypeError, RuntimeError), match=r"[Ee]xpected .*ndarray"):
+                getattr(ptune_kernels, op)(**good(op, target.device) | {argument: value.cpu().numpy()})
 
 
 @on_targets
@@ -285,6 +298,8 @@ def test_placement_of_checks_on_the_host():
     for start, length, column in ((-1, 1, 0), (0, -1, 0), (0, 1, -1), (2, 3, 0)):
         with pytest.raises(IndexError, match=rf"row 1.*at most 4.*start {start}, length {length}, column {column}"):
             Placement.of([0, start], [1, length], [0, column], pool_rows=4)
+    with pytest.raises(ValueError, match=r"one number each for every row of the batch, got 1, 2 and 1"):
+        Placement.of([0], [1, 1], [0], pool_rows=4)
 
 
 def test_unknown_backend():
