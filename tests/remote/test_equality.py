@@ -4,6 +4,7 @@ import gc
 import json
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -364,6 +365,10 @@ def test_nothing_waits_for_the_garbage_collector(shared, serve):
     blocks = remote.RemoteSequential(remote.connect(serve("llama", 2)), micro_batch=2)
     hidden = torch.randn(5, 7, 24, requires_grad=True)
     actors = [span.server for span in blocks.link.spans]
+
+    def held_by(output):
+        return output.grad_fn.run.chunks, output.grad_fn.run.shared
+
     gc.collect()
     gc.disable()
     try:
@@ -371,8 +376,12 @@ def test_nothing_waits_for_the_garbage_collector(shared, serve):
         assert [ray.get(actor.status.remote())["kept"] for actor in actors] == [2 * count] * 2
         outputs[0].sum().backward()
         assert [ray.get(actor.status.remote())["kept"] for actor in actors] == [count] * 2
+        # with references to prompts, and to what stands between the servers
+        left = weakref.WeakSet(part for output in outputs for parts in held_by(output) for part in parts)
+        assert len(left) == 2 * count
         del outputs
         assert [ray.get(actor.status.remote())["kept"] for actor in actors] == [0, 0]
+        assert not left
     finally:
         gc.enable()
 

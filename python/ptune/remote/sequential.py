@@ -151,7 +151,7 @@ class _Pass:
         self.slices = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
         self.chunks: list[_Chunk] = []
         self.shared: list[SharedRows] = []  # at most one, for all chunks
-        # at once, and not when garbage is collected: what passes servers and its relay hold one another
+        # at once, and not when garbage is collected: what passes servers and its relay hold one another until then
         weakref.finalize(self, _release, self.chunks, self.shared).atexit = False
 
     def forward(self, hidden: Tensor, prompts: Tensor | None, shared: Tensor | None) -> Tensor:
@@ -260,11 +260,11 @@ class _Chunk:
 
         Servers that do not hear of it drop them in time.
         """
-        self.relay.states.clear()
         if ray.is_initialized():
             for server, keep in self._outstanding:
                 server.forget.remote(keep)
         self._outstanding.clear()
+        del self.relay  # which holds this in turn
 
     def _begin(self) -> Any:
         return ray.put(self.hidden)

@@ -75,8 +75,8 @@ class SharedRows:
 
     def release(self) -> None:
         """Let go of what stands between the servers, and of what they keep."""
-        self.relay.states.clear()
         self.forget()
+        del self.relay  # which holds this in turn
 
     def forget(self) -> None:
         """Let the servers forget keys and values; they make them again if they must."""
