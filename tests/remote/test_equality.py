@@ -159,6 +159,23 @@ def test_generate(family, servers, mode, how, serve, folder_of):
     assert continued[1].tolist() == continued[0].tolist()
 
 
+@pytest.mark.parametrize("mode", ["none", "shallow", "add"])
+def test_watched_blocks_generate(mode, serve, folder_of):
+    """Where hooks see what each block is given, each has a session of its own."""
+    local, far = pair_of("CausalLM", folder_of("llama"), serve("llama", 2), mode)
+    ids, mask = batch_of("left")
+    how = {"attention_mask": mask, "max_new_tokens": 6, "pad_token_id": 0, "num_beams": 2}
+    seen = []
+    handle = far.model.layers[2].register_forward_hook(lambda block, args, output: seen.append(output.shape[1]))
+    assert far.generate(ids, **how).tolist() == local.generate(ids, **how).tolist()
+    assert len(seen) > 1 == seen[-1]
+    with torch.no_grad():
+        cache = far(ids, attention_mask=mask, use_cache=True).past_key_values
+        handle.remove()
+        with pytest.raises(ValueError, match=r"past_key_values: expected a cache as .* watched or not as now"):
+            far(ids[:, :1], past_key_values=cache)
+
+
 def test_prompts_off_is_the_stock_model(serve, folder_of):
     _, far = pair_of("CausalLM", folder_of("llama"), serve("llama", 2), "overwrite")
     stock = transformers.AutoModelForCausalLM.from_pretrained(folder_of("llama")).eval()
