@@ -300,7 +300,7 @@ def test_some_blocks_with_shared_rows(serve, folder_of):
 @pytest.mark.parametrize(
     ("family", "changes", "message"),
     [
-        ("llama", {"shared": torch.zeros(2, 3, 24)}, r"shared: expected \[1, m, 24\], got shape \(2, 3, 24\)"),
+        ("llama", {"shared": torch.zeros(2, 3, 24)}, r"shared: expected \[1, m, d\], got shape \(2, 3, 24\)"),
         ("llama", {"prompts": torch.zeros(LAYERS, 2, 24)}, "prompts: expected 3 rows, as shared has, got 2"),
         ("llama", {"attention_mask": torch.ones(2, 5)}, r"mask: expected bool of shape \(2, 8\)"),
         ("bert", {}, "shared: expected prompts that overwrite them"),
@@ -313,8 +313,9 @@ def test_some_blocks_with_shared_rows(serve, folder_of):
 )
 def test_rows_that_cannot_be_shared(family, changes, message, serve):
     blocks = remote.RemoteSequential(remote.connect(serve(family, 2)))
-    with pytest.raises(ValueError, match=message):
-        blocks(torch.zeros(2, 5, 24), **{"shared": torch.zeros(1, 3, 24)} | changes)
+    for run in (blocks, blocks.inference_session().step):
+        with pytest.raises(ValueError, match=message):
+            run(torch.zeros(2, 5, 24), **{"shared": torch.zeros(1, 3, 24)} | changes)
 
 
 def test_a_session_equals_one_call(serve):
@@ -323,6 +324,8 @@ def test_a_session_equals_one_call(serve):
     with torch.no_grad():
         whole = blocks(hidden, prompts)
     with blocks.inference_session(max_length=9) as session:
+        with pytest.raises(ValueError, match="mask: expected"):
+            session.step(hidden[:, :5], attention_mask=torch.ones(2, 7), shared=prompts[:1])
         parts = [session.step(hidden[:, :5], prompts), session.step(hidden[:, 5:6]), session.step(hidden[:, 6:])]
         close(torch.cat(parts, 1), whole)
         assert session.length == 9
@@ -346,6 +349,20 @@ def test_prompts_travel_once_per_version(serve, folder_of):
     far(ids, labels=torch.zeros(5, dtype=torch.long)).loss.backward()
     assert traffic["prompts"] == 3 * size
     assert traffic["prompt gradients"] == len(ids) * size
+
+
+def test_a_version_has_one_value(serve, monkeypatch):
+    """Even where another thread sends others at the same time."""
+    link, put, sent = remote.connect(serve("llama", 2)), ray.put, []
+
+    def meanwhile(array):
+        monkeypatch.setattr(ray, "put", put)
+        sent.extend(link.prompts(link.legs(0, 2), torch.ones(2, 3, 24)))
+        return put(array)
+
+    monkeypatch.setattr(ray, "put", meanwhile)
+    sent += link.prompts(link.legs(0, 2), torch.zeros(2, 3, 24))
+    assert sent[0].version != sent[1].version
 
 
 @pytest.mark.parametrize("micro_batch", [None, 2])

@@ -89,8 +89,6 @@ class RemoteSequential(nn.Module):
         Raises `RemoteError` where the blocks could not be run, and `ValueError` for what no server takes.
         """
         self.check(hidden, prompts)
-        if shared is not None:
-            self._check_shared(hidden, prompts, mode, shared)
         given = [tensor for tensor in (hidden, prompts, shared) if tensor is not None]
         keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
         run = _Pass(self, hidden, attention_mask, position_ids, starts if prompts is not None else None, mode, keep)
@@ -109,18 +107,6 @@ class RemoteSequential(nn.Module):
         if prompts.dim() != 3 or prompts.shape[0] != len(self) or prompts.shape[2] != hidden.shape[2]:
             raise ValueError(f"prompts: expected [{len(self)}, m, {hidden.shape[2]}], got shape {tuple(prompts.shape)}")
 
-    def _check_shared(self, hidden: Tensor, prompts: Tensor | None, mode: str, shared: Tensor) -> None:
-        if self.link.unshared is not None:
-            raise NotImplementedError(f"shared: expected None, as these servers share no rows: {self.link.unshared}")
-        if shared.dim() != 3 or shared.shape[0] != 1 or shared.shape[2] != hidden.shape[2]:
-            raise ValueError(f"shared: expected [1, m, {hidden.shape[2]}], got shape {tuple(shared.shape)}")
-        if shared.shape[1] > self.link.max_tokens:
-            raise TooLarge(f"shared: expected at most {self.link.max_tokens} rows (max_tokens), got {shared.shape[1]}")
-        if prompts is not None and prompts.shape[1] != shared.shape[1]:
-            raise ValueError(f"prompts: expected {shared.shape[1]} rows, as shared has, got {prompts.shape[1]}")
-        if not self.link.causal and (prompts is None or mode != "overwrite"):
-            raise ValueError("shared: expected prompts that overwrite them, as these blocks read in both directions")
-
 
 class _Pass:
     """One forward through the blocks, and its backward, in micro-batches."""
@@ -138,7 +124,6 @@ class _Pass:
         self.link = blocks.link
         self.legs = self.link.legs(blocks.first, blocks.last)
         self.dtype = blocks.wire_dtype or name_of(hidden.dtype)
-        self.first = blocks.first
         self.arrays = geometry(mask, positions, starts)
         self.mode, self.keep = mode, keep
         rows, length = hidden.shape[:2]
@@ -156,18 +141,15 @@ class _Pass:
 
     def forward(self, hidden: Tensor, prompts: Tensor | None, shared: Tensor | None) -> Tensor:
         array = to_array(hidden, self.dtype)
-        sent = [
-            None if prompts is None else self.link.prompts(leg.first, leg.last, self._rows(prompts, leg))
-            for leg in self.legs
-        ]
+        sent = self.link.prompts(self.legs, prompts)
         if shared is not None:
+            self.shared.append(SharedRows(self.link, self.legs, shared, sent, self.mode))
+            sent = [None] * len(sent)
             count, length = shared.shape[1], array.shape[1]
             if self.arrays["mask"] is None:
                 self.arrays["mask"] = np.ones((len(array), count + length), np.bool_)
             if self.arrays["positions"] is None:
                 self.arrays["positions"] = np.arange(count, count + length, dtype=np.int64)[None]
-            self.shared.append(SharedRows(self.link, self.legs, shared, sent, self.mode))
-            sent = [None] * len(sent)
         for rows in self.slices:
             requests = [
                 Request(
@@ -208,9 +190,6 @@ class _Pass:
             own, deep = shared.backward(lambda leg: [chunk.parts[leg.first] for chunk in self.chunks], relays)
         prompts, rows = (each if each is None else each.to(gradient.device) for each in (deep, own))
         return torch.cat(parts).to(gradient.device, gradient.dtype), prompts, rows
-
-    def _rows(self, prompts: Tensor, leg: Leg) -> Tensor:
-        return prompts[leg.first - self.first : leg.last - self.first]
 
 
 class _Chunk:

@@ -16,6 +16,8 @@ from .wire import Prompts, Request, Shared, to_array, to_tensor
 class SharedRows:
     """``rows`` [1, m, d] on their way through ``legs``, whose servers keep the keys and values that they make of them.
 
+    Raises `ValueError` for another shape; what else is wrong with them, servers say.
+
     Args:
         prompts: deep prompts of each leg's blocks, or ``None``.
         mode: what these do to the rows.
@@ -27,6 +29,8 @@ class SharedRows:
     def __init__(
         self, link: Link, legs: Sequence[Leg], rows: Tensor, prompts: Sequence[Prompts | None], mode: str
     ) -> None:
+        if rows.dim() != 3 or rows.shape[0] != 1:
+            raise ValueError(f"shared: expected [1, m, d], got shape {tuple(rows.shape)}")
         self.link, self.legs = link, legs
         # as precise as their gradients, whatever travels beside them
         self.dtype = "float64" if rows.dtype == torch.float64 else "float32"
