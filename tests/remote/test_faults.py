@@ -174,7 +174,7 @@ def lost_object(cluster):
     return reference
 
 
-@pytest.mark.parametrize("lost", ["hidden", "rows", "rows alone", "parts"])
+@pytest.mark.parametrize("lost", ["hidden", "rows", "rows elsewhere", "parts"])
 def test_lost_objects(lost, cluster, servers, monkeypatch):
     """A backward, whose servers have forgotten what they kept, does not find what stood between them either.
 
@@ -198,9 +198,11 @@ def test_lost_objects(lost, cluster, servers, monkeypatch):
     monkeypatch.setattr(sequential._Pass, "__init__", remember)
     output = forward()
     chunks, rows = passes[0].chunks, passes[0].shared[0]
-    texts = [] if lost == "rows alone" else chunks[0]._outstanding
-    for server, keep in [*texts, *((holder, rows._name) for holder in rows._holders)]:
-        ray.get(server.forget.remote(keep))
+    if lost == "rows elsewhere":
+        rows.legs[1].turn_away()  # to a server that never had them
+    else:
+        for server, keep in [*chunks[0]._outstanding, *((holder, rows._name) for holder in rows._holders)]:
+            ray.get(server.forget.remote(keep))
     with torch.no_grad():
         for given in (*leaves, positions):
             given.zero_()
@@ -444,7 +446,27 @@ def test_the_door_has_a_limit(server_with):
     alone = Shared("rows", Request(0, 2, "float32", (1, 7)), [ray.put(np.zeros((1, 7, 24), np.float32))])
     with pytest.raises(TooLarge, match=r"shared: expected at most 6 tokens \(max_tokens\), got 7"):
         server_with(max_tokens=6).forward(request_for(HIDDEN, shared=alone, mask=np.ones((2, 10), bool)), HIDDEN)
-    server = server_with()
+
+
+def test_the_door_of_shared_rows(server_with):
+    server, rows = server_with(), np.zeros((1, 2, 24), np.float32)
+    given = Shared("rows", request_for(rows), [ray.put(rows)])
+    request = request_for(HIDDEN, shared=given, mask=np.ones((2, 5), bool))
+    server.step(request, HIDDEN, "session", 0)
+    with pytest.raises(ValueError, match="shared: expected in the first step of a session alone"):
+        server.step(request, HIDDEN, "session", 5)
+    assert server.status()["sessions"] == 1
+    nested = request_for(rows, shared=given, mask=np.ones((1, 4), bool))
+    for shared_rows, array, message in (
+        ({}, rows, "shared: expected Shared, got dict"),
+        (Shared("other", nested, []), rows, "shared: expected prompt rows and a Request for them alone"),
+        (Shared("other", request_for(rows), []), rows[:, :1], r"shared: expected float32 of shape \(1, 2, 24\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            server.share(shared_rows, array)
+    for parts, got in (([rows], "1"), ({}, "dict")):
+        with pytest.raises(ValueError, match=f"parts: expected lists of 4 arrays, got {got}"):
+            server.backward_shared(given, None, [ray.put(parts)])
     server.span.unshared = "of a reason"
     with pytest.raises(ValueError, match="shared: expected None, as this server shares no rows: of a reason"):
-        server.share(alone, np.zeros((1, 7, 24), np.float32))
+        server.share(Shared("other", request_for(rows), []), rows)

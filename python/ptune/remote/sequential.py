@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from .link import Link, call
-from .relay import Leg, Relay
+from .relay import Leg, Relay, way_back
 from .session import InferenceSession
-from .shared import SharedRows
+from .shared import SharedRows, deep_gradient
 from .wire import Request, TooLarge, geometry, name_of, to_array, to_tensor
 
 
@@ -181,9 +181,7 @@ class _Pass:
         for chunk, relay in zip(self.chunks, relays, strict=True):
             part, *of_legs = chunk.finish_backward(relay)
             parts.append(to_tensor("gradient", part, self.dtype, chunk.hidden.shape))
-            if of_legs and of_legs[0] is not None:
-                # from the last blocks to the first
-                together = torch.cat([torch.from_numpy(rows_of.copy()) for rows_of in reversed(of_legs)])
+            if (together := deep_gradient(of_legs)) is not None:
                 deep = together if deep is None else deep + together
         own: Tensor | None = None
         for shared in self.shared:
@@ -224,8 +222,8 @@ class _Chunk:
         return output
 
     def begin_backward(self, gradient: np.ndarray) -> Relay:
-        legs = [Leg(leg.replicas, leg.first, leg.last, leg.server) for leg in reversed(self.legs)]
-        return Relay(legs, self.link.retries, lambda: ray.put(gradient), self._send_back, self._forward_again)
+        legs, retries = way_back(self.legs), self.link.retries
+        return Relay(legs, retries, lambda: ray.put(gradient), self._send_back, self._forward_again)
 
     def finish_backward(self, relay: Relay) -> list[Any]:
         results = relay.wait()
@@ -259,8 +257,7 @@ class _Chunk:
         keep = self._names[leg.first]
         if (leg.server, keep) in self._outstanding:
             self._outstanding.remove((leg.server, keep))  # the backward takes it
-        source = self.relay.states[[own.first for own in self.legs].index(leg.first)]
-        made = call(leg.server, "backward", 3, self._request(leg), gradient, keep, [source])
+        made = call(leg.server, "backward", 3, self._request(leg), gradient, keep, [self.relay.given_to(leg)])
         if self.shared is not None:
             self.parts[leg.first] = made.pop(1)  # which only the servers read
         return made

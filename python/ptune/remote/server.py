@@ -115,13 +115,14 @@ class BlockServer:
         """
         output_gradient = self._admit_shared(shared, gradient, "gradient")
         run = self._captured(shared)
-        self._kept.take(shared.name)
         sums = [torch.zeros_like(layer, dtype=_wide(layer)) for layer in run.layers]
         for part in ray.get(parts):
             if type(part) is not list or len(part) != len(sums):
-                raise ValueError(f"parts: expected lists of {len(sums)} arrays, got {type(part).__name__}")
+                got = len(part) if type(part) is list else type(part).__name__
+                raise ValueError(f"parts: expected lists of {len(sums)} arrays, got {got}")
             for total, array in zip(sums, part, strict=True):
                 total += to_tensor("parts", array, shared.request.dtype, total.shape).to(total.device)
+        self._kept.take(shared.name)
         outputs, gradients = run.layers, [total.to(layer.dtype) for total, layer in zip(sums, run.layers, strict=True)]
         if output_gradient is not None:
             outputs, gradients = [*outputs, run.output], [*gradients, output_gradient]
