@@ -268,8 +268,6 @@ class _Chunk:
 
     def _forward_again(self) -> None:
         """Make anew what each leg was given."""
-        if self.shared is not None:
-            self.shared.again()
         self.relay.states.append(None)
         self.relay.begin_again()
         self.relay.settle()
