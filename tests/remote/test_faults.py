@@ -229,6 +229,7 @@ def test_a_replay_begins_with_what_was_sent(cluster, servers):
     whole, given = blocks(hidden, shared=rows), hidden[:, :5].clone()
     with blocks.inference_session() as session:
         parts = [session.step(given, position_ids=positions, shared=rows)]
+        assert not session._shared[0]._holders  # caches have the keys and values now
         for tensor in (given, positions, rows):
             tensor.zero_()
         server, name = session._places[2]
