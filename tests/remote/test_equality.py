@@ -4,6 +4,7 @@ import gc
 import json
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -158,6 +159,23 @@ def test_generate(family, servers, mode, how, serve, folder_of):
     assert continued[1].tolist() == continued[0].tolist()
 
 
+@pytest.mark.parametrize("mode", ["none", "shallow", "add"])
+def test_watched_blocks_generate(mode, serve, folder_of):
+    """Where hooks see what each block is given, each has a session of its own."""
+    local, far = pair_of("CausalLM", folder_of("llama"), serve("llama", 2), mode)
+    ids, mask = batch_of("left")
+    how = {"attention_mask": mask, "max_new_tokens": 6, "pad_token_id": 0, "num_beams": 2}
+    seen = []
+    handle = far.model.layers[2].register_forward_hook(lambda block, args, output: seen.append(output.shape[1]))
+    assert far.generate(ids, **how).tolist() == local.generate(ids, **how).tolist()
+    assert len(seen) > 1 == seen[-1]
+    with torch.no_grad():
+        cache = far(ids, attention_mask=mask, use_cache=True).past_key_values
+        handle.remove()
+        with pytest.raises(ValueError, match=r"past_key_values: expected a cache as .* watched or not as now"):
+            far(ids[:, :1], past_key_values=cache)
+
+
 def test_prompts_off_is_the_stock_model(serve, folder_of):
     _, far = pair_of("CausalLM", folder_of("llama"), serve("llama", 2), "overwrite")
     stock = transformers.AutoModelForCausalLM.from_pretrained(folder_of("llama")).eval()
@@ -282,7 +300,7 @@ def test_some_blocks_with_shared_rows(serve, folder_of):
 @pytest.mark.parametrize(
     ("family", "changes", "message"),
     [
-        ("llama", {"shared": torch.zeros(2, 3, 24)}, r"shared: expected \[1, m, 24\], got shape \(2, 3, 24\)"),
+        ("llama", {"shared": torch.zeros(2, 3, 24)}, r"shared: expected \[1, m, d\], got shape \(2, 3, 24\)"),
         ("llama", {"prompts": torch.zeros(LAYERS, 2, 24)}, "prompts: expected 3 rows, as shared has, got 2"),
         ("llama", {"attention_mask": torch.ones(2, 5)}, r"mask: expected bool of shape \(2, 8\)"),
         ("bert", {}, "shared: expected prompts that overwrite them"),
@@ -295,8 +313,9 @@ def test_some_blocks_with_shared_rows(serve, folder_of):
 )
 def test_rows_that_cannot_be_shared(family, changes, message, serve):
     blocks = remote.RemoteSequential(remote.connect(serve(family, 2)))
-    with pytest.raises(ValueError, match=message):
-        blocks(torch.zeros(2, 5, 24), **{"shared": torch.zeros(1, 3, 24)} | changes)
+    for run in (blocks, blocks.inference_session().step):
+        with pytest.raises(ValueError, match=message):
+            run(torch.zeros(2, 5, 24), **{"shared": torch.zeros(1, 3, 24)} | changes)
 
 
 def test_a_session_equals_one_call(serve):
@@ -305,6 +324,8 @@ def test_a_session_equals_one_call(serve):
     with torch.no_grad():
         whole = blocks(hidden, prompts)
     with blocks.inference_session(max_length=9) as session:
+        with pytest.raises(ValueError, match="mask: expected"):
+            session.step(hidden[:, :5], attention_mask=torch.ones(2, 7), shared=prompts[:1])
         parts = [session.step(hidden[:, :5], prompts), session.step(hidden[:, 5:6]), session.step(hidden[:, 6:])]
         close(torch.cat(parts, 1), whole)
         assert session.length == 9
@@ -328,6 +349,20 @@ def test_prompts_travel_once_per_version(serve, folder_of):
     far(ids, labels=torch.zeros(5, dtype=torch.long)).loss.backward()
     assert traffic["prompts"] == 3 * size
     assert traffic["prompt gradients"] == len(ids) * size
+
+
+def test_a_version_has_one_value(serve, monkeypatch):
+    """Even where another thread sends others at the same time."""
+    link, put, sent = remote.connect(serve("llama", 2)), ray.put, []
+
+    def meanwhile(array):
+        monkeypatch.setattr(ray, "put", put)
+        sent.extend(link.prompts(link.legs(0, 2), torch.ones(2, 3, 24)))
+        return put(array)
+
+    monkeypatch.setattr(ray, "put", meanwhile)
+    sent += link.prompts(link.legs(0, 2), torch.zeros(2, 3, 24))
+    assert sent[0].version != sent[1].version
 
 
 @pytest.mark.parametrize("micro_batch", [None, 2])
@@ -364,6 +399,10 @@ def test_nothing_waits_for_the_garbage_collector(shared, serve):
     blocks = remote.RemoteSequential(remote.connect(serve("llama", 2)), micro_batch=2)
     hidden = torch.randn(5, 7, 24, requires_grad=True)
     actors = [span.server for span in blocks.link.spans]
+
+    def held_by(output):
+        return output.grad_fn.run.chunks, output.grad_fn.run.shared
+
     gc.collect()
     gc.disable()
     try:
@@ -371,8 +410,12 @@ def test_nothing_waits_for_the_garbage_collector(shared, serve):
         assert [ray.get(actor.status.remote())["kept"] for actor in actors] == [2 * count] * 2
         outputs[0].sum().backward()
         assert [ray.get(actor.status.remote())["kept"] for actor in actors] == [count] * 2
+        # with references to prompts, and to what stands between the servers
+        left = weakref.WeakSet(part for output in outputs for parts in held_by(output) for part in parts)
+        assert len(left) == 2 * count
         del outputs
         assert [ray.get(actor.status.remote())["kept"] for actor in actors] == [0, 0]
+        assert not left
     finally:
         gc.enable()
 

@@ -174,14 +174,17 @@ def lost_object(cluster):
     return reference
 
 
-@pytest.mark.parametrize("lost", ["hidden", "rows", "parts"])
+@pytest.mark.parametrize("lost", ["hidden", "rows", "rows elsewhere", "parts"])
 def test_lost_objects(lost, cluster, servers, monkeypatch):
-    """A backward, whose servers have forgotten all they kept, does not find what stood between them either."""
+    """A backward, whose servers have forgotten what they kept, does not find what stood between them either.
+
+    What its caller has changed since is not what it begins again with.
+    """
     blocks = remote.RemoteSequential(remote.connect(servers.name, RETRIES), micro_batch=2)
     leaves = [torch.randn(*shape, 24, requires_grad=True) for shape in ((3, 5), (4, 2), (1, 2))]
+    positions = torch.arange(2, 7)[None]
 
     def forward():
-        positions = torch.arange(2, 7)[None]
         return blocks(leaves[0], leaves[1], None, positions, mode="add", shared=leaves[2])
 
     expected = torch.autograd.grad(forward().square().sum(), leaves)
@@ -195,8 +198,14 @@ def test_lost_objects(lost, cluster, servers, monkeypatch):
     monkeypatch.setattr(sequential._Pass, "__init__", remember)
     output = forward()
     chunks, rows = passes[0].chunks, passes[0].shared[0]
-    for server, keep in [*chunks[0]._outstanding, *((holder, rows._name) for holder in rows._holders)]:
-        ray.get(server.forget.remote(keep))
+    if lost == "rows elsewhere":
+        rows.legs[1].turn_away()  # to a server that never had them
+    else:
+        for server, keep in [*chunks[0]._outstanding, *((holder, rows._name) for holder in rows._holders)]:
+            ray.get(server.forget.remote(keep))
+    with torch.no_grad():
+        for given in (*leaves, positions):
+            given.zero_()
     gone = lost_object(cluster)
     if lost == "parts":
         finish = chunks[1].finish_backward
@@ -208,9 +217,26 @@ def test_lost_objects(lost, cluster, servers, monkeypatch):
 
         monkeypatch.setattr(chunks[1], "finish_backward", finish_and_lose)
     else:
-        {"hidden": chunks[0], "rows": rows}[lost].relay.states[1] = gone
+        (chunks[0] if lost == "hidden" else rows).relay.states[1] = gone
     for gradient, other in zip(torch.autograd.grad(output.square().sum(), leaves), expected, strict=True):
         close(gradient, other)
+
+
+def test_a_replay_begins_with_what_was_sent(cluster, servers):
+    """One server forgets a session, and the rows that those before it shared are lost."""
+    blocks = remote.RemoteSequential(remote.connect(servers.name, remote.Retries(attempts=3)))
+    hidden, rows, positions = torch.randn(2, 6, 24), torch.randn(1, 2, 24), torch.arange(2, 7)[None]
+    whole, given = blocks(hidden, shared=rows), hidden[:, :5].clone()
+    with blocks.inference_session() as session:
+        parts = [session.step(given, position_ids=positions, shared=rows)]
+        assert not session._shared[0]._holders  # caches have the keys and values now
+        for tensor in (given, positions, rows):
+            tensor.zero_()
+        server, name = session._places[2]
+        ray.get(server.close.remote(name))
+        session._shared[0].relay.states[0] = lost_object(cluster)
+        parts.append(session.step(hidden[:, 5:], position_ids=torch.tensor([[7]])))
+    close(torch.cat(parts, 1), whole)
 
 
 def test_nobody_is_left(cluster, folder_of):
@@ -248,7 +274,9 @@ def test_large_batches_are_split(servers, folder_of):
 
 @pytest.fixture
 def server_with(cluster, folder_of):
-    return lambda **limits: remote.BlockServer(str(folder_of("llama")), 0, 2, limits=remote.Limits(**limits))
+    return lambda dtype="auto", **limits: remote.BlockServer(
+        str(folder_of("llama")), 0, 2, dtype, limits=remote.Limits(**limits)
+    )
 
 
 def request_for(hidden, **rest):
@@ -306,6 +334,23 @@ def test_shared_rows_have_a_budget(server_with):
     assert all(np.array_equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
+def test_gradients_of_shared_rows_are_summed_unrounded(server_with):
+    server = server_with("bfloat16")
+    rows, hidden = (np.random.randn(*shape, 24).astype(np.float32) for shape in ((1, 2), (4, 5)))
+    given = Shared("rows", Request(0, 2, "float32", (1, 2)), [ray.put(rows)])
+    request = request_for(hidden, shared=given, mask=np.ones((4, 7), bool))
+    part = server.backward(request, np.ones_like(hidden), "call", [ray.put(hidden)])[1]
+    rounded = [torch.from_numpy(array).bfloat16().float().numpy() for array in part]
+    assert not any(np.array_equal(array, own) for array, own in zip(part, rounded, strict=True))
+
+    def back(*factors):
+        parts = [ray.put([array * np.float32(factor) for array in rounded]) for factor in factors]
+        return server.backward_shared(given, None, parts)[0]
+
+    # each of the small ones would be lost in half of the first
+    assert np.array_equal(back(1, *[2**-9] * 8), back(1 + 2**-6))
+
+
 def test_what_a_vanished_client_left_is_dropped(server_with):
     server = server_with(idle_seconds=0.5)
     hidden = np.zeros((1, 3, 24), np.float32)
@@ -346,6 +391,8 @@ HIDDEN = np.zeros((2, 3, 24), np.float32)
         ({"mask": np.ones((2, 3))}, HIDDEN, "mask: expected bool"),
         ({"mask": np.ones((2, 2), bool)}, HIDDEN, "mask: expected at least 3 columns"),
         ({"positions": np.ones((3, 3), np.int64)}, HIDDEN, "positions: expected int64"),
+        ({"positions": 3}, HIDDEN, "positions: expected an array"),
+        ({"prompts": {}}, HIDDEN, "prompts: expected Prompts, got dict"),
         ({"prompts": Prompts("c", 0, 4, [])}, HIDDEN, "prompts: expected 1 to 3 rows, got 4"),
         (
             {"prompts": Prompts("c", 0, 2, []), "starts": np.array([0, 2], np.int32)},
@@ -375,6 +422,11 @@ HIDDEN = np.zeros((2, 3, 24), np.float32)
             "shared: expected rows at positions 0 to m - 1",
         ),
         (
+            {"shared": Shared("rows", Request(0, 2, "float32", (1, 2), prompts=Prompts("c", 0, 1, [])), [])},
+            HIDDEN,
+            "prompts: expected 2 rows, as shared has, got 1",
+        ),
+        (
             {"shared": Shared("rows", Request(0, 2, "float32", (1, 2)), []), "mask": np.ones((2, 4), bool)},
             HIDDEN,
             r"mask: expected bool of shape \(2, 5\)",
@@ -392,3 +444,30 @@ def test_the_door_has_a_limit(server_with):
         server_with(max_tokens=5).forward(request_for(HIDDEN), HIDDEN)
     with pytest.raises(ValueError, match="request: expected a Request, got dict"):
         server_with().forward({}, HIDDEN)
+    alone = Shared("rows", Request(0, 2, "float32", (1, 7)), [ray.put(np.zeros((1, 7, 24), np.float32))])
+    with pytest.raises(TooLarge, match=r"shared: expected at most 6 tokens \(max_tokens\), got 7"):
+        server_with(max_tokens=6).forward(request_for(HIDDEN, shared=alone, mask=np.ones((2, 10), bool)), HIDDEN)
+
+
+def test_the_door_of_shared_rows(server_with):
+    server, rows = server_with(), np.zeros((1, 2, 24), np.float32)
+    given = Shared("rows", request_for(rows), [ray.put(rows)])
+    request = request_for(HIDDEN, shared=given, mask=np.ones((2, 5), bool))
+    server.step(request, HIDDEN, "session", 0)
+    with pytest.raises(ValueError, match="shared: expected in the first step of a session alone"):
+        server.step(request, HIDDEN, "session", 5)
+    assert server.status()["sessions"] == 1
+    nested = request_for(rows, shared=given, mask=np.ones((1, 4), bool))
+    for shared_rows, array, message in (
+        ({}, rows, "shared: expected Shared, got dict"),
+        (Shared("other", nested, []), rows, "shared: expected prompt rows and a Request for them alone"),
+        (Shared("other", request_for(rows), []), rows[:, :1], r"shared: expected float32 of shape \(1, 2, 24\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            server.share(shared_rows, array)
+    for parts, got in (([rows], "1"), ({}, "dict")):
+        with pytest.raises(ValueError, match=f"parts: expected lists of 4 arrays, got {got}"):
+            server.backward_shared(given, None, [ray.put(parts)])
+    server.span.unshared = "of a reason"
+    with pytest.raises(ValueError, match="shared: expected None, as this server shares no rows: of a reason"):
+        server.share(Shared("other", request_for(rows), []), rows)

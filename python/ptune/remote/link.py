@@ -1,10 +1,12 @@
 """A client's side of the servers of one model: which there are, what it has sent them, how many bytes travelled."""
 
+import itertools
 import uuid
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import ray
 import torch
 from torch import Tensor
@@ -38,7 +40,8 @@ class Link:
         self.causal = all(state["causal"] for state in states)
         self.client = uuid.uuid4().hex
         self.traffic: Counter[str] = Counter()
-        self._sent: dict[tuple[int, int], tuple[Tensor, Prompts]] = {}
+        self._versions = itertools.count()  # no two threads get the same
+        self._sent: dict[tuple[int, int], tuple[np.ndarray, Prompts]] = {}
 
     def __len__(self) -> int:
         return self.spans[-1].last
@@ -51,18 +54,21 @@ class Link:
             if span.first < last and first < span.last
         ]
 
-    def prompts(self, first: int, last: int, rows: Tensor) -> Prompts:
-        """Deep prompts [blocks, m, d] of blocks ``first`` … ``last - 1``, put into the object store if they changed."""
-        rows = rows.detach().float().cpu()
-        kept, sent = self._sent.get((first, last), (None, None))
-        if sent is not None and kept is not None and torch.equal(kept, rows):
-            return sent
-        version = 0 if sent is None else sent.version + 1
-        array = to_array(rows.clone(), "float32")
-        self.traffic["prompts"] += array.nbytes
-        prompts = Prompts(self.client, version, rows.shape[1], [ray.put(array)])
-        self._sent[first, last] = torch.from_numpy(array), prompts
-        return prompts
+    def prompts(self, legs: Sequence[Leg], prompts: Tensor | None) -> list[Prompts | None]:
+        """Each leg's part of deep prompts [blocks, m, d], put into the object store if it changed."""
+        if prompts is None:
+            return [None] * len(legs)
+        first = legs[0].first
+        return [self._prompts_of(leg, prompts[leg.first - first : leg.last - first]) for leg in legs]
+
+    def _prompts_of(self, leg: Leg, rows: Tensor) -> Prompts:
+        array = to_array(rows, "float32")
+        kept, sent = self._sent.get((leg.first, leg.last), (None, None))
+        if sent is None or kept is None or not np.array_equal(kept, array):
+            self.traffic["prompts"] += array.nbytes
+            sent = Prompts(self.client, next(self._versions), array.shape[1], [ray.put(array)])
+            self._sent[leg.first, leg.last] = array, sent
+        return sent
 
 
 def call(server: Any, method: str, returns: int, *args: Any) -> list[Any]:

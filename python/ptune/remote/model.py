@@ -89,56 +89,38 @@ class RemoteBlock(StandIn):
             # servers make keys and values of the rows, which are all that is known of them here
             shared.modules.append(self)
             shared.layers.append((hidden_states, hidden_states))
-        elif running.one_by_one:
-            one = slice(self.index, self.index + 1)
-            prompts = None if running.prompts is None else running.prompts[one]
-            hidden_states = self._run(self.blocks[one], running, hidden_states, prompts)
-        elif self.index == 0 and cache is not None:
-            hidden_states = self._continue(running, cache, hidden_states)
-        elif self.index == 0:
-            rows = None if shared is None else _rows_of(shared)
-            hidden_states = self._run(self.blocks, running, hidden_states, running.prompts, rows)
+        elif running.one_by_one or self.index == 0:
+            which = slice(self.index, self.index + 1) if running.one_by_one else slice(None)
+            blocks, prompts = self.blocks[which], None if running.prompts is None else running.prompts[which]
+            given = hidden_states, prompts, running.mask, running.positions
+            how: dict[str, Any] = {"starts": running.starts, "mode": running.mode}
+            if cache is not None:
+                hidden_states = self._continue(blocks, cache, *given, **how)
+            else:
+                hidden_states = blocks(*given, **how, shared=None if shared is None else _rows_of(shared))
         return super().forward(hidden_states, *args, **kwargs)
 
-    def _run(
-        self,
-        blocks: RemoteSequential,
-        running: _Running,
-        hidden: Tensor,
-        prompts: Tensor | None,
-        shared: Tensor | None = None,
-    ) -> Tensor:
-        return blocks(
-            hidden, prompts, running.mask, running.positions, starts=running.starts, mode=running.mode, shared=shared
-        )
-
-    def _continue(self, running: _Running, cache: Any, hidden: Tensor) -> Tensor:
-        """The next columns of the session that ``cache`` stands for."""
-        assert self.blocks is not None
+    def _continue(self, blocks: RemoteSequential, cache: Any, *given: Any, **how: Any) -> Tensor:
+        """The next columns of the session of ``blocks`` that ``cache`` stands for."""
         shared = None
         if isinstance(cache, PrefixedCache):
             cache, shared = cache.cache, _rows_of(cache.prefix)
-        rows = rows_in(cache, 0)
+        rows = rows_in(cache, self.index)
         session = self.sessions.get(cache)
         if rows is None:
-            session = self.sessions[cache] = self.blocks.inference_session()
-        elif session is None or session.length != cache.get_seq_length(0):
+            session = self.sessions[cache] = blocks.inference_session()
+        elif (
+            session is None
+            or session.length != cache.get_seq_length(self.index)
+            or (session.first, session.last) != (blocks.first, blocks.last)
+        ):
             raise ValueError(
-                "past_key_values: expected a cache as an earlier call of this model left it, or an empty one; what "
-                "remote blocks keep cannot be cropped or filled"
+                "past_key_values: expected a cache as an earlier call of this model left it, its blocks watched or not "
+                "as now, or an empty one; what remote blocks keep cannot be cropped or filled"
             )
         elif torch.equal(rows.cpu(), torch.arange(len(rows))):
             rows = None
-        return session.step(
-            hidden,
-            running.prompts,
-            running.mask,
-            running.positions,
-            starts=running.starts,
-            mode=running.mode,
-            rows=rows,
-            shared=shared,
-        )
+        return session.step(*given, **how, rows=rows, shared=shared)
 
 
 def _rows_of(prefix: Prefix) -> Tensor:

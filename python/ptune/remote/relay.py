@@ -87,6 +87,11 @@ class Leg:
         return f"block {self.first}" if self.last == self.first + 1 else f"blocks {self.first} to {self.last - 1}"
 
 
+def way_back(legs: Sequence[Leg]) -> list[Leg]:
+    """Copies of ``legs``, from the last to the first, at the servers where they are now."""
+    return [Leg(leg.replicas, leg.first, leg.last, leg.server) for leg in reversed(legs)]
+
+
 class Relay:
     """Sends states through ``legs`` in turn; what one server returns goes to the next without passing the client.
 
@@ -139,6 +144,10 @@ class Relay:
                 return ray.get(wanted, timeout=self.retries.timeout)
             except RayError as error:
                 self._recover(error)
+
+    def given_to(self, leg: Leg) -> Any:
+        """The states that came to the leg of the same blocks."""
+        return self.states[[own.first for own in self.legs].index(leg.first)]
 
     def begin_again(self) -> None:
         """Let the next `wait` send everything anew."""

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from .link import Link, call
-from .relay import Leg, Relay
+from .relay import Leg, Relay, way_back
 from .session import InferenceSession
-from .shared import SharedRows
+from .shared import SharedRows, deep_gradient
 from .wire import Request, TooLarge, geometry, name_of, to_array, to_tensor
 
 
@@ -89,8 +89,6 @@ class RemoteSequential(nn.Module):
         Raises `RemoteError` where the blocks could not be run, and `ValueError` for what no server takes.
         """
         self.check(hidden, prompts)
-        if shared is not None:
-            self._check_shared(hidden, prompts, mode, shared)
         given = [tensor for tensor in (hidden, prompts, shared) if tensor is not None]
         keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
         run = _Pass(self, hidden, attention_mask, position_ids, starts if prompts is not None else None, mode, keep)
@@ -109,18 +107,6 @@ class RemoteSequential(nn.Module):
         if prompts.dim() != 3 or prompts.shape[0] != len(self) or prompts.shape[2] != hidden.shape[2]:
             raise ValueError(f"prompts: expected [{len(self)}, m, {hidden.shape[2]}], got shape {tuple(prompts.shape)}")
 
-    def _check_shared(self, hidden: Tensor, prompts: Tensor | None, mode: str, shared: Tensor) -> None:
-        if self.link.unshared is not None:
-            raise NotImplementedError(f"shared: expected None, as these servers share no rows: {self.link.unshared}")
-        if shared.dim() != 3 or shared.shape[0] != 1 or shared.shape[2] != hidden.shape[2]:
-            raise ValueError(f"shared: expected [1, m, {hidden.shape[2]}], got shape {tuple(shared.shape)}")
-        if shared.shape[1] > self.link.max_tokens:
-            raise TooLarge(f"shared: expected at most {self.link.max_tokens} rows (max_tokens), got {shared.shape[1]}")
-        if prompts is not None and prompts.shape[1] != shared.shape[1]:
-            raise ValueError(f"prompts: expected {shared.shape[1]} rows, as shared has, got {prompts.shape[1]}")
-        if not self.link.causal and (prompts is None or mode != "overwrite"):
-            raise ValueError("shared: expected prompts that overwrite them, as these blocks read in both directions")
-
 
 class _Pass:
     """One forward through the blocks, and its backward, in micro-batches."""
@@ -138,7 +124,6 @@ class _Pass:
         self.link = blocks.link
         self.legs = self.link.legs(blocks.first, blocks.last)
         self.dtype = blocks.wire_dtype or name_of(hidden.dtype)
-        self.first = blocks.first
         self.arrays = geometry(mask, positions, starts)
         self.mode, self.keep = mode, keep
         rows, length = hidden.shape[:2]
@@ -151,23 +136,20 @@ class _Pass:
         self.slices = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
         self.chunks: list[_Chunk] = []
         self.shared: list[SharedRows] = []  # at most one, for all chunks
-        # at once, and not when garbage is collected: what passes servers and its relay hold one another
+        # at once, and not when garbage is collected: what passes servers and its relay hold one another until then
         weakref.finalize(self, _release, self.chunks, self.shared).atexit = False
 
     def forward(self, hidden: Tensor, prompts: Tensor | None, shared: Tensor | None) -> Tensor:
         array = to_array(hidden, self.dtype)
-        sent = [
-            None if prompts is None else self.link.prompts(leg.first, leg.last, self._rows(prompts, leg))
-            for leg in self.legs
-        ]
+        sent = self.link.prompts(self.legs, prompts)
         if shared is not None:
+            self.shared.append(SharedRows(self.link, self.legs, shared, sent, self.mode))
+            sent = [None] * len(sent)
             count, length = shared.shape[1], array.shape[1]
             if self.arrays["mask"] is None:
                 self.arrays["mask"] = np.ones((len(array), count + length), np.bool_)
             if self.arrays["positions"] is None:
                 self.arrays["positions"] = np.arange(count, count + length, dtype=np.int64)[None]
-            self.shared.append(SharedRows(self.link, self.legs, shared, sent, self.mode))
-            sent = [None] * len(sent)
         for rows in self.slices:
             requests = [
                 Request(
@@ -199,18 +181,13 @@ class _Pass:
         for chunk, relay in zip(self.chunks, relays, strict=True):
             part, *of_legs = chunk.finish_backward(relay)
             parts.append(to_tensor("gradient", part, self.dtype, chunk.hidden.shape))
-            if of_legs and of_legs[0] is not None:
-                # from the last blocks to the first
-                together = torch.cat([torch.from_numpy(rows_of.copy()) for rows_of in reversed(of_legs)])
+            if (together := deep_gradient(of_legs)) is not None:
                 deep = together if deep is None else deep + together
         own: Tensor | None = None
         for shared in self.shared:
             own, deep = shared.backward(lambda leg: [chunk.parts[leg.first] for chunk in self.chunks], relays)
         prompts, rows = (each if each is None else each.to(gradient.device) for each in (deep, own))
         return torch.cat(parts).to(gradient.device, gradient.dtype), prompts, rows
-
-    def _rows(self, prompts: Tensor, leg: Leg) -> Tensor:
-        return prompts[leg.first - self.first : leg.last - self.first]
 
 
 class _Chunk:
@@ -245,8 +222,8 @@ class _Chunk:
         return output
 
     def begin_backward(self, gradient: np.ndarray) -> Relay:
-        legs = [Leg(leg.replicas, leg.first, leg.last, leg.server) for leg in reversed(self.legs)]
-        return Relay(legs, self.link.retries, lambda: ray.put(gradient), self._send_back, self._forward_again)
+        legs, retries = way_back(self.legs), self.link.retries
+        return Relay(legs, retries, lambda: ray.put(gradient), self._send_back, self._forward_again)
 
     def finish_backward(self, relay: Relay) -> list[Any]:
         results = relay.wait()
@@ -260,11 +237,11 @@ class _Chunk:
 
         Servers that do not hear of it drop them in time.
         """
-        self.relay.states.clear()
         if ray.is_initialized():
             for server, keep in self._outstanding:
                 server.forget.remote(keep)
         self._outstanding.clear()
+        del self.relay  # which holds this in turn
 
     def _begin(self) -> Any:
         return ray.put(self.hidden)
@@ -280,8 +257,7 @@ class _Chunk:
         keep = self._names[leg.first]
         if (leg.server, keep) in self._outstanding:
             self._outstanding.remove((leg.server, keep))  # the backward takes it
-        source = self.relay.states[[own.first for own in self.legs].index(leg.first)]
-        made = call(leg.server, "backward", 3, self._request(leg), gradient, keep, [source])
+        made = call(leg.server, "backward", 3, self._request(leg), gradient, keep, [self.relay.given_to(leg)])
         if self.shared is not None:
             self.parts[leg.first] = made.pop(1)  # which only the servers read
         return made
@@ -292,8 +268,6 @@ class _Chunk:
 
     def _forward_again(self) -> None:
         """Make anew what each leg was given."""
-        if self.shared is not None:
-            self.shared.again()
         self.relay.states.append(None)
         self.relay.begin_again()
         self.relay.settle()

@@ -102,7 +102,7 @@ class BlockServer:
 
     def share(self, shared: Shared, rows: np.ndarray) -> tuple[np.ndarray, bool]:
         """What the blocks make of prompt rows [1, m, d], whose keys and values are kept for later requests."""
-        states = self._admit_shared(shared, rows, "rows")
+        states = self._admit_shared(shared, rows, "shared")
         return to_array(self._captured(shared, states).output, shared.request.dtype), True
 
     def backward_shared(
@@ -115,13 +115,14 @@ class BlockServer:
         """
         output_gradient = self._admit_shared(shared, gradient, "gradient")
         run = self._captured(shared)
-        self._kept.take(shared.name)
         sums = [torch.zeros_like(layer, dtype=_wide(layer)) for layer in run.layers]
         for part in ray.get(parts):
             if type(part) is not list or len(part) != len(sums):
-                raise ValueError(f"parts: expected lists of {len(sums)} arrays, got {type(part).__name__}")
+                got = len(part) if type(part) is list else type(part).__name__
+                raise ValueError(f"parts: expected lists of {len(sums)} arrays, got {got}")
             for total, array in zip(sums, part, strict=True):
                 total += to_tensor("parts", array, shared.request.dtype, total.shape).to(total.device)
+        self._kept.take(shared.name)
         outputs, gradients = run.layers, [total.to(layer.dtype) for total, layer in zip(sums, run.layers, strict=True)]
         if output_gradient is not None:
             outputs, gradients = [*outputs, run.output], [*gradients, output_gradient]
@@ -140,10 +141,10 @@ class BlockServer:
         ``seen``.
         """
         states = self._admit(request, hidden)
-        cache = self._sessions.take(session)
         prompt_columns = 0 if request.shared is None else request.shared.request.shape[1]
         if seen and prompt_columns:
             raise ValueError("shared: expected in the first step of a session alone")
+        cache = self._sessions.take(session)
         if seen == 0:
             cache = DynamicCache(config=self.span.body.config)
         elif cache is None or cache.get_seq_length(request.first) != seen:
@@ -170,7 +171,7 @@ class BlockServer:
 
     @ray.method(concurrency_group="beside")
     def forget(self, keep: str) -> None:
-        """Forget the activations of a forward whose backward will not come."""
+        """Forget the activations of a forward whose backward will not come, or what shared rows were run for."""
         self._kept.take(keep)
 
     @ray.method(concurrency_group="beside")
@@ -204,8 +205,6 @@ class BlockServer:
         if type(request) is not Request:
             raise ValueError(f"request: expected a Request, got {type(request).__name__}")
         request.check(self.span.first, self.span.last)
-        if (tokens := request.shape[0] * request.shape[1]) > self.limits.max_tokens:
-            raise TooLarge(f"hidden: expected at most {self.limits.max_tokens} tokens (max_tokens), got {tokens}")
         states = self._states(request, array, name)
         self._requests += 1
         for keeping in (self._kept, self._sessions, self._prompts):
@@ -219,6 +218,8 @@ class BlockServer:
         return None if array is None else self._admit(shared.request, array, name)
 
     def _states(self, request: Request, array: Any, name: str = "hidden") -> Tensor:
+        if (tokens := request.shape[0] * request.shape[1]) > self.limits.max_tokens:
+            raise TooLarge(f"{name}: expected at most {self.limits.max_tokens} tokens (max_tokens), got {tokens}")
         states = to_tensor(name, array, request.dtype, (*request.shape, self.span.width))
         return states.to(self.span.device)
 
@@ -242,9 +243,15 @@ class BlockServer:
         """The keys and values of prompt rows and their graph, from ``rows``, or their source, where none are kept."""
         run = self._kept.get(shared.name)
         if run is None:
+            if self.span.unshared is not None:
+                raise ValueError(f"shared: expected None, as this server shares no rows: {self.span.unshared}")
+            if not self.span.causal and (shared.request.prompts is None or shared.request.mode != "overwrite"):
+                raise ValueError(
+                    "shared: expected prompts that overwrite them, as these blocks read in both directions"
+                )
             if rows is None:
                 self._recomputed += 1
-                rows = self._states(shared.request, ray.get(shared.source[0]), "rows")
+                rows = self._states(shared.request, ray.get(shared.source[0]), "shared")
             run, nbytes = self._run(shared.request, rows, capture=True)
             self._kept.put(shared.name, run, nbytes)
         return run

@@ -2,6 +2,7 @@
 
 import uuid
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -33,7 +34,7 @@ class InferenceSession:
         self.max_length = max_length
         self._history: np.ndarray | None = None
         self._positions: np.ndarray | None = None
-        self._prompts: dict[int, Prompts] = {}
+        self._prompts: dict[int, Prompts | None] = {}
         self._starts: np.ndarray | None = None
         self._mode = "overwrite"
         self._places: dict[int, tuple[Any, str]] = {}
@@ -90,23 +91,15 @@ class InferenceSession:
         if seen and (prompts is not None or shared is not None):
             name = "prompts" if prompts is not None else "shared"
             raise ValueError(f"{name}: expected in the first step of a session alone")
-        if prompts is not None:
-            for leg in self.legs:
-                part = prompts[leg.first - self.first : leg.last - self.first]
-                self._prompts[leg.first] = self.link.prompts(leg.first, leg.last, part)
-        if shared is not None:
-            sent = [self._prompts.pop(leg.first, None) for leg in self.legs]
-            self._shared[:] = [SharedRows(self.link, self.legs, shared, sent, mode)]
         arrays = geometry(attention_mask, position_ids, starts if prompts is not None else None)
         selected = None if rows is None else rows.detach().cpu().numpy()
         if selected is not None:
             self._select(selected)
         if not seen:
-            self._starts, self._mode = arrays["starts"], mode
+            self._begin(prompts, shared, arrays["starts"], mode)
         array = to_array(hidden, dtype)
         sending = _Step(self, array, dtype, arrays, seen, selected)
-        lost = self._shared[0].again if self._shared else None
-        relay = Relay(self.legs, self.link.retries, lambda: ray.put(array), sending.send, lost)
+        relay = Relay(self.legs, self.link.retries, lambda: ray.put(array), sending.send, self._lost)
         if shared is not None:
             self._shared[0].relay.settle()
         output = relay.wait()[0]
@@ -116,6 +109,21 @@ class InferenceSession:
         self.link.traffic["hidden"] += array.nbytes + output.nbytes
         self.link.traffic["hidden between servers"] += array.nbytes * (len(self.legs) - 1)
         return to_tensor("hidden", output, dtype, array.shape).to(hidden.device, hidden.dtype)
+
+    def _begin(self, prompts: Tensor | None, shared: Tensor | None, starts: np.ndarray | None, mode: str) -> None:
+        """Take what the first step has beside hidden states, in place of what one that failed had."""
+        sent = self.link.prompts(self.legs, prompts)
+        self._starts, self._mode = starts, mode
+        while self._shared:
+            self._shared.pop().release()
+        if shared is not None:
+            self._shared.append(SharedRows(self.link, self.legs, shared, sent, mode))
+        self._prompts = {} if shared is not None else {leg.first: own for leg, own in zip(self.legs, sent, strict=True)}
+
+    @property
+    def _lost(self) -> Callable[[], None] | None:
+        """What makes shared rows anew."""
+        return self._shared[0].again if self._shared else None
 
     def _select(self, rows: np.ndarray) -> None:
         if self._history is None:
@@ -128,7 +136,7 @@ class InferenceSession:
 
     def _remember(self, array: np.ndarray, positions: np.ndarray | None) -> None:
         if self._history is None:
-            self._history, self._positions = array.copy(), positions
+            self._history, self._positions = array, positions
             return
         self._history = np.concatenate([self._history, array], 1)
         if self._positions is not None and positions is not None:
@@ -216,9 +224,8 @@ class _Step:
         def forward(before: Leg, states: Any) -> list[Any]:
             return call(before.server, "forward", 2, request(before), states)
 
-        before = Relay(
-            session.link.legs(session.first, leg.first), session.link.retries, lambda: ray.put(history), forward
-        )
+        legs = session.link.legs(session.first, leg.first)
+        before = Relay(legs, session.link.retries, lambda: ray.put(history), forward, session._lost)
         before.settle()
         _, receipt = call(leg.server, "step", 2, request(leg), before.states[-1], name, 0)
         ray.get(receipt, timeout=session.link.retries.timeout)

@@ -4,17 +4,20 @@ import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import ray
 import torch
 from torch import Tensor
 
 from .link import Link, call
-from .relay import Leg, Relay
+from .relay import Leg, Relay, way_back
 from .wire import Prompts, Request, Shared, to_array, to_tensor
 
 
 class SharedRows:
     """``rows`` [1, m, d] on their way through ``legs``, whose servers keep the keys and values that they make of them.
+
+    Raises `ValueError` for another shape; what else is wrong with them, servers say.
 
     Args:
         prompts: deep prompts of each leg's blocks, or ``None``.
@@ -27,6 +30,8 @@ class SharedRows:
     def __init__(
         self, link: Link, legs: Sequence[Leg], rows: Tensor, prompts: Sequence[Prompts | None], mode: str
     ) -> None:
+        if rows.dim() != 3 or rows.shape[0] != 1:
+            raise ValueError(f"shared: expected [1, m, d], got shape {tuple(rows.shape)}")
         self.link, self.legs = link, legs
         # as precise as their gradients, whatever travels beside them
         self.dtype = "float64" if rows.dtype == torch.float64 else "float32"
@@ -43,7 +48,7 @@ class SharedRows:
 
     def for_request(self, leg: Leg) -> Shared:
         """What a request to ``leg``'s server has of the rows."""
-        return self._shared(leg, self.relay.states[[own.first for own in self.legs].index(leg.first)])
+        return self._shared(leg, self.relay.given_to(leg))
 
     def again(self) -> None:
         """Make anew what each leg was given."""
@@ -65,18 +70,15 @@ class SharedRows:
                 maker.begin_again()
                 maker.settle()
 
-        legs = [Leg(leg.replicas, leg.first, leg.last, leg.server) for leg in reversed(self.legs)]
-        own, *deep = Relay(legs, self.link.retries, lambda: None, send, lost).wait()
-        sent = [rows for rows in deep if rows is not None]
-        self._count("prompt gradients", own.nbytes + sum(rows.nbytes for rows in sent), own.nbytes)
-        gradient = to_tensor("gradient", own, self.dtype, self.shape)
-        # from the last blocks to the first
-        return gradient, torch.cat([torch.from_numpy(rows.copy()) for rows in reversed(sent)]) if sent else None
+        own, *of_legs = Relay(way_back(self.legs), self.link.retries, lambda: None, send, lost).wait()
+        deep = deep_gradient(of_legs)
+        self._count("prompt gradients", own.nbytes + (0 if deep is None else deep.nbytes), own.nbytes)
+        return to_tensor("gradient", own, self.dtype, self.shape), deep
 
     def release(self) -> None:
         """Let go of what stands between the servers, and of what they keep."""
-        self.relay.states.clear()
         self.forget()
+        del self.relay  # which holds this in turn
 
     def forget(self) -> None:
         """Let the servers forget keys and values; they make them again if they must."""
@@ -97,3 +99,9 @@ class SharedRows:
         self.link.traffic[name] += here
         if len(self.legs) > 1:
             self.link.traffic[f"{name} between servers"] += between * (len(self.legs) - 1)
+
+
+def deep_gradient(of_legs: Sequence[np.ndarray | None]) -> Tensor | None:
+    """Of all deep prompts [blocks, m, d], from what legs return on the way back; ``None`` where there are none."""
+    parts = [torch.from_numpy(rows.copy()) for rows in reversed(of_legs) if rows is not None]
+    return torch.cat(parts) if parts else None

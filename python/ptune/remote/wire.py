@@ -69,6 +69,9 @@ class Shared:
             )
         if any(getattr(self.request, name) is not None for name in ("mask", "positions", "starts")):
             raise ValueError("shared: expected rows at positions 0 to m - 1, got a mask, positions or starts")
+        prompts, count = self.request.prompts, self.request.shape[1]
+        if prompts is not None and prompts.count != count:
+            raise ValueError(f"prompts: expected {count} rows, as shared has, got {prompts.count}")
 
 
 @dataclass(frozen=True)
@@ -117,13 +120,16 @@ class Request:
             if self.mask.shape[1] < length:
                 raise ValueError(f"mask: expected at least {length} columns, got {self.mask.shape[1]}")
         if self.positions is not None:
-            _check_array("positions", self.positions, np.int64, (rows if len(self.positions) != 1 else 1, length))
+            one = np.shape(self.positions)[:1] == (1,)
+            _check_array("positions", self.positions, np.int64, (1 if one else rows, length))
         if self.shared is not None:
             if type(self.shared) is not Shared:
                 raise ValueError(f"shared: expected Shared, got {type(self.shared).__name__}")
             self._check_shared(self.shared)
         if self.prompts is None:
             return
+        if type(self.prompts) is not Prompts:
+            raise ValueError(f"prompts: expected Prompts, got {type(self.prompts).__name__}")
         count = self.prompts.count
         if not _is_count(count) or not 1 <= count <= length:
             raise ValueError(f"prompts: expected 1 to {length} rows, got {count!r}")
@@ -148,8 +154,8 @@ class Request:
 
 
 def to_array(tensor: Tensor, dtype: str) -> np.ndarray:
-    """``tensor`` in ``dtype``, on the CPU."""
-    tensor = tensor.detach().to("cpu", _ARRAYS[dtype][0]).contiguous()
+    """A copy of ``tensor`` in ``dtype``, on the CPU: what may be sent again must not change with it."""
+    tensor = tensor.detach().to("cpu", _ARRAYS[dtype][0], copy=True, memory_format=torch.contiguous_format)
     return tensor.view(torch.uint16).numpy() if dtype == "bfloat16" else tensor.numpy()
 
 
@@ -170,10 +176,10 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def geometry(mask: Tensor | None, positions: Tensor | None, starts: Tensor | None) -> dict[str, Any]:
-    """As a `Request` has them."""
+    """Copies, as a `Request` has them."""
     arrays = {"mask": (mask, torch.bool), "positions": (positions, torch.long), "starts": (starts, torch.int32)}
     return {
-        name: None if value is None else value.detach().to("cpu", dtype).numpy()
+        name: None if value is None else value.detach().to("cpu", dtype, copy=True).numpy()
         for name, (value, dtype) in arrays.items()
     }
 
