@@ -27,8 +27,9 @@ class AutoPTuneModel:
         Args:
             path: a base (a folder, or a name on the hub), or prompts (a folder that `save_prompts`, `save_pretrained`
                 or Trainer wrote, or the name of a repository on the hub that holds one).
-            tuning_mode, pre_seq_len, deep_prompt_mode, prompt_init, prompt_init_text, base_dropout: see `PTuneConfig`.
-                They may be attributes of the ``config=`` given instead; the model's own copy of it is rid of them.
+            tuning_mode, pre_seq_len, deep_prompt_mode, prompt_init, prompt_init_text, base_dropout, prefix_sharing: see
+                `PTuneConfig`. They may be attributes of the ``config=`` given instead; the model's own copy of it is
+                rid of them.
             tokenizer: reads a ``prompt_init_text`` of strings; by default the base's own.
             base_model: the base of a folder of prompts, where it is no longer in its place.
             attn_dtype, kv_cache_dtype: half precision for the attention of a float32 base, and for its cache: see

@@ -86,6 +86,12 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     path = Path(folder, CONFIG_NAME)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{folder}: expected a folder of prompts, got one without {CONFIG_NAME}"
+            if Path(folder).is_dir()
+            else f"{folder}: expected a folder of prompts, got no such folder"
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON: {error}") from None
     if not isinstance(config, dict) or config.get("format_version") != FORMAT_VERSION:

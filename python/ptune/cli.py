@@ -1,6 +1,7 @@
 """The command `ptune`: train, eval, predict, info, convert, audit, demo, serve-blocks, remote-status."""
 
 import json
+import logging
 import sys
 import threading
 from collections.abc import Iterator
@@ -342,11 +343,16 @@ def _one_line_errors() -> Iterator[None]:
 
 
 def _quieten() -> None:
-    """Keeps transformers' loading bars and reports, which say that a new head is new, out of the output."""
-    from transformers.utils import logging
+    """Keeps transformers' loading bars and reports, which say that a new head is new, out of the output.
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    And what it imports where they are installed, whether used or not.
+    """
+    for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    from transformers.utils import logging as its_logging
+
+    its_logging.set_verbosity_error()
+    its_logging.disable_progress_bar()
 
 
 def _read_texts(path: Path) -> list[str]:

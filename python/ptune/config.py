@@ -62,7 +62,7 @@ class PTuneConfig:
         _check_choice("prompt_init", self.prompt_init, PROMPT_INITS)
         if (self.prompt_init == "text") != (self.prompt_init_text is not None):
             raise ValueError(
-                f"prompt_init_text: expected with prompt_init='text' and only there, got "
+                f"prompt_init_text: expected with prompt_init='text' (its default) and only there, got "
                 f"prompt_init={self.prompt_init!r} and {'no text' if self.prompt_init_text is None else 'a text'}"
             )
 

@@ -259,7 +259,7 @@ class TestNamesAndFolders:
             bank.add("a", self.folder)
 
     def test_missing_folder(self, bank, tmp_path):
-        with pytest.raises(FileNotFoundError, match=r"nowhere.*ptune_config.json"):
+        with pytest.raises(FileNotFoundError, match=r"nowhere: expected a folder of prompts, got no such folder"):
             bank.add("b", tmp_path / "nowhere")
 
     def test_other_base(self, bank, base_of, tmp_path):

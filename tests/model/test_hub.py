@@ -304,7 +304,7 @@ class TestRefusals:
         (tmp_path / "spam" / WEIGHTS_NAME).unlink()
         for folder, name in (
             (tmp_path, CONFIG_NAME),
-            (tmp_path / "none", CONFIG_NAME),
+            (tmp_path / "none", "no such folder"),
             (tmp_path / "spam", WEIGHTS_NAME),
         ):
             with pytest.raises(FileNotFoundError, match=name):
@@ -325,7 +325,7 @@ class TestRefusals:
     def test_what_is_no_repository_is_not_looked_for(self, model, monkeypatch, tmp_path):
         monkeypatch.setattr(ptune.hub, "cached_file", None)
         for missing in (str(tmp_path / "none"), "a/b/c", "../x", Path("user/spam")):
-            with pytest.raises(FileNotFoundError, match=CONFIG_NAME):
+            with pytest.raises(FileNotFoundError, match="expected a folder of prompts, got no such folder"):
                 model.load_prompts(missing)
 
     def test_unknown_options(self, model):

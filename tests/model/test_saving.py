@@ -346,8 +346,10 @@ def test_broken_files(base_of, tmp_path):
         (tmp_path / CONFIG_NAME).write_bytes(broken)
         with pytest.raises(ValueError, match=f"{CONFIG_NAME}: not JSON"):
             model.load_prompts(tmp_path)
-    with pytest.raises(FileNotFoundError):
-        model.load_prompts(tmp_path / "none")
+    (tmp_path / CONFIG_NAME).unlink()
+    for folder, got in ((tmp_path, f"one without {CONFIG_NAME}"), (tmp_path / "none", "no such folder")):
+        with pytest.raises(FileNotFoundError, match=f"{folder}: expected a folder of prompts, got {got}"):
+            model.load_prompts(folder)
     assert not (model.prompt_embeddings.weight == 2).any()
 
 

@@ -4,6 +4,8 @@ import itertools
 import json
 import random
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -529,6 +531,13 @@ def test_options_that_the_files_of_a_mix_say(tiny_llama, tmp_path, option):
     result = ptune("train", "--task-mix", mix, "--model", tiny_llama, "--out", tmp_path / "out", *option)
     assert result.exit_code == 2
     assert f"{option[0]}: not with --task-mix" in " ".join(result.stderr.split())
+
+
+def test_help_does_not_wait_for_torch():
+    command = [sys.executable, "-X", "importtime", "-m", "ptune", "train", "--help"]
+    imported = subprocess.run(command, capture_output=True, text=True, check=True).stderr.split()
+    assert "ptune.cli" in imported
+    assert not {"torch", "transformers"} & set(imported)
 
 
 def lines_file(folder: Path, count: int = 11) -> Path:
