@@ -169,7 +169,9 @@ class PromptSaving:
         parameters = dict(self.named_parameters())
         lacking = [name for name in saved["head"] if name not in parameters]
         unsaved = [name for name in self._head if name not in saved["head"]]
-        if lacking or unsaved:
+        there, kind = (its["model_class"].partition("For")[2] for its in (saved, here))
+        # heads for sequences and for tokens may have the same names and shapes
+        if lacking or unsaved or (saved["head"] and there != kind):
             reasons.append(
                 f"head: trained on {saved['model_class']}, got {here['model_class']}"
                 f" (only there: {lacking or 'nothing'}, only here: {unsaved or 'nothing'})"

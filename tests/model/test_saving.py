@@ -300,6 +300,13 @@ def test_a_misfit_says_why_and_changes_nothing(base_of, tmp_path, other, loader,
     assert {n for n, p in model.named_parameters() if p.requires_grad} == trained
 
 
+def test_a_head_for_sequences_is_none_for_tokens(base_of, tmp_path):
+    """BERT's have the same names and shapes."""
+    base_of("bert").tuned(CLASSIFIER, num_labels=3, **settings_for("overwrite")).save_prompts(tmp_path)
+    with pytest.raises(MisfitError, match="head: trained on BertForSequenceClassification, got BertForTokenClass"):
+        ptune.AutoPTuneModelForTokenClassification.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("change", "error"),
     [
