@@ -219,6 +219,8 @@ def info(folder: RunFolder) -> None:
 
         rows = describe(folder)
     table = Table(title=str(folder), show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")
     for name, value in rows.items():
         table.add_row(name, str(value))
     results.print(table)
@@ -384,7 +386,8 @@ def _print_servers(rows: list[dict[str, Any]]) -> None:
 
 
 def _print_metrics(metrics: dict[str, float], title: str) -> None:
-    table = Table(title=title, title_justify="left")
+    results.print(escape(title), soft_wrap=True)  # as a table's own title it would be as narrow as the table
+    table = Table()
     table.add_column("metric")
     table.add_column("value", justify="right")
     for name, value in metrics.items():
