@@ -87,11 +87,10 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise FileNotFoundError(
-            f"{folder}: expected a folder of prompts, got one without {CONFIG_NAME}"
-            if Path(folder).is_dir()
-            else f"{folder}: expected a folder of prompts, got no such folder"
-        ) from None
+        got = f"one without {CONFIG_NAME}" if Path(folder).is_dir() else "no such folder"
+        if Path(folder, "adapter_config.json").is_file():
+            got = "one of PEFT's: `ptune convert` makes it ours"
+        raise FileNotFoundError(f"{folder}: expected a folder of prompts, got {got}") from None
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON: {error}") from None
     if not isinstance(config, dict) or config.get("format_version") != FORMAT_VERSION:

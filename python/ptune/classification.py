@@ -53,6 +53,8 @@ def _classify_last_token(model: Any, arguments: dict[str, Any]) -> Any:
     outputs = model.base_model(**arguments, return_dict=True)
     hidden = outputs.last_hidden_state
     if (mask := arguments.get("attention_mask")) is None:
+        if (ids := arguments.get("input_ids")) is not None:
+            model.warn_if_padding_and_no_attention_mask(ids, None)  # a stock decoder would guess
         pooled = hidden[:, -1]
     else:
         from_the_end = mask[:, -hidden.shape[1] :].to(hidden.device, torch.int32).flip(1).argmax(1)

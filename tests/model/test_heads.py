@@ -72,6 +72,19 @@ def test_decoders_classify_by_the_last_real_token(base_of, name, mode, padding, 
     close(model(inputs_embeds=embedded, attention_mask=mask).logits, expected)
 
 
+def test_padding_without_a_mask_is_warned_of(base_of, monkeypatch):
+    """A stock decoder would take it for padding; here it is text."""
+    warnings = []
+    monkeypatch.setattr("transformers.modeling_utils.logger.warning_once", warnings.append)
+    settings = settings_for("overwrite", pad_token_id=7)
+    model = base_of("llama").tuned(ptune.AutoPTuneModelForSequenceClassification, **settings)
+    ids, mask = pad(texts_for("right"), "right", 7)
+    model(input_ids=ids, attention_mask=mask)
+    assert not warnings
+    model(input_ids=ids)
+    assert "recommend passing in an `attention_mask`" in warnings[0]
+
+
 def test_disabled_prompts_bring_the_stock_pooling_back(base_of):
     base = base_of("llama")
     model = base.tuned(ptune.AutoPTuneModelForSequenceClassification, pad_token_id=None, **settings_for("overwrite"))

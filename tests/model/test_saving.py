@@ -354,7 +354,13 @@ def test_broken_files(base_of, tmp_path):
         with pytest.raises(ValueError, match=f"{CONFIG_NAME}: not JSON"):
             model.load_prompts(tmp_path)
     (tmp_path / CONFIG_NAME).unlink()
-    for folder, got in ((tmp_path, f"one without {CONFIG_NAME}"), (tmp_path / "none", "no such folder")):
+    (tmp_path / "peft").mkdir()
+    (tmp_path / "peft" / "adapter_config.json").touch()
+    for folder, got in (
+        (tmp_path, f"one without {CONFIG_NAME}"),
+        (tmp_path / "none", "no such folder"),
+        (tmp_path / "peft", "one of PEFT's: `ptune convert` makes it ours"),
+    ):
         with pytest.raises(FileNotFoundError, match=f"{folder}: expected a folder of prompts, got {got}"):
             model.load_prompts(folder)
     assert not (model.prompt_embeddings.weight == 2).any()
