@@ -194,7 +194,9 @@ def evaluate(
 def predict(
     folder: RunFolder,
     text: Annotated[str | None, typer.Argument(help="Default: each line of --file.", show_default=False)] = None,
-    file: Annotated[Path, typer.Option(help="Texts, one per line; - is standard input.", allow_dash=True)] = Path("-"),
+    file: Annotated[Path, typer.Option(help="Texts, one per line, if not blank; - is stdin.", allow_dash=True)] = Path(
+        "-"
+    ),
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest completion (generation).")] = 64,
 ) -> None:
     """Write one JSON line per text: a label, tags and entities, or a completion."""
@@ -331,6 +333,9 @@ def remote_status(
 
         remote.join(address)
         rows = remote.status(name)
+        if not rows:
+            named = "" if name is None else f" that are named {name!r}"
+            raise ValueError(f"no servers{named} in this cluster; `ptune serve-blocks` starts some")
     _print_servers(rows)
 
 

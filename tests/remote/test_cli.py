@@ -42,6 +42,9 @@ def test_serve_and_status(cluster, folder_of, tmp_path, monkeypatch):
         time.sleep(0.1)
     with pytest.raises(remote.RemoteError, match="no servers are named 'from a file'"):
         remote.connect("from a file")
+    result = CliRunner().invoke(cli.app, ["remote-status", "from a file"])
+    assert result.exit_code == 2
+    assert "no servers that are named 'from a file'" in " ".join(result.stderr.split())
 
 
 @pytest.mark.parametrize(

@@ -553,6 +553,7 @@ def test_audit_of_an_embedding_model(tiny_bert, tmp_path):
     assert (record["dtype"], record["compares"], record["rows"]) == ("fp16", "embeddings", 8)
     assert record["whole"].keys() == {"fp16", "bf16", "hybrid-fp16", "hybrid-bf16"}
     assert record["verdict"] in shown
+    assert "cosines of 0.999 at least" in shown
     assert "hybrid-bf16" in shown
     assert (out / "report.png").read_bytes().startswith(b"\x89PNG")
 

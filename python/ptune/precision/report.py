@@ -53,6 +53,7 @@ def print_audit(audit: Audit, console: Console) -> None:
             table.add_row(name, "yes" if tried["works"] else "refused" if refused else "no", *cells)
         if table.rows:
             console.print(table)
+    console.print(f"To work is to have no inf or NaN, and {_wanted(audit)}.", soft_wrap=True)
     console.print(audit.verdict, soft_wrap=True, markup=False)
 
 
@@ -73,6 +74,12 @@ def _table(title: str, *columns: str) -> Table:
     for column in columns:
         table.add_column(column, overflow="fold")
     return table
+
+
+def _wanted(audit: Audit) -> str:
+    if audit.compares == "embeddings":
+        return f"cosines of {audit.limits['cosine']} at least"
+    return f"a KL divergence of {audit.limits['kl']} at most, with {audit.limits['same_top1']:.0%} of top-1 the same"
 
 
 def _cells(figures: dict[str, Any], names: Mapping[str, str]) -> list[str]:

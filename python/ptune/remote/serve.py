@@ -10,7 +10,7 @@ from typing import Any
 
 import ray
 import yaml  # type: ignore[import-untyped]
-from ray.exceptions import RayError
+from ray.exceptions import GetTimeoutError, RayError
 from transformers import AutoConfig
 
 from .link import Link
@@ -191,6 +191,8 @@ def _answer(actor: str, timeout: float) -> dict[str, Any]:
     try:
         handle: Any = ray.get_actor(actor, namespace=NAMESPACE)
         return {"state": "ready", **ray.get(handle.status.remote(), timeout=timeout)}
+    except GetTimeoutError:
+        return {"state": f"no answer in {timeout:g} s"}
     except (RayError, ValueError) as error:
         return {"state": type(error).__name__}
 
