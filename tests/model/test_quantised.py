@@ -201,9 +201,13 @@ def test_banks(base_of, tmp_path, backend):
             close(logits[1], models["overwrite"](ids[1:2]).logits[0])
 
 
-def test_banks_cannot_share_the_scales_of_modules(base_of):
-    with pytest.raises(NotImplementedError, match=r"base: LLM\.int8 keeps scales in its modules"):
-        ptune.PromptBank(base_of("llama").stock(transformers.AutoModelForCausalLM, **quantised("LLM.int8")))
+@pytest.mark.parametrize(
+    ("backend", "reason"),
+    [("LLM.int8", "a row would depend on the others"), ("LLM.int8 without outliers", "keeps scales in its modules")],
+)
+def test_banks_on_llm_int8_are_refused(base_of, backend, reason):
+    with pytest.raises(NotImplementedError, match=rf"base: LLM\.int8 .*{reason}"):
+        ptune.PromptBank(base_of("llama").stock(transformers.AutoModelForCausalLM, **quantised(backend)))
 
 
 def test_what_is_refused(base_of, tmp_path):
