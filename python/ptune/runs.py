@@ -15,7 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+)
 from transformers.trainer import TRAINER_STATE_NAME
 
 from .auto import (
@@ -160,8 +164,7 @@ def prepare(options: Options, say: Callable[[str], None]) -> Run:
         train, evaluation = hold_out(train, options.hold_out, kind.stratum, options.seed)
         say(f"No --eval-data: {len(evaluation)} of {len(train) + len(evaluation)} examples are held out for it.")
 
-    if options.task == "generation":
-        _check_decoder(options.model)
+    _check_base(options.model, options.task)
     tokenizer = load_tokenizer(options.model, options.task)
     set_seed(options.seed)  # the head and random prompts are drawn in loading
     model = new_model(
@@ -352,10 +355,18 @@ def _check_same(saved: dict[str, Any], model: Any, labels: Sequence[str]) -> Non
         raise ValueError(f"data: the run to resume has the labels {', '.join(trained)}; got {', '.join(labels)}")
 
 
-def _check_decoder(base: str) -> None:
-    """Raises ValueError for a base that does not read from left to right, though it may have a class that could."""
+def _check_base(base: str, task: str) -> None:
+    """Raises ValueError for a base that the task cannot be learnt on, though it may have a class that could."""
     config = AutoConfig.from_pretrained(base)
     kind = config.model_type
+    encoder_alone = task == "tagging" and kind in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES
+    if config.is_encoder_decoder and not encoder_alone:
+        raise ValueError(
+            f"model: {base} ({kind}) is an encoder-decoder, which the command line does not train on {task}; in "
+            "Python, AutoPTuneModelForSeq2SeqLM with transformers' Seq2SeqTrainer trains it from text to text"
+        )
+    if task != "generation":
+        return
     encoder = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
     if encoder or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ValueError(f"task: generation needs a decoder, and {base} ({kind}) is none")

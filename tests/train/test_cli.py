@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import Trainer
+from transformers import AutoConfig, Trainer
 from typer.testing import CliRunner
 
 from ptune import AutoPTuneModel
@@ -406,6 +406,20 @@ def test_too_long_prompts_take_one_line(tiny_llama, tmp_path):
         result = ptune(*command)
         assert result.exit_code == 2
         assert result.stderr.startswith("Error: max_length: 12 tokens leave no room after the prompt")
+
+
+@pytest.mark.parametrize(
+    ("kind", "task"), [("t5", "generation"), ("t5", "classification"), ("bart", "generation"), ("bart", "tagging")]
+)
+def test_encoder_decoders_are_trained_in_python(tmp_path, kind, task):
+    AutoConfig.for_model(kind).save_pretrained(tmp_path / kind)
+    files = {"classification": classification_file, "tagging": tagging_file, "generation": generation_file}
+    arguments = ["--model", tmp_path / kind, "--task", task, "--data", files[task](tmp_path), "--out", tmp_path / "out"]
+    result = ptune("train", *arguments)
+    assert result.exit_code == 2
+    expected = f"({kind}) is an encoder-decoder, which the command line does not train on {task}; in Python, AutoPTune"
+    assert expected in " ".join(result.stderr.split())
+    assert not (tmp_path / "out").exists()
 
 
 def test_generation_needs_prompts(tiny_llama, tmp_path):
