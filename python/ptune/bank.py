@@ -22,6 +22,7 @@ from .mixin import PTuneMixin
 from .mixture import Mixture, Overwriting, mixing
 from .models import ptune_class
 from .plan import Plan
+from .quantised import rounds_by_batch
 
 _PACKED = torch.contiguous_format
 _NAME = re.compile(r"\w[\w.-]{0,99}")
@@ -487,6 +488,11 @@ def _sharing_weights(base: Any) -> Any:
         )
     if len(set(getattr(base, "hf_device_map", {}).values())) > 1:
         raise NotImplementedError("base: expected a model on one device, got one spread over several")
+    if rounds_by_batch(base.config):
+        raise NotImplementedError(
+            "base: LLM.int8 chooses the columns that it rounds over all rows of a batch, so that a row would depend on "
+            "the others; quantise to 4 bits"
+        )
     if any(hasattr(parameter, "SCB") for parameter in base.parameters()):
         raise NotImplementedError(
             "base: LLM.int8 keeps scales in its modules, which cannot be shared; quantise to 4 bits"

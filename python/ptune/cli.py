@@ -69,7 +69,7 @@ def main() -> None:
 
 
 # what is said once for all tasks that are trained together
-_OF_A_MIX = ("task_mix", "model", "out", "steps", "dtype", "seed", "overwrite")
+_OF_A_MIX = ("task_mix", "model", "out", "steps", "dtype", "seed", "resume", "overwrite")
 
 
 @app.command()
@@ -114,13 +114,14 @@ def train(
                 source = context.get_parameter_source(name)
                 if name not in _OF_A_MIX and source is not None and source.name == "COMMANDLINE":
                     raise ValueError(f"--{name.replace('_', '-')}: not with --task-mix, whose files say what is learnt")
-            _train_mix([Path(file) for file in task_mix.split(",")], out, steps, model, dtype.value, seed, overwrite)
+            files = [Path(file) for file in task_mix.split(",")]
+            _train_mix(files, out, steps, resume, model=model, dtype=dtype.value, seed=seed, overwrite=overwrite)
             return
         if task is None or data is None:
             raise ValueError(f"--{'data' if task else 'task'}: expected one, or --task-mix")
         _quieten()
         from .data import Columns
-        from .runs import Options, prepare
+        from .runs import Options, latest_checkpoint, prepare
 
         run = prepare(
             Options(
@@ -142,7 +143,7 @@ def train(
                 head_learning_rate=head_learning_rate,
                 dtype=dtype.value,
                 seed=seed,
-                resume=resume,
+                resume=latest_checkpoint(out) if resume else None,
                 overwrite=overwrite,
             ),
             notes.print,
@@ -155,14 +156,14 @@ def train(
     _print_metrics(record["metrics"], f"{out}, on {len(run.evaluation)} evaluation examples")
 
 
-def _train_mix(
-    files: list[Path], out: Path, steps: int | None, model: str, dtype: str, seed: int, overwrite: bool
-) -> None:
+def _train_mix(files: list[Path], out: Path, steps: int | None, resume: bool, **shared: Any) -> None:
     _quieten()
     from .mix import read_mix, train_mix
+    from .runs import latest_checkpoint
 
-    options = read_mix(files, model=model, out=out, dtype=dtype, seed=seed, overwrite=overwrite)
-    records = train_mix(options, steps, notes.print, quiet=not sys.stderr.isatty())
+    checkpoint = latest_checkpoint(out) if resume else None
+    options = read_mix(files, out, checkpoint, **shared)
+    records = train_mix(options, steps, notes.print, out, checkpoint, quiet=not sys.stderr.isatty())
     for name, record in records.items():
         _print_metrics(record["metrics"], f"{out / name}, on its evaluation examples")
 
@@ -194,7 +195,7 @@ def evaluate(
 def predict(
     folder: RunFolder,
     text: Annotated[str | None, typer.Argument(help="Default: each line of --file.", show_default=False)] = None,
-    file: Annotated[Path, typer.Option(help="Texts, one per line, if not blank; - is stdin.", allow_dash=True)] = Path(
+    file: Annotated[Path, typer.Option(help="Texts, a line each, if not blank; - is stdin.", allow_dash=True)] = Path(
         "-"
     ),
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest completion (generation).")] = 64,

@@ -343,7 +343,7 @@ def _set_head(model: Any, head: dict[str, Tensor]) -> None:
     head = {
         name: tensor
         for name, tensor in head.items()
-        if name in model._head or name not in parameters or not torch.equal(parameters[name].float(), tensor)
+        if name in model._head or name not in parameters or not _same(parameters[name], tensor)
     }
     found = {name: parameters[name].shape for name in head if name in parameters}
     wrong = [name for name, tensor in head.items() if found.get(name) != tensor.shape]
@@ -356,6 +356,14 @@ def _set_head(model: Any, head: dict[str, Tensor]) -> None:
     model._set_head(head)
     for name, tensor in head.items():
         parameters[name].data.copy_(tensor)
+
+
+def _same(own: Tensor, read: Tensor) -> bool:
+    """Whether a tensor that was read, float32 by now, is the base's own, which either may have in half precision."""
+    if own.shape != read.shape:
+        return False
+    halves = (own.to(dtype).float() for dtype in (torch.float16, torch.bfloat16))
+    return torch.equal(own, read.to(own.dtype)) or any(torch.equal(half, read) for half in halves)
 
 
 def _layer_major(deep: Tensor, count: int, layers: int) -> Tensor:

@@ -3,6 +3,7 @@
 A task's gradients are those that its own rows would give it alone.
 """
 
+import json
 import random
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -14,16 +15,17 @@ from typing import Any
 import torch
 import transformers
 import yaml  # type: ignore[import-untyped]
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler, SequentialSampler
-from transformers import AutoConfig, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoConfig, PrinterCallback, TrainerCallback, TrainingArguments
 
 from .bank import PromptBank, check_name
 from .checkpoint import PROMPTS
 from .data import Columns
-from .runs import Options, Run, prepare
+from .runs import CHECKPOINTS, Options, Run, prepare, remove_checkpoints, write_json
 from .tasks import IGNORED, Features
-from .train import EVALUATIONS, evaluate, groups_of
+from .train import EVALUATIONS, ResumableTrainer, evaluate, groups_of
 
 # What a task's file may say, and of what kind it is; the rest is said once, for all.
 _KEYS: dict[str, type] = {
@@ -36,14 +38,25 @@ _KINDS = {str: "a string", int: "an integer of at least 1", float: "a number"}
 _COLUMNS = ("text_column", "label_column", "prompt_column", "completion_column")
 _MAX_GRAD_NORM = 1.0  # of each task, as Trainer's of one
 _BATCH_SIZE = 32  # of all tasks together, where their files do not say
+# in a checkpoint: a folder of prompts for each task; what did best; and evaluations, by task in the order of the tasks
+_PROMPTS, _BEST, _LOG = "prompts", "best.safetensors", "evaluations.json"
 
 
-def read_mix(paths: Sequence[Path], **shared: Any) -> dict[str, Options]:
+def read_mix(paths: Sequence[Path], out: Path, resume: Path | None = None, **shared: Any) -> dict[str, Options]:
     """The options of each task, by its name (the file's, unless it says one), from one YAML file for each.
 
-    ``shared``: options of all; ``out`` is the folder of their folders. Paths in a file are relative to it. Raises
-    `ValueError` for a file that is no mapping, or says what is no option of `ptune train`.
+    Args:
+        paths: the files; paths in them are relative to them.
+        out: the folder of the tasks' folders.
+        resume: the checkpoint to go on from.
+        shared: options of all.
+    Raises: ValueError for a file that is no mapping, or says what is no option of `ptune train`; for tasks that are not
+        those of the run to resume; and for a folder that holds an unfinished run, unless that is resumed or
+        overwritten.
     """
+    checkpoints = out / CHECKPOINTS
+    if not (resume or shared.get("overwrite")) and checkpoints.is_dir() and any(checkpoints.iterdir()):
+        raise ValueError(f"out: {out} holds an unfinished run; --resume it, or --overwrite it")
     options: dict[str, Options] = {}
     for path in paths:
         try:
@@ -61,12 +74,21 @@ def read_mix(paths: Sequence[Path], **shared: Any) -> dict[str, Options]:
             raise ValueError(f"{path}: {error}") from None
         if name in options:
             raise ValueError(f"{path}: name: {name!r} is another task's")
+        if name == CHECKPOINTS:
+            raise ValueError(f"{path}: name: {name!r} is the folder of the checkpoints of all")
         said["columns"] = Columns(*(said.pop(column, None) for column in _COLUMNS))
         said |= {key: path.parent / said[key] for key in ("data", "eval_data") if key in said}
         if said.get("tuning_mode") == "none":  # as on the command line
             said["tuning_mode"] = None
         said.setdefault("batch_size", max(1, _BATCH_SIZE // len(paths)))
-        options[name] = Options(**said | shared | {"out": shared["out"] / name})
+        said["resume"] = resume and resume / _PROMPTS / name
+        options[name] = Options(**said | shared | {"out": out / name})
+    if resume is not None:
+        if not (resume / _LOG).is_file():
+            raise ValueError(f"out: the run to resume in {out} is of one task, not of several")
+        began = list(json.loads((resume / _LOG).read_text(encoding="utf-8")))
+        if began != list(options):
+            raise ValueError(f"task_mix: the run to resume has {', '.join(began)}, got {', '.join(options)}")
     return options
 
 
@@ -106,7 +128,12 @@ class TaskMix(nn.Module):
 
 
 def train_mix(
-    options: dict[str, Options], steps: int | None, say: Callable[[str], None], quiet: bool = False
+    options: dict[str, Options],
+    steps: int | None,
+    say: Callable[[str], None],
+    out: Path,
+    resume: Path | None = None,
+    quiet: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Train the tasks of `read_mix` together, and write a folder for each, of what did best, as `Run.fit` does.
 
@@ -114,6 +141,8 @@ def train_mix(
         steps: optimizer steps, each with ``batch_size`` examples of every task; by default, what the task that takes
             most has alone.
         say: gets a line for each choice that was made.
+        out: the folder of the tasks' folders, and of the checkpoints until all is done.
+        resume: the checkpoint in it to go on from, as `read_mix` was given it.
         quiet: shows no progress bar.
     Returns: by task, the record that stands in its `train.json`.
     """
@@ -122,21 +151,30 @@ def train_mix(
     with tempfile.TemporaryDirectory() as scratch:
         for name, its in options.items():
             run = prepare(replace(its, steps=steps), lambda line, name=name: say(f"{name}: {line}"))  # type: ignore[misc]
-            run.model.save_prompts(Path(scratch, name))
+            if resume is None:
+                run.model.save_prompts(Path(scratch, name))
             runs[name] = replace(run, model=None)
         steps = steps or max(run.steps for run in runs.values())
+        every = max(1, steps // EVALUATIONS)
+        if resume is None:
+            remove_checkpoints(out / CHECKPOINTS)
         arguments = TrainingArguments(
-            scratch, max_steps=steps, warmup_steps=round(0.1 * steps), per_device_train_batch_size=1,
-            max_grad_norm=0.0, save_strategy="no", remove_unused_columns=False, logging_steps=max(1, steps // 20),
-            seed=first.seed, report_to="none", disable_tqdm=quiet, dataloader_pin_memory=torch.cuda.is_available(),
+            str(out / CHECKPOINTS), max_steps=steps, warmup_steps=round(0.1 * steps), per_device_train_batch_size=1,
+            max_grad_norm=0.0, save_steps=every, save_total_limit=1, remove_unused_columns=False,
+            logging_steps=max(1, steps // 20), seed=first.seed, report_to="none", disable_tqdm=quiet,
+            dataloader_pin_memory=torch.cuda.is_available(),
         )  # fmt: skip
         # where Trainer takes what trains
         bank = PromptBank(_base(first.model, first.dtype).to(arguments.device))
         for name in options:
-            bank.add(name, Path(scratch, name))
+            bank.add(name, Path(resume / _PROMPTS if resume else scratch, name))
         mix = TaskMix(bank)
-        best = _Best(mix, runs, max(1, steps // EVALUATIONS))
-        trainer = _Trainer(mix, arguments, train_dataset=_Steps(runs, steps, first.seed), data_collator=_Collate(runs))
+        best = _Best(mix, runs, every)
+        if resume is not None:
+            best.load(resume)
+        data = _Steps(runs, steps, first.seed)
+        trainer = _Trainer(mix, arguments, train_dataset=data, data_collator=_Collate(runs))
+        trainer.best = best
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(_Clipping(mix))
         trainer.add_callback(best)
@@ -145,12 +183,13 @@ def train_mix(
             own = mix.parameters_of[name].items()
             groups += groups_of(own, run.learning_rate, run.options.head_learning_rate)
         trainer.optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-        trainer.train()
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     best.restore()
     records = {}
     for name, run in runs.items():
         bank.save(name, run.options.out)
         records[name] = replace(run, steps=steps).write_record(trainer.state.log_history + best.log[name])
+    remove_checkpoints(out / CHECKPOINTS)
     return records
 
 
@@ -207,6 +246,20 @@ class _Best(TrainerCallback):
             )
             if run.best(self.log[name]) is self.log[name][-1]:
                 self._values[name] = [own.detach().clone() for own in self.mix.parameters_of[name].values()]
+
+    def save(self, folder: Path) -> None:
+        """Write the evaluations, and what did best, to a checkpoint."""
+        save_file(
+            {f"{name}/{i}": own for name, its in self._values.items() for i, own in enumerate(its)}, folder / _BEST
+        )
+        write_json(folder / _LOG, self.log)
+
+    def load(self, folder: Path) -> None:
+        """Take over what `save` wrote."""
+        self.log = json.loads((folder / _LOG).read_text(encoding="utf-8"))
+        found = load_file(folder / _BEST)
+        for name, own in self.mix.parameters_of.items():
+            self._values[name] = [found[f"{name}/{i}"] for i in range(len(own))]
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -266,7 +319,19 @@ def _widened(tensor: Tensor, width: int, filling: int) -> Tensor:
     return tensor if tensor.dim() == 1 else nn.functional.pad(tensor, (0, width - tensor.shape[1]), value=filling)
 
 
-class _Trainer(Trainer):
+class _Trainer(ResumableTrainer):
+    best: _Best
+
+    def _save(self, output_dir: Any = None, state_dict: Any = None) -> None:
+        folder = Path(output_dir)
+        bank = self.best.mix.bank
+        for name in bank.names:
+            bank.save(name, folder / _PROMPTS / name)
+        self.best.save(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Nothing: the bank was given the checkpoint's prompts."""
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
         data: Any = self.train_dataset if train_dataset is None else train_dataset
         return SequentialSampler(data)

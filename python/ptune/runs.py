@@ -15,7 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+)
+from transformers.trainer import TRAINER_STATE_NAME
 
 from .auto import (
     AutoPTuneModelForCausalLM,
@@ -71,7 +76,7 @@ class Options:
     head_learning_rate: float = HEAD_LEARNING_RATE
     dtype: str = "auto"
     seed: int = 0
-    resume: bool = False
+    resume: Path | None = None  # the prompts of the checkpoint to go on from
     overwrite: bool = False
 
 
@@ -95,7 +100,7 @@ class Run:
         options = self.options
         checkpoints = options.out / CHECKPOINTS
         if not options.resume:
-            _remove_checkpoints(checkpoints)
+            remove_checkpoints(checkpoints)
         log = fit(
             self.model,
             self.task,
@@ -107,13 +112,13 @@ class Run:
             batch_size=options.batch_size,
             seed=options.seed,
             checkpoints=checkpoints,
-            resume=latest_checkpoint(options.out) if options.resume else None,
+            resume=options.resume,
             quiet=say is not None,
             say=say,
         )
         self.model.save_pretrained(options.out)
         record = self.write_record(log)
-        _remove_checkpoints(checkpoints)
+        remove_checkpoints(checkpoints)
         return record
 
     def write_record(self, log: Sequence[dict[str, float]]) -> dict[str, Any]:
@@ -130,7 +135,7 @@ class Run:
             "metrics": {name: best[f"eval_{name}"] for name in ("loss", *self.task.metrics)},
             "log": log,
         }
-        _write_json(options.out / RECORD, record)
+        write_json(options.out / RECORD, record)
         return record
 
     def best(self, log: Sequence[dict[str, float]]) -> dict[str, float]:
@@ -159,8 +164,7 @@ def prepare(options: Options, say: Callable[[str], None]) -> Run:
         train, evaluation = hold_out(train, options.hold_out, kind.stratum, options.seed)
         say(f"No --eval-data: {len(evaluation)} of {len(train) + len(evaluation)} examples are held out for it.")
 
-    if options.task == "generation":
-        _check_decoder(options.model)
+    _check_base(options.model, options.task)
     tokenizer = load_tokenizer(options.model, options.task)
     set_seed(options.seed)  # the head and random prompts are drawn in loading
     model = new_model(
@@ -174,7 +178,7 @@ def prepare(options: Options, say: Callable[[str], None]) -> Run:
         dtype=options.dtype,
     )
     if options.resume:
-        _check_same(read_config(latest_checkpoint(options.out)), model, labels)
+        _check_same(read_config(options.resume), model, labels)
     task = kind(tokenizer, _room(model, options), labels)
     steps = options.steps or max(MIN_STEPS, EPOCHS * math.ceil(len(train) / options.batch_size))
     rate = options.learning_rate or LEARNING_RATES[options.tuning_mode]
@@ -283,16 +287,25 @@ def _sharing(folder: Path, task: str) -> str:
 
 
 def latest_checkpoint(out: Path) -> Path:
-    """The newest checkpoint of an output folder. Raises: ValueError if there is none."""
-    found = sorted((out / CHECKPOINTS).glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    """The newest complete checkpoint of an output folder. Raises: ValueError if there is none."""
+    found = [path for path in (out / CHECKPOINTS).glob("checkpoint-*") if _is_complete(path)]
     if not found:
-        finished = (out / RECORD).is_file()
+        finished = [*out.glob(RECORD), *out.glob(f"*/{RECORD}")]
         reason = f"the run in {out} has finished" if finished else f"{out / CHECKPOINTS} holds no checkpoint"
         raise ValueError(f"out: nothing to resume, {reason}")
-    return found[-1]
+    return max(found, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
-def _remove_checkpoints(folder: Path) -> None:
+def _is_complete(checkpoint: Path) -> bool:
+    """Whether the file that is written last is whole."""
+    try:
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def remove_checkpoints(folder: Path) -> None:
     for checkpoint in folder.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
     with suppress(OSError):  # there is none, or it holds what is not ours
@@ -322,7 +335,9 @@ def _check(options: Options) -> None:
     if filled and not (options.resume or options.overwrite):
         raise ValueError(f"out: {out} is not empty; choose another folder, --resume its run, or --overwrite it")
     if options.resume:
-        saved = read_config(latest_checkpoint(out))
+        if not is_prompt_folder(options.resume):
+            raise ValueError(f"out: the run to resume in {out} is of several tasks (--task-mix)")
+        saved = read_config(options.resume)
         for name in ("tuning_mode", "pre_seq_len", "deep_prompt_mode"):
             value = 0 if name == "pre_seq_len" and options.tuning_mode is None else getattr(options, name)
             if saved[name] != value:
@@ -340,10 +355,18 @@ def _check_same(saved: dict[str, Any], model: Any, labels: Sequence[str]) -> Non
         raise ValueError(f"data: the run to resume has the labels {', '.join(trained)}; got {', '.join(labels)}")
 
 
-def _check_decoder(base: str) -> None:
-    """Raises ValueError for a base that does not read from left to right, though it may have a class that could."""
+def _check_base(base: str, task: str) -> None:
+    """Raises ValueError for a base that the task cannot be learnt on, though it may have a class that could."""
     config = AutoConfig.from_pretrained(base)
     kind = config.model_type
+    encoder_alone = task == "tagging" and kind in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES
+    if config.is_encoder_decoder and not encoder_alone:
+        raise ValueError(
+            f"model: {base} ({kind}) is an encoder-decoder, which the command line does not train on {task}; in "
+            "Python, AutoPTuneModelForSeq2SeqLM with transformers' Seq2SeqTrainer trains it from text to text"
+        )
+    if task != "generation":
+        return
     encoder = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
     if encoder or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ValueError(f"task: generation needs a decoder, and {base} ({kind}) is none")
@@ -360,6 +383,6 @@ def _room(model: Any, options: Options) -> int:
     return min(options.max_length, left)
 
 
-def _write_json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: Any) -> None:
     text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
     replace_file(path, lambda scratch: scratch.write_text(text, encoding="utf-8"))

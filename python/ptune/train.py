@@ -1,11 +1,14 @@
 """Trains and evaluates a model on a task: transformers' Trainer does the loop, this file sets it up."""
 
+import json
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -15,6 +18,7 @@ from .tasks import Task
 
 EVALUATIONS = 5  # of a run, by default
 HEAD_LEARNING_RATE = 1e-1  # a head starts from nothing: at the rate of prompts, which start from real states, it lags
+_OPTIMIZER, _RATES, _RNG = "optimizer.safetensors", "optimizer.json", "rng_state.safetensors"
 
 
 class _ByLength(LengthGroupedSampler):
@@ -29,7 +33,53 @@ class _ByLength(LengthGroupedSampler):
         self.generator.manual_seed(self.seed + epoch)
 
 
-class _Trainer(Trainer):
+class ResumableTrainer(Trainer):
+    """Trainer whose checkpoints are tensors and JSON: resuming unpickles nothing.
+
+    Trainer writes its ``trainer_state.json`` last, so a checkpoint that has a whole one is complete.
+    """
+
+    model: Any
+    optimizer: Any
+    lr_scheduler: Any
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        self.model.save_pretrained(output_dir)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        optimizer = self.optimizer.state_dict()
+        tensors = {f"{index}.{key}": value for index, own in optimizer["state"].items() for key, value in own.items()}
+        save_file(tensors, Path(output_dir, _OPTIMIZER))
+        rest = {"param_groups": optimizer["param_groups"], "scheduler": self.lr_scheduler.state_dict()}
+        Path(output_dir, _RATES).write_text(json.dumps(rest), encoding="utf-8")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in load_file(Path(checkpoint, _OPTIMIZER)).items():
+            index, _, key = name.partition(".")
+            state.setdefault(int(index), {})[key] = tensor
+        rest = json.loads(Path(checkpoint, _RATES).read_text(encoding="utf-8"))
+        self.optimizer.load_state_dict({"state": state, "param_groups": rest["param_groups"]})
+        self.lr_scheduler.load_state_dict(rest["scheduler"])
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        states = {"cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            states["cuda"] = torch.cuda.get_rng_state()
+        save_file(states, Path(output_dir, _RNG))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        states = load_file(Path(checkpoint, _RNG))
+        torch.set_rng_state(states["cpu"])
+        if torch.cuda.is_available() and "cuda" in states:
+            torch.cuda.set_rng_state(states["cuda"])
+
+
+class _Trainer(ResumableTrainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
         data: Any = self.train_dataset if train_dataset is None else train_dataset
         lengths = [len(features["input_ids"]) for features in data]

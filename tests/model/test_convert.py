@@ -151,9 +151,10 @@ def test_models_without_a_task(base_of, tmp_path, name, mode):
         close(back.pooler_output, expected.pooler_output)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("projected", [False, True])
-def test_reads_p_tuning_v2(base_of, tmp_path, projected, whole):
+def test_reads_p_tuning_v2(base_of, tmp_path, projected, whole, dtype):
     base, count, width = base_of("bert"), 4, 2 * LAYERS * 24
     state = {}
     if whole:  # as its authors' Trainer writes it
@@ -164,9 +165,11 @@ def test_reads_p_tuning_v2(base_of, tmp_path, projected, whole):
         encoder = nn.Sequential(nn.Embedding(count, 24), nn.Linear(24, 11), nn.Tanh(), nn.Linear(11, width))
         names = ["embedding.weight", "trans.0.weight", "trans.0.bias", "trans.2.weight", "trans.2.bias"]
         state |= {f"prefix_encoder.{name}": t for name, t in zip(names, encoder.state_dict().values(), strict=True)}
+        encoder = encoder.to(dtype).float()  # as it is read
         prefix = encoder(torch.arange(count)).detach()
     else:
-        prefix = state["prefix_encoder.embedding.weight"] = torch.randn(count, width)
+        prefix = state["prefix_encoder.embedding.weight"] = torch.randn(count, width).to(dtype).float()
+    state = {name: t.to(dtype) if t.is_floating_point() else t for name, t in state.items()}
     torch.save(state, tmp_path / "pytorch_model.bin")
     convert(tmp_path / "pytorch_model.bin", tmp_path / "ours", base_model=base.folder, task="tagging")
     ours = ptune.AutoPTuneModelForTokenClassification.from_pretrained(tmp_path / "ours").eval()
@@ -176,7 +179,7 @@ def test_reads_p_tuning_v2(base_of, tmp_path, projected, whole):
     for layer, (key, value) in enumerate(ours._hooks.prefix.prefix().layers):
         assert torch.equal(key, past[2 * layer])
         assert torch.equal(value, past[2 * layer + 1])
-    assert torch.equal(ours.classifier.weight, state["classifier.weight"])
+    assert torch.equal(ours.classifier.weight, state["classifier.weight"].float())
 
 
 @pytest.mark.parametrize("deep", [False, True])

@@ -3,14 +3,17 @@
 import copy
 import json
 
+import peft
 import pytest
 import torch
 import transformers
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import nn
 
 import ptune
 from ptune.checkpoint import CONFIG_NAME, read_config
+from ptune.convert import convert, to_peft
 
 from .common import MODES, close, moved_by_a_bit, set_prompts, settings_for, texts_for
 from .families import FAMILIES
@@ -201,9 +204,35 @@ def test_banks(base_of, tmp_path, backend):
             close(logits[1], models["overwrite"](ids[1:2]).logits[0])
 
 
-def test_banks_cannot_share_the_scales_of_modules(base_of):
-    with pytest.raises(NotImplementedError, match=r"base: LLM\.int8 keeps scales in its modules"):
-        ptune.PromptBank(base_of("llama").stock(transformers.AutoModelForCausalLM, **quantised("LLM.int8")))
+@pytest.mark.parametrize(
+    ("backend", "reason"),
+    [("LLM.int8", "a row would depend on the others"), ("LLM.int8 without outliers", "keeps scales in its modules")],
+)
+def test_banks_on_llm_int8_are_refused(base_of, backend, reason):
+    with pytest.raises(NotImplementedError, match=rf"base: LLM\.int8 .*{reason}"):
+        ptune.PromptBank(base_of("llama").stock(transformers.AutoModelForCausalLM, **quantised(backend)))
+
+
+@pytest.mark.parametrize("kind", [peft.PromptTuningConfig, peft.PrefixTuningConfig])
+@pytest.mark.parametrize("backend", ["nf4", "fp4 twice"])
+def test_prompts_of_peft(base_of, tmp_path, backend, kind):
+    """In training: otherwise bitsandbytes packs the stock model's weights on some CPUs, and fails at sizes so small."""
+    stock = base_of("llama").stock(transformers.AutoModelForCausalLM, **quantised(backend))
+    stock.save_pretrained(tmp_path / "base")
+    theirs = peft.get_peft_model(stock, kind(task_type="CAUSAL_LM", num_virtual_tokens=4)).train()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.5)
+    theirs.save_pretrained(tmp_path / "theirs")
+    convert(tmp_path / "theirs", tmp_path / "ours", base_model=tmp_path / "base")
+    ours = ptune.AutoPTuneModelForCausalLM.from_pretrained(tmp_path / "ours", device_map="cpu").eval()
+    ids = torch.randint(3, 61, (2, 5))
+    with torch.no_grad():
+        close(ours(ids).logits, theirs(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, -5:])
+    to_peft(tmp_path / "ours", tmp_path / "back")
+    again, first = (load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("back", "theirs"))
+    assert torch.equal(again["prompt_embeddings"], first["prompt_embeddings"])
 
 
 def test_what_is_refused(base_of, tmp_path):
