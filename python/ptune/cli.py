@@ -114,7 +114,7 @@ def train(
                 source = context.get_parameter_source(name)
                 if name not in _OF_A_MIX and source is not None and source.name == "COMMANDLINE":
                     raise ValueError(f"--{name.replace('_', '-')}: not with --task-mix, whose files say what is learnt")
-            files = [Path(file) for file in task_mix.split(",")]
+            files = [Path(file.strip()) for file in task_mix.split(",")]
             _train_mix(files, out, steps, resume, model=model, dtype=dtype.value, seed=seed, overwrite=overwrite)
             return
         if task is None or data is None:
@@ -153,7 +153,8 @@ def train(
             from .plot import plot_log
 
             plot_log(record["log"], run.task.metrics, plot)
-    _print_metrics(record["metrics"], f"{out}, on {len(run.evaluation)} evaluation examples")
+    on = f"on {len(run.evaluation)} evaluation examples"
+    _print_metrics(record["metrics"], f"{out}, as it was after step {record['kept_step']}, {on}")
 
 
 def _train_mix(files: list[Path], out: Path, steps: int | None, resume: bool, **shared: Any) -> None:
@@ -165,7 +166,8 @@ def _train_mix(files: list[Path], out: Path, steps: int | None, resume: bool, **
     options = read_mix(files, out, checkpoint, **shared)
     records = train_mix(options, steps, notes.print, out, checkpoint, quiet=not sys.stderr.isatty())
     for name, record in records.items():
-        _print_metrics(record["metrics"], f"{out / name}, on its evaluation examples")
+        kept = f"as it was after step {record['kept_step']}"
+        _print_metrics(record["metrics"], f"{out / name}, {kept}, on its evaluation examples")
 
 
 @app.command("eval")
@@ -237,9 +239,12 @@ def convert(
     task: Annotated[TaskName | None, typer.Option(help="Where SOURCE does not say.")] = None,
     task_id: Annotated[int | None, typer.Option(help="Which task of a multitask prompt.")] = None,
     to_peft: Annotated[bool, typer.Option("--to-peft", help="SOURCE is a folder of ours; write it for PEFT.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Write into a folder that is not empty.")] = False,
 ) -> None:
     """Read the prompts of another library into a folder of ours, or write ours for PEFT."""
     with _one_line_errors():
+        if not overwrite and out.is_dir() and any(out.iterdir()):
+            raise ValueError(f"out: {out} is not empty; choose another folder, or --overwrite it")
         _quieten()
         from . import convert as converters
 
@@ -250,6 +255,7 @@ def convert(
         else:
             name = None if task is None else task.value
             converters.convert(source, out, base_model=base_model, task=name, task_id=task_id)
+    notes.print(f"Written: {escape(str(out))}", soft_wrap=True)
 
 
 @app.command()

@@ -65,6 +65,8 @@ def load_model(
         for name in hub.OF_THE_PROMPTS:
             kwargs.pop(name, None)
     saved = checkpoint.read_config(path) if checkpoint.is_prompt_folder(path) else None
+    if saved is None:
+        check_base(path)
     base = _base_of(path, saved, base_model)
     try:
         own = AutoConfig.from_pretrained(base, **{name: kwargs[name] for name in _FOR_CONFIG if name in kwargs})
@@ -104,6 +106,18 @@ def load_model(
         model.ptune_config.prefix_sharing = sharing
         model.load_prompts(path)
     return (model, info) if output_loading_info else model
+
+
+def check_base(path: str | os.PathLike[str]) -> None:
+    """Raises `ValueError` for a folder that holds prompts, and `FileNotFoundError` for what can be no base at all."""
+    if checkpoint.is_prompt_folder(path):
+        raise ValueError(f"{path}: expected a base, got a folder of prompts")
+    if os.path.isdir(path):
+        files = os.listdir(path)
+        if "adapter_config.json" in files and "config.json" not in files:
+            raise ValueError(f"{path}: expected a base or a folder of prompts, got one of PEFT's; see `ptune convert`")
+    elif not hub.is_repo_id(os.fspath(path)):
+        raise FileNotFoundError(f"{path}: expected a folder, or a name on the hub; there is no such folder")
 
 
 def take_dtypes(keywords: dict[str, Any]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from .checkpoint import PROMPTS
 from .data import Columns
 from .runs import CHECKPOINTS, Options, Run, prepare, remove_checkpoints, write_json
 from .tasks import IGNORED, Features
-from .train import EVALUATIONS, ResumableTrainer, evaluate, groups_of
+from .train import EVALUATIONS, ResumableTrainer, evaluate, groups_of, line_of
 
 # What a task's file may say, and of what kind it is; the rest is said once, for all.
 _KEYS: dict[str, type] = {
@@ -63,9 +63,11 @@ def read_mix(paths: Sequence[Path], out: Path, resume: Path | None = None, **sha
             said = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"{path}: not YAML: {error}") from None
-        if not isinstance(said, dict) or not {"task", "data"} <= said.keys() <= set(_KEYS):
+        if not isinstance(said, dict) or not {"task", "data"} <= said.keys():
             keys = ", ".join(map(str, said)) if isinstance(said, dict) else type(said).__name__
-            raise ValueError(f"{path}: expected task, data and any of {', '.join(_KEYS)}, got {keys}")
+            raise ValueError(f"{path}: expected task and data at least, got {keys}")
+        if unknown := [str(key) for key in said if key not in _KEYS]:
+            raise ValueError(f"{path}: expected no keys but {', '.join(_KEYS)}, got {', '.join(unknown)}")
         said = {key: _of_kind(path, key, value) for key, value in said.items()}
         name = said.pop("name", path.stem)
         try:
@@ -169,7 +171,7 @@ def train_mix(
         for name in options:
             bank.add(name, Path(resume / _PROMPTS if resume else scratch, name))
         mix = TaskMix(bank)
-        best = _Best(mix, runs, every)
+        best = _Best(mix, runs, every, say)
         if resume is not None:
             best.load(resume)
         data = _Steps(runs, steps, first.seed)
@@ -231,8 +233,8 @@ class _Best(TrainerCallback):
         log: by task, its evaluations, as Trainer's log has them.
     """
 
-    def __init__(self, mix: TaskMix, runs: dict[str, Run], every: int) -> None:
-        self.mix, self.runs, self.every = mix, runs, every
+    def __init__(self, mix: TaskMix, runs: dict[str, Run], every: int, say: Callable[[str], None]) -> None:
+        self.mix, self.runs, self.every, self.say = mix, runs, every, say
         self.log: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
         self._values: dict[str, list[Tensor]] = {}
 
@@ -241,9 +243,9 @@ class _Best(TrainerCallback):
             return
         for name, run in self.runs.items():
             metrics = evaluate(_Alone(self.mix.bank, name), run.task, run.evaluation)
-            self.log[name].append(
-                {f"eval_{key}": value for key, value in metrics.items()} | {"step": state.global_step}
-            )
+            found = {f"eval_{key}": value for key, value in metrics.items()} | {"step": state.global_step}
+            self.log[name].append(found)
+            self.say(f"{name}: {line_of(run.task, state, found)}")
             if run.best(self.log[name]) is self.log[name][-1]:
                 self._values[name] = [own.detach().clone() for own in self.mix.parameters_of[name].values()]
 

@@ -29,6 +29,7 @@ from .auto import (
 )
 from .checkpoint import WEIGHTS_NAME, fingerprint, is_prompt_folder, read_config, replace_file
 from .data import Columns, DataError, hold_out
+from .loading import check_base
 from .support import position_limit
 from .tasks import TASKS, Task
 from .train import HEAD_LEARNING_RATE, fit
@@ -132,6 +133,7 @@ class Run:
             "learning_rate": self.learning_rate,
             "head_learning_rate": options.head_learning_rate,
             "seed": options.seed,
+            "kept_step": best["step"],
             "metrics": {name: best[f"eval_{name}"] for name in ("loss", *self.task.metrics)},
             "log": log,
         }
@@ -233,7 +235,8 @@ def read_record(folder: Path) -> dict[str, Any]:
     """What `train.json` says. Raises: ValueError if the folder is not one that a finished run has written."""
     path = folder / RECORD
     if not path.is_file():
-        problem = f"{folder} holds no {RECORD}: expected the --out folder of a finished `ptune train`"
+        there = f"{folder} holds no {RECORD}" if folder.is_dir() else f"{folder}: no such folder"
+        problem = f"{there}: expected the --out folder of a finished `ptune train`"
         if is_prompt_folder(folder):
             problem += "; prompts that Python saved are loaded with AutoPTuneModelFor….from_pretrained"
         raise ValueError(problem)
@@ -274,6 +277,8 @@ def describe(folder: Path) -> dict[str, str]:
     }
     if prompts["tuning_mode"] and os.path.isdir(prompts["base"]["name"]):
         lines["prefix sharing"] = _sharing(folder, record["task"])
+    if "kept_step" in record:  # older runs did not say
+        lines["kept step"] = str(record["kept_step"])
     return lines | {name.replace("_", " "): f"{value:.4f}" for name, value in record["metrics"].items()}
 
 
@@ -324,6 +329,7 @@ def _check(options: Options) -> None:
         raise ValueError(f"learning_rate: expected a positive number, got {options.learning_rate}")
     if not options.head_learning_rate > 0:
         raise ValueError(f"head_learning_rate: expected a positive number, got {options.head_learning_rate}")
+    check_base(options.model)
     out = options.out
     nearest = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not nearest.is_dir():

@@ -101,8 +101,13 @@ class _Reporter(TrainerCallback):
         self.task, self.say = task, say
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **options: Any) -> None:
-        scores = (f"{name.replace('_', ' ')} {metrics[f'eval_{name}']:.4f}" for name in ("loss", *self.task.metrics))
-        self.say(f"step {state.global_step} of {state.max_steps}: {', '.join(scores)}")
+        self.say(line_of(self.task, state, metrics))
+
+
+def line_of(task: Task, state: Any, metrics: dict[str, float]) -> str:
+    """An evaluation, as it is told in passing."""
+    scores = (f"{name.replace('_', ' ')} {metrics[f'eval_{name}']:.4f}" for name in ("loss", *task.metrics))
+    return f"step {state.global_step} of {state.max_steps}: evaluation {', '.join(scores)}"
 
 
 def _trainer(

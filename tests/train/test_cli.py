@@ -80,6 +80,9 @@ def test_classification_round_trip(tiny_bert, tmp_path):
 
     record = json.loads((out / "train.json").read_text())
     assert record["metrics"]["accuracy"] > 0.9
+    (kept,) = (entry for entry in record["log"] if entry["step"] == record["kept_step"] and "eval_loss" in entry)
+    assert record["metrics"] == {name: kept[f"eval_{name}"] for name in ("loss", "macro_f1", "accuracy")}
+    assert f"as it was after step {record['kept_step']}, on 60 evaluation examples" in " ".join(shown.split())
     assert f"{record['metrics']['accuracy']:.4f}" in succeed("eval", out, "--data", held_out)
 
     texts = tmp_path / "texts.txt"
@@ -554,8 +557,8 @@ def test_an_interrupted_mix_resumes_to_the_same_bits(tiny_bert, tmp_path, monkey
     [
         ("task: tagging\ndata: a\nname: checkpoints", "name: 'checkpoints' is the folder of the checkpoints"),
         ("task: [", "a.yaml: not YAML"),
-        ("task: tagging", "a.yaml: expected task, data and any of name"),
-        ("task: tagging\ndata: a\nmodel: b", "got task, data, model"),
+        ("task: tagging", "a.yaml: expected task and data at least, got task"),
+        ("task: tagging\ndata: a\nmodel: b", "head_learning_rate, got model"),
         ("task: tagging\ndata: nowhere.conll", "nowhere.conll"),
         ("task: chess\ndata: a", "task: expected one of"),
         ("task: [tagging]\ndata: a", "a.yaml: task: expected a string, got ['tagging']"),
@@ -593,6 +596,46 @@ def test_options_that_the_files_of_a_mix_say(tiny_llama, tmp_path, option):
     result = ptune("train", "--task-mix", mix, "--model", tiny_llama, "--out", tmp_path / "out", *option)
     assert result.exit_code == 2
     assert f"{option[0]}: not with --task-mix" in " ".join(result.stderr.split())
+
+
+def test_convert_there_and_back(tiny_llama, tmp_path):
+    """Nothing that is there is written over, unless that is asked for."""
+    run, peft, ours = (tmp_path / name for name in ("run", "peft", "ours"))
+    data = generation_file(tmp_path)
+    arguments = ["--task", "generation", "--data", data, "--tuning-mode", "ptune", "--pre-seq-len", 3, "--steps", 1]
+    succeed("train", "--model", tiny_llama, *arguments, "--out", run)
+    succeed("convert", "--to-peft", run, peft)
+    succeed("convert", peft, ours)
+    before, after = (load_file(folder / "model.safetensors") for folder in (run, ours))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    refused = ptune("convert", peft, run)
+    assert refused.exit_code == 2
+    assert f"out: {run} is not empty" in " ".join(refused.stderr.split())
+    succeed("eval", run, "--data", data)
+    assert str(ours) in ptune("convert", peft, ours, "--overwrite").stderr.replace("\n", "")
+
+
+@pytest.mark.parametrize(
+    ("kind", "problem"),
+    [
+        ("prompts", "expected a base, got a folder of prompts"),
+        ("peft", "got one of PEFT's; see `ptune convert`"),
+        ("nowhere", "there is no such folder"),
+    ],
+)
+@pytest.mark.parametrize("command", ["train", "audit"])
+def test_what_is_no_base(tmp_path, kind, problem, command):
+    folder = tmp_path / kind
+    for name in {"prompts": ["ptune_config.json"], "peft": ["adapter_config.json"]}.get(kind, []):
+        folder.mkdir()
+        (folder / name).touch()
+    arguments = ["--model", folder, "--data", classification_file(tmp_path), "--out", tmp_path / "out"]
+    result = ptune(command, *arguments, *(["--task", "classification"] if command == "train" else []))
+    assert result.exit_code == 2
+    assert f"Error: {folder}: expected a" in " ".join(result.stderr.split())
+    assert problem in " ".join(result.stderr.split())
+    assert not (tmp_path / "out").exists()
 
 
 def test_help_does_not_wait_for_torch():

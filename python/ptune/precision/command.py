@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModel
 from transformers.utils import cached_file
 
 from ..data import Columns, DataError, read_passages, read_text, split_lines
+from ..loading import check_base
 from ..runs import load_tokenizer
 from ..support import find_body, position_limit
 from ..tasks import Generation
@@ -29,6 +30,7 @@ def audit_files(
     """Audit a model by the first ``count`` batches of the texts of ``data``. Raises: ValueError or OSError."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out: {out} is a file")
+    check_base(model)
     texts = read_texts(data, text_column)[: batch_size * count]
     tokenizer = load_tokenizer(model, "classification")
     pooling = pooling_of(model)
