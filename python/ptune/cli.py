@@ -57,6 +57,7 @@ class HalfDtype(str, Enum):
 
 
 RunFolder = Annotated[Path, typer.Argument(help="The --out folder of a finished `ptune train`.", show_default=False)]
+BaseModel = Annotated[str | None, typer.Option(help="The base, where it is not where it was in training.")]
 TextColumn = Annotated[str | None, typer.Option(help="Column of the text. Default: found by its name.")]
 LabelColumn = Annotated[str | None, typer.Option(help="Column of the label. Default: found by its name.")]
 PromptColumn = Annotated[str | None, typer.Option(help="Column of the prompt (generation).")]
@@ -178,6 +179,7 @@ def evaluate(
     label_column: LabelColumn = None,
     prompt_column: PromptColumn = None,
     completion_column: CompletionColumn = None,
+    base_model: BaseModel = None,
 ) -> None:
     """Score a tuned model on labelled data."""
     with _one_line_errors():
@@ -186,7 +188,7 @@ def evaluate(
         from .runs import check_labels, load_run
         from .train import evaluate as score
 
-        model, task = load_run(folder)
+        model, task = load_run(folder, base_model)
         examples = task.read(data, Columns(text_column, label_column, prompt_column, completion_column))
         check_labels(type(task), examples, task.labels, data)
         scores = score(model, task, examples)
@@ -197,10 +199,11 @@ def evaluate(
 def predict(
     folder: RunFolder,
     text: Annotated[str | None, typer.Argument(help="Default: each line of --file.", show_default=False)] = None,
-    file: Annotated[Path, typer.Option(help="Texts, a line each, if not blank; - is stdin.", allow_dash=True)] = Path(
+    file: Annotated[Path, typer.Option(help="Texts, a line each, if not blank; -: stdin.", allow_dash=True)] = Path(
         "-"
     ),
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest completion (generation).")] = 64,
+    base_model: BaseModel = None,
 ) -> None:
     """Write one JSON line per text: a label, tags and entities, or a completion."""
     with _one_line_errors():
@@ -210,7 +213,7 @@ def predict(
         _quieten()
         from .runs import load_run
 
-        model, task = load_run(folder)
+        model, task = load_run(folder, base_model)
         for prediction in task.predict(model, [text for text in texts if text.strip()], max_new_tokens=max_new_tokens):
             typer.echo(json.dumps(prediction, ensure_ascii=False))
 

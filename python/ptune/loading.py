@@ -73,7 +73,8 @@ def load_model(
     except (OSError, ValueError) as error:
         if saved is None:
             raise
-        raise OSError(f"{path}: its base, {base!r}, cannot be loaded: {error}") from error
+        elsewhere = "base_model (--base-model on the command line) says where it is, if elsewhere"
+        raise OSError(f"{path}: its base, {base!r}, cannot be loaded; {elsewhere}: {error}") from error
     carried = take_settings(own)
     if saved is None:
         given = kwargs.get("config")

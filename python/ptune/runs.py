@@ -188,7 +188,8 @@ def prepare(options: Options, say: Callable[[str], None]) -> Run:
     say(f"{trained:,} parameters train: {steps} steps of {options.batch_size}, learning rate {rate:g}.")
     cut = sum(len(task.encode(example)["input_ids"]) == task.max_length for example in train)
     if cut:
-        say(f"{cut} of {len(train)} training examples reach {task.max_length} tokens and may be cut (--max-length).")
+        why = "--max-length" if task.max_length == options.max_length else "--pre-seq-len leaves no room for more"
+        say(f"{cut} of {len(train)} training examples reach {task.max_length} tokens and may be cut ({why}).")
     return Run(options, model, task, train, evaluation, steps, rate)
 
 
@@ -252,13 +253,13 @@ def read_record(folder: Path) -> dict[str, Any]:
     return record
 
 
-def load_run(folder: Path) -> tuple[PreTrainedModel, Task]:
-    """The tuned model of an output folder, and its task."""
+def load_run(folder: Path, base_model: str | None = None) -> tuple[PreTrainedModel, Task]:
+    """The tuned model of an output folder, and its task; ``base_model``: where its base is now, if elsewhere."""
     record = read_record(folder)
-    name = record["task"]
-    model = MODELS[name].from_pretrained(folder)
+    name, base = record["task"], base_model or read_config(folder)["base"]["name"]
+    model = MODELS[name].from_pretrained(folder, base_model=base_model)
     labels = [] if name == "generation" else [model.config.id2label[i] for i in range(model.config.num_labels)]
-    tokenizer = load_tokenizer(read_config(folder)["base"]["name"], name)
+    tokenizer = load_tokenizer(base, name)
     return model, TASKS[name](tokenizer, record["max_length"], labels)
 
 

@@ -177,7 +177,7 @@ class PromptSaving:
                 f" (only there: {lacking or 'nothing'}, only here: {unsaved or 'nothing'})"
             )
         if saved["head"] and self._head and saved["id2label"] != here["id2label"]:
-            reasons.append(f"labels: expected {saved['id2label']}, got {here['id2label']}")
+            reasons.append(f"labels: expected {here['id2label']}, got {saved['id2label']}")
         count, layers = saved["pre_seq_len"], saved["num_layers"]
         shapes = {name: parameters[name].shape for name in saved["head"] if name in parameters}
         names = checkpoint.compiled_names(checkpoint.settings_of(saved), self.config.num_hidden_layers)

@@ -226,6 +226,19 @@ def test_a_run_is_resumed_with_what_it_began_with(tiny_bert, tmp_path, monkeypat
     succeed("train", *arguments(), "--resume")
 
 
+def test_a_base_that_was_moved(tiny_bert, tmp_path):
+    base, moved, out, data = tmp_path / "base", tmp_path / "moved", tmp_path / "out", classification_file(tmp_path)
+    shutil.copytree(tiny_bert, base)
+    succeed("train", "--model", base, "--task", "classification", "--data", data, "--out", out, "--steps", 2)
+    scored, predicted = succeed("eval", out, "--data", data), succeed("predict", out, "good red")
+    base.rename(moved)
+    for command in (["eval", out, "--data", data], ["predict", out, "good red"]):
+        lost = ptune(*command)
+        assert lost.exit_code == 2
+        assert "--base-model on the command line" in " ".join(lost.stderr.split())
+        assert succeed(*command, "--base-model", moved) == (scored if command[0] == "eval" else predicted)
+
+
 def test_overwrite_replaces_a_run_and_leaves_other_files(tiny_bert, tmp_path):
     out = tmp_path / "out"
     arguments = [
