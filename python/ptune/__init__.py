@@ -31,6 +31,9 @@ else:
                 raise
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
 
+    def __dir__():
+        return sorted({*globals(), *__all__})
+
 
 __all__ = [
     "AutoPTuneModel",

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, Trainer
 from typer.testing import CliRunner
 
+import ptune as package
 from ptune import AutoPTuneModel
 from ptune.cli import app
 from ptune.precision.command import pooling_of
@@ -656,6 +657,7 @@ def test_help_does_not_wait_for_torch():
     imported = subprocess.run(command, capture_output=True, text=True, check=True).stderr.split()
     assert "ptune.cli" in imported
     assert not {"torch", "transformers"} & set(imported)
+    assert set(package.__all__) < set(dir(package))
 
 
 def lines_file(folder: Path, count: int = 11) -> Path:
