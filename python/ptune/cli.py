@@ -199,13 +199,11 @@ def evaluate(
 def predict(
     folder: RunFolder,
     text: Annotated[str | None, typer.Argument(help="Default: each line of --file.", show_default=False)] = None,
-    file: Annotated[Path, typer.Option(help="Texts, a line each, if not blank; -: stdin.", allow_dash=True)] = Path(
-        "-"
-    ),
+    file: Annotated[Path, typer.Option(help="Texts, one per line; - is standard input.", allow_dash=True)] = Path("-"),
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest completion (generation).")] = 64,
     base_model: BaseModel = None,
 ) -> None:
-    """Write one JSON line per text: a label, tags and entities, or a completion."""
+    """Write one JSON line per text that is not blank: a label, tags and entities, or a completion."""
     with _one_line_errors():
         texts = [text] if text is not None else _read_texts(file)
         if not any(map(str.strip, texts)):

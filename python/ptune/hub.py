@@ -48,11 +48,11 @@ def download(repo_id: Any, **options: Any) -> Path | None:
     """
     if not is_repo_id(repo_id) or _is_known_base(repo_id, options):
         return None
-    if (config := _cached(repo_id, checkpoint.CONFIG_NAME, options)) is None:
+    if (config := cached(repo_id, checkpoint.CONFIG_NAME, options)) is None:
         return None
     # of the same commit, whatever is pushed meanwhile
     options["revision"] = extract_commit_hash(config, None) or options.get("revision")
-    if (weights := _cached(repo_id, checkpoint.WEIGHTS_NAME, options)) is None:
+    if (weights := cached(repo_id, checkpoint.WEIGHTS_NAME, options)) is None:
         raise FileNotFoundError(f"{repo_id}: expected {checkpoint.WEIGHTS_NAME} beside {checkpoint.CONFIG_NAME}")
     return Path(weights).parent
 
@@ -64,7 +64,8 @@ def _is_known_base(repo_id: str, options: dict[str, Any]) -> bool:
     return isinstance(found, str)
 
 
-def _cached(repo_id: str, name: str, options: dict[str, Any]) -> str | None:
+def cached(repo_id: str, name: str, options: dict[str, Any]) -> str | None:
+    """A file of a repository, or of a folder; ``None`` where there is none, or it cannot be reached."""
     try:
         return cached_file(
             repo_id,

@@ -9,9 +9,9 @@ import torch
 import transformers
 from torch import Tensor
 from transformers import AutoConfig, AutoModel
-from transformers.utils import cached_file
 
 from ..data import Columns, DataError, read_passages, read_text, split_lines
+from ..hub import cached
 from ..loading import check_base
 from ..runs import load_tokenizer
 from ..support import find_body, position_limit
@@ -74,7 +74,7 @@ def pooling_of(model: str) -> Callable[[Tensor, Tensor], Tensor] | None:
 
 
 def _read_json(model: str, name: str) -> Any:
-    found = cached_file(model, name, _raise_exceptions_for_missing_entries=False)
+    found = cached(model, name, {})
     return None if found is None else json.loads(Path(found).read_text(encoding="utf-8"))
 
 
