@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import increment_version
 
 from .backends import Ops, ops_for
 
@@ -81,7 +82,7 @@ def embed_and_prepend(
             text = text * torch.tensor(scale, dtype=text.dtype, device=text.device)
         return prepend(prompts, text, placement)
     ops = ops_for(embedding)
-    arguments = (input_ids, embedding, *_placed(placement, prompts.shape[0]), scale)
+    arguments = (input_ids, embedding, *_arguments(placement, scale, 1.0))
     if _needs_grad(prompts):
         return _EmbedAndPrepend.apply(ops, prompts, *arguments)
     return ops.embed_and_prepend(prompts, *arguments)
@@ -94,7 +95,7 @@ def prepend(prompts: Tensor, hidden: Tensor, placement: Placement | None = None)
     batch.
     """
     ops = ops_for(hidden)
-    where = _placed(placement, prompts.shape[0])
+    where = _arguments(placement)
     if _needs_grad(prompts, hidden):
         return _Prepend.apply(ops, prompts, hidden, *where)
     return ops.prepend(prompts, hidden, *where)
@@ -107,7 +108,7 @@ def strip(hidden: Tensor, max_length: int, placement: Placement | None = None) -
     """
     if isinstance(max_length, Placement):
         raise TypeError("max_length: expected a number of rows, got a Placement, which comes after it")
-    where = _placed(placement, max_length)
+    where = _arguments(placement) or (None, None, None, max_length)
     if where[3] != max_length:
         raise ValueError(f"max_length: expected {where[3]} (that of placement), got {max_length}")
     ops = ops_for(hidden)
@@ -124,7 +125,7 @@ def overwrite(hidden: Tensor, prompts: Tensor, placement: Placement | None = Non
     gradient of the rows that were lost.
     """
     ops = ops_for(hidden)
-    arguments = (*_placed(placement, prompts.shape[0]), _is_add(mode))
+    arguments = _arguments(placement, _is_add(mode), False)
     if _needs_grad(prompts, hidden):
         return _Overwrite.apply(ops, hidden, prompts, *arguments)
     return ops.overwrite(hidden, prompts, *arguments)
@@ -137,10 +138,10 @@ def overwrite_(hidden: Tensor, prompts: Tensor, placement: Placement | None = No
     recomputed (gradient checkpointing) needs `overwrite`.
     """
     ops = ops_for(hidden)
-    arguments = (*_placed(placement, prompts.shape[0]), _is_add(mode))
+    arguments = _arguments(placement, _is_add(mode), False)
     if not _needs_grad(prompts, hidden):
         ops.overwrite_(hidden, prompts, *arguments)
-        torch.autograd.graph.increment_version(hidden)
+        increment_version(hidden)
         return hidden
     return _OverwriteInPlace.apply(ops, hidden, prompts, *arguments)
 
@@ -161,7 +162,7 @@ def prepend_kv(
     if dtype is not None:
         _check_dtype(dtype)
     ops = ops_for(key)
-    arguments = (*_placed(placement, prefix_k.shape[1]), dtype)
+    arguments = _arguments(placement, dtype)
     if _needs_grad(prefix_k, prefix_v, key, value):
         return _PrependKV.apply(ops, prefix_k, prefix_v, key, value, *arguments)
     return ops.prepend_kv(prefix_k, prefix_v, key, value, *arguments)
@@ -191,13 +192,16 @@ def _needs_grad(*tensors: Tensor) -> bool:
     return False
 
 
-def _placed(placement: Placement | None, rows: int) -> tuple[Tensor | None, Tensor | None, Tensor | None, int]:
-    """What the ops take for ``placement``: a whole pool of ``rows``, where there is none."""
+def _arguments(placement: Placement | None, last=None, default=None) -> tuple:
+    """What an op takes for ``placement``, and last.
+
+    What its schema says anyway is left out, as torch takes a tenth of a small op's time to read an argument.
+    """
     if placement is None:
-        return None, None, None, rows
+        return () if last == default else (None, None, None, 0, last)
     if not isinstance(placement, Placement):
         raise TypeError(f"placement: expected a Placement or None, got {type(placement).__name__}")
-    return placement
+    return placement if last == default else (*placement, last)
 
 
 def _check_dtype(dtype: torch.dtype) -> None:
@@ -215,11 +219,10 @@ def _is_add(mode: str) -> bool:
 # ones.
 
 
-def _remember(ctx, ops: Ops, start, length, column, max_length, prompts=None) -> None:
+def _remember(ctx, ops: Ops, pool_rows: int, start=None, length=None, column=None, max_length=0, *_) -> None:
     ctx.save_for_backward(start, length, column)
-    ctx.ops, ctx.max_length = ops, max_length
-    if prompts is not None:
-        ctx.pool_rows, ctx.prompt_dtype = prompts.shape[0], prompts.dtype
+    ctx.ops, ctx.pool_rows = ops, pool_rows
+    ctx.max_length = pool_rows if start is None else max_length
 
 
 def _where(ctx):
@@ -236,9 +239,10 @@ def _text_gradient(ops: Ops, grad: Tensor, where, dtype: torch.dtype | None = No
 
 class _EmbedAndPrepend(Function):
     @staticmethod
-    def forward(ctx, ops: Ops, prompts, input_ids, embedding, start, length, column, max_length, scale):
-        _remember(ctx, ops, start, length, column, max_length, prompts)
-        return ops.embed_and_prepend(prompts, input_ids, embedding, start, length, column, max_length, scale)
+    def forward(ctx, ops: Ops, prompts, input_ids, embedding, *arguments):
+        _remember(ctx, ops, prompts.shape[0], *arguments)
+        ctx.prompt_dtype = prompts.dtype
+        return ops.embed_and_prepend(prompts, input_ids, embedding, *arguments)
 
     @staticmethod
     @once_differentiable
@@ -249,9 +253,10 @@ class _EmbedAndPrepend(Function):
 
 class _Prepend(Function):
     @staticmethod
-    def forward(ctx, ops: Ops, prompts, hidden, start, length, column, max_length):
-        _remember(ctx, ops, start, length, column, max_length, prompts)
-        return ops.prepend(prompts, hidden, start, length, column, max_length)
+    def forward(ctx, ops: Ops, prompts, hidden, *arguments):
+        _remember(ctx, ops, prompts.shape[0], *arguments)
+        ctx.prompt_dtype = prompts.dtype
+        return ops.prepend(prompts, hidden, *arguments)
 
     @staticmethod
     @once_differentiable
@@ -268,7 +273,7 @@ class _Prepend(Function):
 class _Strip(Function):
     @staticmethod
     def forward(ctx, ops: Ops, hidden, start, length, column, max_length):
-        _remember(ctx, ops, start, length, column, max_length)
+        _remember(ctx, ops, max_length, start, length, column, max_length)
         return ops.strip(hidden, start, length, column, max_length, None)
 
     @staticmethod
@@ -288,10 +293,10 @@ def _zero_prompts(grad: Tensor, rows: int) -> Tensor:
 
 class _Overwrite(Function):
     @staticmethod
-    def forward(ctx, ops: Ops, hidden, prompts, start, length, column, max_length, add):
-        _remember(ctx, ops, start, length, column, max_length, prompts)
-        ctx.add = add
-        return ops.overwrite(hidden, prompts, start, length, column, max_length, add)
+    def forward(ctx, ops: Ops, hidden, prompts, *arguments):
+        _remember(ctx, ops, prompts.shape[0], *arguments)
+        ctx.prompt_dtype, ctx.add = prompts.dtype, arguments[4:] == (True,)
+        return ops.overwrite(hidden, prompts, *arguments)
 
     @staticmethod
     @once_differentiable
@@ -308,20 +313,20 @@ class _Overwrite(Function):
 
 class _OverwriteInPlace(_Overwrite):
     @staticmethod
-    def forward(ctx, ops: Ops, hidden, prompts, start, length, column, max_length, add):
-        _remember(ctx, ops, start, length, column, max_length, prompts)
-        ctx.add = add
+    def forward(ctx, ops: Ops, hidden, prompts, *arguments):
+        _remember(ctx, ops, prompts.shape[0], *arguments)
+        ctx.prompt_dtype, ctx.add = prompts.dtype, arguments[4:] == (True,)
         ctx.mark_dirty(hidden)
-        ops.overwrite_(hidden, prompts, start, length, column, max_length, add)
+        ops.overwrite_(hidden, prompts, *arguments)
         return hidden
 
 
 class _PrependKV(Function):
     @staticmethod
-    def forward(ctx, ops: Ops, prefix_k, prefix_v, key, value, start, length, column, max_length, dtype):
-        _remember(ctx, ops, start, length, column, max_length)
-        ctx.pool_rows, ctx.dtypes = prefix_k.shape[1], (prefix_k.dtype, prefix_v.dtype, key.dtype, value.dtype)
-        return ops.prepend_kv(prefix_k, prefix_v, key, value, start, length, column, max_length, dtype)
+    def forward(ctx, ops: Ops, prefix_k, prefix_v, key, value, *arguments):
+        _remember(ctx, ops, prefix_k.shape[1], *arguments)
+        ctx.dtypes = prefix_k.dtype, prefix_v.dtype, key.dtype, value.dtype
+        return ops.prepend_kv(prefix_k, prefix_v, key, value, *arguments)
 
     @staticmethod
     @once_differentiable

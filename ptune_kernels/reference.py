@@ -30,7 +30,7 @@ def _assemble(out, prompts, text, rows):
     return out
 
 
-def embed_and_prepend(prompts, input_ids, embedding, start, length, column, max_length, scale):
+def embed_and_prepend(prompts, input_ids, embedding, start=None, length=None, column=None, max_length=0, scale=1.0):
     out = schema.embed_and_prepend(prompts, input_ids, embedding, start, length, column, max_length, scale)
     schema.check_ids(input_ids, embedding.shape[0])
     schema.check_values(start, length, column, max_length, prompts.shape[0], input_ids.shape[1], ends_within=False)
@@ -40,7 +40,7 @@ def embed_and_prepend(prompts, input_ids, embedding, start, length, column, max_
     return _assemble(out, prompts, text, _rows(start, length, column, max_length, len(text), len(prompts)))
 
 
-def prepend(prompts, hidden, start, length, column, max_length):
+def prepend(prompts, hidden, start=None, length=None, column=None, max_length=0):
     out = schema.prepend(prompts, hidden, start, length, column, max_length)
     schema.check_values(start, length, column, max_length, prompts.shape[0], hidden.shape[1], ends_within=False)
     return _assemble(out, prompts, hidden, _rows(start, length, column, max_length, len(hidden), len(prompts)))
@@ -57,14 +57,14 @@ def strip(hidden, start, length, column, max_length, dtype):
     return out
 
 
-def overwrite(hidden, prompts, start, length, column, max_length, add):
+def overwrite(hidden, prompts, start=None, length=None, column=None, max_length=0, add=False):
     out = schema.overwrite(hidden, prompts, start, length, column, max_length, add)
     out.copy_(hidden)
     overwrite_(out, prompts, start, length, column, max_length, add)
     return out
 
 
-def overwrite_(hidden, prompts, start, length, column, max_length, add):
+def overwrite_(hidden, prompts, start=None, length=None, column=None, max_length=0, add=False):
     schema.overwrite_(hidden, prompts, start, length, column, max_length, add)
     schema.check_values(start, length, column, max_length, prompts.shape[0], hidden.shape[1], ends_within=True)
     for i, s, m, c in _rows(start, length, column, max_length, len(hidden), len(prompts)):
@@ -72,7 +72,7 @@ def overwrite_(hidden, prompts, start, length, column, max_length, add):
         hidden[i, c : c + m] = hidden[i, c : c + m].to(rows.dtype) + rows if add else rows
 
 
-def prepend_kv(prefix_k, prefix_v, key, value, start, length, column, max_length, dtype):
+def prepend_kv(prefix_k, prefix_v, key, value, start=None, length=None, column=None, max_length=0, dtype=None):
     k, v = schema.prepend_kv(prefix_k, prefix_v, key, value, start, length, column, max_length, dtype)
     pool_rows = prefix_k.shape[1]
     schema.check_values(start, length, column, max_length, pool_rows, key.shape[2], ends_within=False)

@@ -16,14 +16,15 @@ from torch import Tensor
 BACKENDS = ("reference", "native", "triton")
 
 _PLACEMENT = "Tensor? start, Tensor? length, Tensor? column, int max_length"
+_OR_POOL = "Tensor? start=None, Tensor? length=None, Tensor? column=None, int max_length=0"
 SCHEMAS = {
-    "embed_and_prepend": f"(Tensor prompts, Tensor input_ids, Tensor embedding, {_PLACEMENT}, float scale) -> Tensor",
-    "prepend": f"(Tensor prompts, Tensor hidden, {_PLACEMENT}) -> Tensor",
+    "embed_and_prepend": f"(Tensor prompts, Tensor input_ids, Tensor embedding, {_OR_POOL}, float scale=1.0) -> Tensor",
+    "prepend": f"(Tensor prompts, Tensor hidden, {_OR_POOL}) -> Tensor",
     "strip": f"(Tensor hidden, {_PLACEMENT}, ScalarType? dtype) -> Tensor",
-    "overwrite": f"(Tensor hidden, Tensor prompts, {_PLACEMENT}, bool add) -> Tensor",
-    "overwrite_": f"(Tensor(a!) hidden, Tensor prompts, {_PLACEMENT}, bool add) -> ()",
+    "overwrite": f"(Tensor hidden, Tensor prompts, {_OR_POOL}, bool add=False) -> Tensor",
+    "overwrite_": f"(Tensor(a!) hidden, Tensor prompts, {_OR_POOL}, bool add=False) -> ()",
     "prepend_kv": (
-        f"(Tensor prefix_k, Tensor prefix_v, Tensor key, Tensor value, {_PLACEMENT}, ScalarType? dtype)"
+        f"(Tensor prefix_k, Tensor prefix_v, Tensor key, Tensor value, {_OR_POOL}, ScalarType? dtype=None)"
         " -> (Tensor, Tensor)"
     ),
     "sum_prompts": f"(Tensor grad, int num_prompts, {_PLACEMENT}, bool prepended, ScalarType dtype) -> Tensor",
@@ -126,7 +127,7 @@ def check_ids(input_ids: Tensor, vocabulary: int) -> None:
 # ---
 
 
-def embed_and_prepend(prompts, input_ids, embedding, start, length, column, max_length, scale):
+def embed_and_prepend(prompts, input_ids, embedding, start=None, length=None, column=None, max_length=0, scale=1.0):
     _check_rank("prompts", prompts, 2)
     _check_rank("input_ids", input_ids, 2)
     _check_rank("embedding", embedding, 2)
@@ -141,7 +142,7 @@ def embed_and_prepend(prompts, input_ids, embedding, start, length, column, max_
     return embedding.new_empty(b, rows, prompts.shape[1])
 
 
-def prepend(prompts, hidden, start, length, column, max_length):
+def prepend(prompts, hidden, start=None, length=None, column=None, max_length=0):
     _check_rank("prompts", prompts, 2)
     _check_rank("hidden", hidden, 3)
     _check_size("prompts", prompts, 1, hidden.shape[2], "the width of hidden")
@@ -164,12 +165,12 @@ def strip(hidden, start, length, column, max_length, dtype):
     return hidden.new_empty(*hidden.shape[:-2], rows - max_length, hidden.shape[-1], dtype=dtype or hidden.dtype)
 
 
-def overwrite(hidden, prompts, start, length, column, max_length, add):
+def overwrite(hidden, prompts, start=None, length=None, column=None, max_length=0, add=False):
     _check_overwrite(hidden, prompts, start, length, column, max_length)
     return hidden.new_empty(hidden.shape)
 
 
-def overwrite_(hidden, prompts, start, length, column, max_length, add):
+def overwrite_(hidden, prompts, start=None, length=None, column=None, max_length=0, add=False):
     _check_overwrite(hidden, prompts, start, length, column, max_length)
     for dim, stride in enumerate(hidden.stride()):
         if stride == 0 and hidden.shape[dim] > 1:
@@ -188,7 +189,7 @@ def _check_overwrite(hidden, prompts, start, length, column, max_length):
         torch._check_value(m <= rows, lambda: f"prompts: expected at most {rows} rows (the rows of hidden), got {m}")
 
 
-def prepend_kv(prefix_k, prefix_v, key, value, start, length, column, max_length, dtype):
+def prepend_kv(prefix_k, prefix_v, key, value, start=None, length=None, column=None, max_length=0, dtype=None):
     for name, t, rank in (("prefix_k", prefix_k, 3), ("prefix_v", prefix_v, 3), ("key", key, 4), ("value", value, 4)):
         _check_rank(name, t, rank)
         _check_dtype(name, t.dtype, (torch.float64,) if key.dtype == torch.float64 else FLOATS)

@@ -359,7 +359,7 @@ def _launch(kernel, grid: tuple[int, int, int], *args, **constants) -> None:
         kernel[grid](*args, **OPTIONS, **constants)
 
 
-def embed_and_prepend(prompts, input_ids, embedding, start, length, column, max_length, scale):
+def embed_and_prepend(prompts, input_ids, embedding, start=None, length=None, column=None, max_length=0, scale=1.0):
     out = schema.embed_and_prepend(prompts, input_ids, embedding, start, length, column, max_length, scale)
     schema.check_ids(input_ids, embedding.shape[0])
     if scale != 1.0:
@@ -369,7 +369,7 @@ def embed_and_prepend(prompts, input_ids, embedding, start, length, column, max_
     return out
 
 
-def prepend(prompts, hidden, start, length, column, max_length):
+def prepend(prompts, hidden, start=None, length=None, column=None, max_length=0):
     out = schema.prepend(prompts, hidden, start, length, column, max_length)
     _prepend(out, prompts, _batched(hidden), None, hidden.shape[1], start, length, column, max_length, 1.0)
     return out
@@ -385,7 +385,7 @@ def _prepend(out, prompts, text, ids, text_rows, start, length, column, max_leng
     _run(_prepend_kernel, [_sizes_of(out)], *views, max_length, text_rows, pool_rows, width, SCALE=scale)
 
 
-def prepend_kv(prefix_k, prefix_v, key, value, start, length, column, max_length, dtype):
+def prepend_kv(prefix_k, prefix_v, key, value, start=None, length=None, column=None, max_length=0, dtype=None):
     k, v = schema.prepend_kv(prefix_k, prefix_v, key, value, start, length, column, max_length, dtype)
     (_, heads, text_rows, width_k), width_v, pool_rows = key.shape, value.shape[3], prefix_k.shape[1]
     schema.check_values(start, length, column, max_length, pool_rows, text_rows, ends_within=False)
@@ -415,13 +415,13 @@ def cast_qkv(query, key, value, dtype):
     return outs
 
 
-def overwrite(hidden, prompts, start, length, column, max_length, add):
+def overwrite(hidden, prompts, start=None, length=None, column=None, max_length=0, add=False):
     out = schema.overwrite(hidden, prompts, start, length, column, max_length, add)
     _overwrite(out, hidden, prompts, start, length, column, max_length, add)
     return out
 
 
-def overwrite_(hidden, prompts, start, length, column, max_length, add):
+def overwrite_(hidden, prompts, start=None, length=None, column=None, max_length=0, add=False):
     schema.overwrite_(hidden, prompts, start, length, column, max_length, add)
     _overwrite(hidden, hidden, prompts, start, length, column, max_length, add)
 
