@@ -21,11 +21,17 @@ def test_serve_and_status(cluster, folder_of, tmp_path, monkeypatch):
             blocks = remote.RemoteSequential(remote.connect("from a file"))
             close(blocks(torch.zeros(1, 2, 24)), blocks(torch.zeros(1, 2, 24)))
             shown.append(CliRunner().invoke(cli.app, ["remote-status", "from a file"]).stdout)
+            monkeypatch.undo()  # loading a model waits for events of its own
+            model = remote.AutoDistributedModelForCausalLM.from_pretrained(
+                folder_of("llama"), servers="from a file", tuning_mode="ptune", pre_seq_len=4
+            )
+            assert model.blocks_dtype == torch.bfloat16
+            assert model.prefix_plan.path == "prefix"  # what bfloat16 rounds away says nothing against it
             raise KeyboardInterrupt
 
     monkeypatch.setattr(cli.threading, "Event", UntilLookedAt)
     file = tmp_path / "servers.yaml"
-    file.write_text("name: from a file\ncpus: 0\nreplicas: 2\nlimits: {max_tokens: 99}\n")
+    file.write_text("name: from a file\ncpus: 0\nreplicas: 2\ndtype: bfloat16\nlimits: {max_tokens: 99}\n")
     result = CliRunner().invoke(
         cli.app, ["serve-blocks", "--config", str(file), "--model", str(folder_of("llama")), "--replicas", "1"]
     )

@@ -20,6 +20,7 @@ import ray
 from ptune import remote
 from ptune.models.bert import DistributedBertForTokenClassification
 from ptune.models.llama import DistributedLlamaForSequenceClassification
+from ptune.remote import wire
 
 from .common import COUNT, LAYERS, batch_of, give, settings_for, trained
 
@@ -239,6 +240,10 @@ def test_some_blocks(serve, folder_of):
     blocks = remote.RemoteSequential(remote.connect(serve("llama", 2)))
     assert len(blocks) == LAYERS
     assert len(blocks[1:3][1:]) == 1
+    with pytest.raises(ValueError, match=rf"blocks: expected at least one of {LAYERS}, got slice\(2, 2, None\)"):
+        blocks[2:2]
+    with pytest.raises(ValueError, match="micro_batch: expected at least one row, got 0"):
+        remote.RemoteSequential(blocks.link, micro_batch=0)
     body = transformers.AutoModel.from_pretrained(folder_of("llama")).eval().requires_grad_(False)
     hidden, mask = torch.randn(3, 7, 24, requires_grad=True), torch.ones(3, 7, dtype=torch.long)
     mask[1, :3] = 0
@@ -300,7 +305,6 @@ def test_some_blocks_with_shared_rows(serve, folder_of):
 @pytest.mark.parametrize(
     ("family", "changes", "message"),
     [
-        ("llama", {"shared": torch.zeros(2, 3, 24)}, r"shared: expected \[1, m, d\], got shape \(2, 3, 24\)"),
         ("llama", {"prompts": torch.zeros(LAYERS, 2, 24)}, "prompts: expected 3 rows, as shared has, got 2"),
         ("llama", {"attention_mask": torch.ones(2, 5)}, r"mask: expected bool of shape \(2, 8\)"),
         ("bert", {}, "shared: expected prompts that overwrite them"),
@@ -316,6 +320,47 @@ def test_rows_that_cannot_be_shared(family, changes, message, serve):
     for run in (blocks, blocks.inference_session().step):
         with pytest.raises(ValueError, match=message):
             run(torch.zeros(2, 5, 24), **{"shared": torch.zeros(1, 3, 24)} | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden": torch.zeros(2, 24)}, r"hidden: expected \[b, S, d\].*, got shape \(2, 24\)"),
+        ({"hidden": torch.zeros(2, 0, 24)}, r"hidden: expected \[b, S, d\].*, got shape \(2, 0, 24\)"),
+        ({"hidden": torch.zeros(0, 5, 24)}, r"hidden: expected \[b, S, d\].*, got shape \(0, 5, 24\)"),
+        ({"prompts": torch.zeros(LAYERS - 1, 2, 24)}, rf"prompts: expected \[{LAYERS}, m, 24\]"),
+        ({"prompts": torch.zeros(LAYERS, 2, 23)}, rf"prompts: expected \[{LAYERS}, m, 24\]"),
+        ({"prompts": torch.zeros(LAYERS, 0, 24)}, rf"prompts: expected \[{LAYERS}, m, 24\], m above 0"),
+        ({"prompts": torch.zeros(LAYERS, 6, 24)}, "prompts: expected 1 to 5 rows, got 6"),
+        ({"shared": torch.zeros(2, 3, 24)}, r"shared: expected \[1, m, 24\].*, got shape \(2, 3, 24\)"),
+        ({"shared": torch.zeros(1, 0, 24)}, r"shared: expected \[1, m, 24\], m above 0"),
+        ({"shared": torch.zeros(24)}, r"shared: expected \[1, m, 24\]"),
+        ({"attention_mask": torch.ones(3, 5)}, "mask: expected"),
+        ({"attention_mask": torch.ones(2, 4)}, "mask: expected"),
+        ({"position_ids": torch.ones(3, 5)}, "positions: expected"),
+    ],
+)
+def test_what_does_not_fit_is_refused(changes, message, serve):
+    blocks = remote.RemoteSequential(remote.connect(serve("llama", 2)))
+    for run in (blocks, blocks.inference_session().step):
+        with pytest.raises(ValueError, match=message):
+            run(**{"hidden": torch.zeros(2, 5, 24)} | changes)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 3, 1), (3, 1, 1), (2, 2, 2)], ids=str)
+def test_the_least_sizes(sizes, serve, folder_of):
+    """Of batch, text and prompt."""
+    batch, length, count = sizes
+    blocks = remote.RemoteSequential(remote.connect(serve("llama", 2)))
+    body = transformers.AutoModel.from_pretrained(folder_of("llama")).eval()
+    hidden, rows = torch.randn(batch, length, 24), torch.randn(1, count, 24)
+    body.norm = torch.nn.Identity()
+    with torch.no_grad():
+        expected = body(inputs_embeds=torch.cat([rows.expand(batch, -1, -1), hidden], 1)).last_hidden_state[:, count:]
+    close(blocks(hidden, shared=rows), expected)
+    close(blocks(torch.cat([rows.expand(batch, -1, -1), hidden], 1))[:, count:], expected)
+    with blocks.inference_session() as session:
+        close(session.step(hidden, shared=rows), expected)
 
 
 def test_a_session_equals_one_call(serve):
@@ -349,6 +394,43 @@ def test_prompts_travel_once_per_version(serve, folder_of):
     far(ids, labels=torch.zeros(5, dtype=torch.long)).loss.backward()
     assert traffic["prompts"] == 3 * size
     assert traffic["prompt gradients"] == len(ids) * size
+
+
+def test_a_link_promises_what_each_server_can():
+    both = [
+        {"fingerprint": "", "max_tokens": 9, "dtype": "float32", "unshared": None, "causal": True},
+        {"fingerprint": "", "max_tokens": 8, "dtype": "bfloat16", "unshared": "of a reason", "causal": False},
+    ]
+    for states in (both, both[::-1]):
+        link = remote.Link([], remote.Retries(), states)
+        assert (link.max_tokens, link.dtype, link.unshared, link.causal) == (8, torch.bfloat16, "of a reason", False)
+
+
+def test_servers_that_share_no_rows(serve, folder_of, monkeypatch):
+    def make(link, *args):
+        begin(link, *args)
+        link.unshared = "of a reason"
+
+    begin = remote.Link.__init__
+    monkeypatch.setattr(remote.Link, "__init__", make)
+    settings = settings_for("shallow") | {"servers": serve("llama", 2)}
+    far = remote.AutoDistributedModelForCausalLM.from_pretrained(folder_of("llama"), **settings)
+    assert far.prefix_plan.path == "concat"
+    assert "its servers share no prompt rows: of a reason" in far.prefix_plan.reason
+    with pytest.raises(ValueError, match=r"prefix_sharing: True.*its servers share no prompt rows: of a reason"):
+        remote.AutoDistributedModelForCausalLM.from_pretrained(folder_of("llama"), **settings, prefix_sharing=True)
+
+
+def test_what_is_sent_is_a_copy():
+    """In what dtype and layout soever it comes: it may be sent again when its owner has changed it."""
+    given = torch.ones(2, 3, dtype=torch.bool), torch.ones(1, 3, dtype=torch.long), torch.ones(2, dtype=torch.int32)
+    states = [torch.ones(2, 3, 4, dtype=dtype) for dtype in (torch.float64, torch.float32, torch.float16)]
+    states.append(torch.ones(3, 2, 4).transpose(0, 1))
+    arrays = [*wire.geometry(*given).values(), *(wire.to_array(each, wire.name_of(each.dtype)) for each in states)]
+    for tensor in (*given, *states):
+        tensor.zero_()
+    assert all(array.all() for array in arrays)
+    assert all(array.flags.c_contiguous for array in arrays)
 
 
 def test_a_version_has_one_value(serve, monkeypatch):

@@ -239,11 +239,68 @@ def test_a_replay_begins_with_what_was_sent(cluster, servers):
     close(torch.cat(parts, 1), whole)
 
 
+@pytest.mark.parametrize("given", [([0, 1, 2], None, None), (None, [7], [9])], ids=["first", "later"])
+@pytest.mark.parametrize("count", [0, 2], ids=["text", "shared"])
+def test_a_replay_has_the_positions_that_some_steps_lack(count, given, servers):
+    blocks = remote.RemoteSequential(remote.connect(servers.name))
+    hidden, rows = torch.randn(2, 5, 24), torch.randn(1, count, 24) if count else None
+    positions = [None if numbers is None else torch.tensor(numbers)[None] + count for numbers in given]
+    columns = torch.arange(count, count + 5)[None].split((3, 1, 1), 1)
+    whole = [own if own is not None else default for own, default in zip(positions, columns, strict=True)]
+    expected = blocks(hidden, position_ids=torch.cat(whole, 1), shared=rows)
+    parts = []
+    with blocks.inference_session() as session:
+        for states, position_ids in zip(hidden.split((3, 1, 1), 1), positions, strict=True):
+            if session.length == count + 4:
+                server, name = session._places[2]
+                ray.get(server.close.remote(name))
+            first = None if session.length else rows
+            parts.append(session.step(states, position_ids=position_ids, shared=first))
+    close(torch.cat(parts, 1), expected)
+
+
+@pytest.mark.parametrize("how", ["call", "session"])
+def test_shared_rows_go_on_at_another_server(how, servers, monkeypatch):
+    """Where the first one dies of them: what later servers are told to make them of is of the new one."""
+    blocks = remote.RemoteSequential(remote.connect(servers.name, remote.Retries(attempts=4, timeout=30.0)))
+    hidden, rows = torch.randn(2, 5, 24), torch.randn(1, 2, 24)
+    expected, killer = blocks(hidden, shared=rows), Killer(monkeypatch)
+    killer.after = 0
+    if how == "call":
+        close(blocks(hidden, shared=rows), expected)
+    else:
+        with blocks.inference_session() as begun:
+            close(begun.step(hidden, shared=rows), expected)
+    assert killer.killed == 1
+
+
+def test_a_step_that_failed_can_be_made_again(servers, monkeypatch):
+    """Where it has selected rows, and the first of two servers has made it."""
+    blocks = remote.RemoteSequential(remote.connect(servers.name))
+    hidden, rows = torch.randn(3, 6, 24), torch.tensor([2, 2, 0])
+    expected = blocks(torch.cat([hidden[rows, :5], hidden[:, 5:]], 1))
+    call = session.call
+
+    def interrupted(server, method, returns, request, *args):
+        if request.first:
+            raise KeyboardInterrupt
+        return call(server, method, returns, request, *args)
+
+    with blocks.inference_session() as begun:
+        begun.step(hidden[:, :5])
+        monkeypatch.setattr(session, "call", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            begun.step(hidden[:, 5:], rows=rows)
+        monkeypatch.undo()
+        close(begun.step(hidden[:, 5:], rows=rows), expected[:, 5:])
+
+
 def test_nobody_is_left(cluster, folder_of):
     alone = remote.serve_blocks(
         model=str(folder_of("llama")), spans=[[0, 1], [1, 4]], name="mortal", cpus=0, max_restarts=0
     )
     try:
+        alone.wait()
         blocks = remote.RemoteSequential(remote.connect("mortal", remote.Retries(3, 0.1, 0.2, 30.0)))
         hidden = torch.randn(1, 3, 24)
         blocks(hidden)
@@ -385,6 +442,13 @@ def test_what_a_vanished_client_left_is_dropped(server_with):
     assert max(kept["kept_bytes"], kept["session_bytes"], kept["prompt_bytes"]) == 0
 
 
+def test_no_server_waits_without_end(server_with, monkeypatch):
+    monkeypatch.setattr("ptune.remote.server._FETCH_SECONDS", 0.2)
+    late = ray.remote(num_cpus=0)(lambda: time.sleep(30)).remote()
+    with pytest.raises(ray.exceptions.GetTimeoutError):
+        server_with().backward(request_for(HIDDEN), HIDDEN, "a call that it has forgotten", [late])
+
+
 def test_sessions_stand_where_the_client_thinks(server_with):
     server, hidden = server_with(), np.zeros((1, 3, 24), np.float32)
     with pytest.raises(SessionGone):
@@ -394,6 +458,22 @@ def test_sessions_stand_where_the_client_thinks(server_with):
         server.step(request_for(hidden), hidden, "session", 2)
     with pytest.raises(TooLarge, match="session_bytes"):
         server_with(session_bytes=100).step(request_for(hidden), hidden, "session", 0)
+
+
+def test_a_step_that_failed_leaves_no_session(server_with, monkeypatch):
+    """Its rows may have been selected, and would be again."""
+    server, hidden = server_with(), np.zeros((2, 3, 24), np.float32)
+    server.step(request_for(hidden), hidden, "session", 0)
+
+    def fail(*args, **kwargs):
+        raise MemoryError
+
+    monkeypatch.setattr(server.span.body, "forward", fail)
+    with pytest.raises(MemoryError):
+        server.step(request_for(hidden), hidden, "session", 3, np.array([1, 1]))
+    monkeypatch.undo()
+    with pytest.raises(SessionGone):
+        server.step(request_for(hidden), hidden, "session", 3, np.array([1, 1]))
 
 
 HIDDEN = np.zeros((2, 3, 24), np.float32)
@@ -411,11 +491,27 @@ HIDDEN = np.zeros((2, 3, 24), np.float32)
         ({"mode": "replace"}, HIDDEN, "mode: expected"),
         ({"differentiable": None}, HIDDEN, "differentiable: expected True or False, got None"),
         ({"mask": np.ones((2, 3))}, HIDDEN, "mask: expected bool"),
-        ({"mask": np.ones((2, 2), bool)}, HIDDEN, "mask: expected at least 3 columns"),
+        ({"mask": np.ones((2, 2), bool)}, HIDDEN, r"mask: expected bool of shape \(2, 3\), got bool of shape \(2, 2\)"),
+        ({"mask": np.ones((2, 4), bool)}, HIDDEN, r"mask: expected bool of shape \(2, 3\), got bool of shape \(2, 4\)"),
+        ({"shape": (2, 0)}, HIDDEN[:, :0], "shape: expected at least one row and one column"),
+        ({"shape": (0, 3)}, HIDDEN[:0], "shape: expected at least one row and one column"),
+        ({"first": 1, "last": 1}, HIDDEN, "blocks: expected some of 0 to 1"),
         ({"positions": np.ones((3, 3), np.int64)}, HIDDEN, "positions: expected int64"),
+        ({"positions": np.ones((2, 3))}, HIDDEN, "positions: expected int64"),
         ({"positions": 3}, HIDDEN, "positions: expected an array"),
         ({"prompts": {}}, HIDDEN, "prompts: expected Prompts, got dict"),
         ({"prompts": Prompts("c", 0, 4, [])}, HIDDEN, "prompts: expected 1 to 3 rows, got 4"),
+        ({"prompts": Prompts("c", 0, 0, [])}, HIDDEN, "prompts: expected 1 to 3 rows, got 0"),
+        (
+            {"prompts": Prompts("c", 0, 2, []), "starts": np.zeros(1, np.int32)},
+            HIDDEN,
+            r"starts: expected int32 of shape \(2,\)",
+        ),
+        (
+            {"prompts": Prompts("c", 0, 2, []), "starts": np.zeros(2)},
+            HIDDEN,
+            "starts: expected int32 .*, got float64",
+        ),
         (
             {"prompts": Prompts("c", 0, 2, []), "starts": np.array([0, 2], np.int32)},
             HIDDEN,
@@ -464,6 +560,14 @@ def test_the_door(changes, hidden, message, server_with):
     fields = {"first": 0, "last": 2, "dtype": "float32", "shape": (2, 3)} | changes
     with pytest.raises(ValueError, match=message):
         server_with().forward(Request(**fields), hidden)
+
+
+def test_the_door_of_sessions(server_with):
+    server = server_with()
+    server.step(request_for(HIDDEN), HIDDEN, "session", 0)
+    with pytest.raises(ValueError, match=r"mask: expected bool of shape \(2, 6\), got bool of shape \(2, 3\)"):
+        server.step(request_for(HIDDEN, mask=np.ones((2, 3), bool)), HIDDEN, "session", 3)
+    server.step(request_for(HIDDEN, mask=np.ones((2, 6), bool)), HIDDEN, "session", 3)
 
 
 def test_the_door_has_a_limit(server_with):

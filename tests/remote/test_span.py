@@ -88,6 +88,42 @@ def test_shared_rows_are_those_of_each_text(name, folder_of):
         close(gradient, other)
 
 
+def test_blocks_that_do_not_share_keep_their_attention(folder_of, monkeypatch):
+    sharing = Span(folder_of("llama"), 1, 3)
+    monkeypatch.setattr("ptune.remote.span.disorder", lambda *args: "of a reason")
+    others = [Span(folder_of("llama"), 1, 3)]
+    monkeypatch.setattr("ptune.remote.span.KNOWN", frozenset())
+    others.append(Span(folder_of("llama"), 1, 3))
+    assert [other.unshared for other in (sharing, *others)] == [
+        None,
+        "of a reason",
+        "'llama' is not among the models known to share",
+    ]
+    stock = transformers.AutoModel.from_pretrained(folder_of("llama")).config._attn_implementation
+    assert sharing.body.config._attn_implementation != stock
+    assert all(other.body.config._attn_implementation == stock for other in others)
+    hidden = torch.randn(2, 5, 24)
+    for other in others:
+        close(other(hidden, 1, 3), sharing(hidden, 1, 3))
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16", "float32"])
+def test_weights_have_the_dtype_that_is_asked_for(dtype, folder_of, tmp_path):
+    transformers.AutoModel.from_pretrained(folder_of("llama"), dtype=torch.bfloat16).save_pretrained(tmp_path)
+    made, wanted = Span(tmp_path, 1, 3, dtype), torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
+    assert {weight.dtype for weight in made.body.parameters()} == {made.dtype} == {wanted}
+    assert made(torch.randn(2, 5, 24), 1, 3).dtype == torch.float32
+
+
+def test_quantised_checkpoints_are_refused(folder_of, tmp_path):
+    for file in folder_of("llama").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text()) | {"quantization_config": {"quant_method": "fp8"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(NotImplementedError, match="expected weights as they are, got quantised ones"):
+        Span(tmp_path, 0, 1)
+
+
 def test_it_holds_its_own_blocks_alone(folder_of):
     folder = folder_of("llama")
     whole = transformers.AutoModel.from_pretrained(folder)

@@ -61,11 +61,17 @@ class Link:
         first = legs[0].first
         return [self._prompts_of(leg, prompts[leg.first - first : leg.last - first]) for leg in legs]
 
+    def count(self, name: str, here: int, between: int = 0) -> None:
+        """Note bytes that travelled between client and servers, and ``between`` servers."""
+        self.traffic[name] += here
+        if between:
+            self.traffic[f"{name} between servers"] += between
+
     def _prompts_of(self, leg: Leg, rows: Tensor) -> Prompts:
         array = to_array(rows, "float32")
         kept, sent = self._sent.get((leg.first, leg.last), (None, None))
         if sent is None or kept is None or not np.array_equal(kept, array):
-            self.traffic["prompts"] += array.nbytes
+            self.count("prompts", array.nbytes)
             sent = Prompts(self.client, next(self._versions), array.shape[1], [ray.put(array)])
             self._sent[leg.first, leg.last] = array, sent
         return sent

@@ -14,7 +14,7 @@ from .link import Link, call
 from .relay import Leg, Relay, way_back
 from .session import InferenceSession
 from .shared import SharedRows, deep_gradient
-from .wire import Request, TooLarge, geometry, name_of, to_array, to_tensor
+from .wire import Request, TooLarge, check_shapes, geometry, name_of, to_array, to_tensor
 
 
 class RemoteSequential(nn.Module):
@@ -88,7 +88,7 @@ class RemoteSequential(nn.Module):
 
         Raises `RemoteError` where the blocks could not be run, and `ValueError` for what no server takes.
         """
-        self.check(hidden, prompts)
+        check_shapes(hidden, prompts, shared, len(self))
         given = [tensor for tensor in (hidden, prompts, shared) if tensor is not None]
         keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
         run = _Pass(self, hidden, attention_mask, position_ids, starts if prompts is not None else None, mode, keep)
@@ -97,15 +97,6 @@ class RemoteSequential(nn.Module):
     def inference_session(self, max_length: int | None = None) -> InferenceSession:
         """A session whose keys and values are kept by the servers; ``max_length``: how many columns it may come to."""
         return InferenceSession(self.link, self.first, self.last, self.wire_dtype, max_length)
-
-    def check(self, hidden: Tensor, prompts: Tensor | None) -> None:
-        """Raises `ValueError` for shapes that do not fit these blocks."""
-        if hidden.dim() != 3 or 0 in hidden.shape:
-            raise ValueError(f"hidden: expected [b, S, d], got shape {tuple(hidden.shape)}")
-        if prompts is None:
-            return
-        if prompts.dim() != 3 or prompts.shape[0] != len(self) or prompts.shape[2] != hidden.shape[2]:
-            raise ValueError(f"prompts: expected [{len(self)}, m, {hidden.shape[2]}], got shape {tuple(prompts.shape)}")
 
 
 class _Pass:
@@ -127,6 +118,9 @@ class _Pass:
         self.arrays = geometry(mask, positions, starts)
         self.mode, self.keep, self.differentiable = mode, keep, hidden.requires_grad
         rows, length = hidden.shape[:2]
+        for name, array in self.arrays.items():
+            if array is not None and len(array) not in (1, rows):  # a slice of it would hide what is wrong
+                raise ValueError(f"{name}: expected {rows} rows, as hidden has, got {len(array)}")
         most = self.link.max_tokens // length
         if most == 0:
             raise TooLarge(
@@ -218,8 +212,7 @@ class _Chunk:
 
     def forward(self) -> np.ndarray:
         output = self.relay.wait()[0]
-        self.link.traffic["hidden"] += self.hidden.nbytes + output.nbytes
-        self.link.traffic["hidden between servers"] += self.hidden.nbytes * (len(self.legs) - 1)
+        self.link.count("hidden", self.hidden.nbytes + output.nbytes, self.hidden.nbytes * (len(self.legs) - 1))
         # what each leg was given stays in the object store until the graph is gone
         self.relay.states = self.relay.states[:-1] if self.keep else []
         return output
@@ -230,9 +223,9 @@ class _Chunk:
 
     def finish_backward(self, relay: Relay) -> list[Any]:
         results = relay.wait()
-        self.link.traffic["gradients"] += self.hidden.nbytes + (0 if results[0] is None else results[0].nbytes)
-        self.link.traffic["gradients between servers"] += self.hidden.nbytes * (len(self.legs) - 1)
-        self.link.traffic["prompt gradients"] += sum(deep.nbytes for deep in results[1:] if deep is not None)
+        own, *deep = (0 if array is None else array.nbytes for array in results)
+        self.link.count("gradients", self.hidden.nbytes + own, self.hidden.nbytes * (len(self.legs) - 1))
+        self.link.count("prompt gradients", sum(deep))
         return results
 
     def release(self) -> None:

@@ -17,6 +17,7 @@ from .span import Span
 from .wire import Prompts, Request, SessionGone, Shared, TooLarge, to_array, to_tensor
 
 _MIB = 2**20
+_FETCH_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Limits:
     Attributes:
         max_tokens: b · S of one request.
         kept_bytes: activations of forwards whose backward has not come, and what shared prompt rows were run for; older
-            ones are computed again.
+            ones are computed again. As much again for deep prompts.
         session_bytes: keys and values of inference sessions; the longest unused are dropped, and their clients send
             their history again.
         idle_seconds: after which what a client left is dropped.
@@ -92,7 +93,7 @@ class BlockServer:
         run = self._kept.take(keep)
         if run is None:
             self._recomputed += 1
-            run, _ = self._run(request, self._states(request, ray.get(source[0])))
+            run, _ = self._run(request, self._states(request, _fetch(source[0])))
         inputs = run.layers if run.prompts is None else [run.prompts]
         if request.differentiable:
             inputs = [run.hidden, *inputs]
@@ -120,7 +121,7 @@ class BlockServer:
         output_gradient = self._admit_shared(shared, gradient, "gradient")
         run = self._captured(shared)
         sums = [torch.zeros_like(layer, dtype=_wide(layer)) for layer in run.layers]
-        for part in ray.get(parts):
+        for part in _fetch(parts):
             if type(part) is not list or len(part) != len(sums):
                 got = len(part) if type(part) is list else type(part).__name__
                 raise ValueError(f"parts: expected lists of {len(sums)} arrays, got {got}")
@@ -144,7 +145,7 @@ class BlockServer:
         ``rows``: which rows of the batch before are continued. Raises `SessionGone` where the session does not stand at
         ``seen``.
         """
-        states = self._admit(request, hidden)
+        states = self._admit(request, hidden, seen=seen)
         prompt_columns = 0 if request.shared is None else request.shared.request.shape[1]
         if seen and prompt_columns:
             raise ValueError("shared: expected in the first step of a session alone")
@@ -204,11 +205,11 @@ class BlockServer:
             "max_tokens": self.limits.max_tokens,
         }
 
-    def _admit(self, request: Request, array: Any, name: str = "hidden") -> Tensor:
+    def _admit(self, request: Request, array: Any, name: str = "hidden", seen: int = 0) -> Tensor:
         """The states in ``array``, of a request that has been checked."""
         if type(request) is not Request:
             raise ValueError(f"request: expected a Request, got {type(request).__name__}")
-        request.check(self.span.first, self.span.last)
+        request.check(self.span.first, self.span.last, seen)
         states = self._states(request, array, name)
         self._requests += 1
         for keeping in (self._kept, self._sessions, self._prompts):
@@ -255,7 +256,7 @@ class BlockServer:
                 )
             if rows is None:
                 self._recomputed += 1
-                rows = self._states(shared.request, ray.get(shared.source[0]), "shared")
+                rows = self._states(shared.request, _fetch(shared.source[0]), "shared")
             run, nbytes = self._run(shared.request, rows, capture=True)
             self._kept.put(shared.name, run, nbytes)
         return run
@@ -265,7 +266,7 @@ class BlockServer:
         version, rows = self._prompts.get(key) or (None, None)
         if version != prompts.version:
             shape = (request.last - request.first, prompts.count, self.span.width)
-            rows = to_tensor("prompts", ray.get(prompts.source[0]), "float32", shape).to(self.span.device)
+            rows = to_tensor("prompts", _fetch(prompts.source[0]), "float32", shape).to(self.span.device)
             self._prompts.put(key, (prompts.version, rows), rows.nbytes)
         assert rows is not None
         return rows
@@ -299,6 +300,11 @@ class _Kept:
     prompts: Tensor | None
     output: Tensor
     layers: list[Tensor]  # keys and values of prompt rows: theirs, or those that were given
+
+
+def _fetch(references: Any) -> Any:
+    """What is referred to; where it does not come, the other clients must not wait for it without end."""
+    return ray.get(references, timeout=_FETCH_SECONDS)
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

@@ -3,7 +3,7 @@
 import uuid
 import weakref
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch import Tensor
 from .link import Link, call
 from .relay import Leg, Relay
 from .shared import SharedRows
-from .wire import Prompts, Request, TooLarge, geometry, name_of, to_array, to_tensor
+from .wire import Prompts, Request, TooLarge, check_shapes, geometry, name_of, to_array, to_tensor
 
 
 class InferenceSession:
@@ -32,18 +32,17 @@ class InferenceSession:
         self.first, self.last = first, last
         self.wire_dtype = wire_dtype
         self.max_length = max_length
-        self._history: np.ndarray | None = None
-        self._positions: np.ndarray | None = None
+        self._past = _Past()
         self._prompts: dict[int, Prompts | None] = {}
-        self._starts: np.ndarray | None = None
         self._mode = "overwrite"
+        self._dtype = ""
         self._places: dict[int, tuple[Any, str]] = {}
         self._shared: list[SharedRows] = []  # at most one, kept for servers that must begin anew
         self._finalizer = weakref.finalize(self, _close, self._places, self._shared)
 
     @property
     def length(self) -> int:
-        return 0 if self._history is None else self._prompt_columns + self._history.shape[1]
+        return 0 if self._past.hidden is None else self._prompt_columns + self._past.hidden.shape[1]
 
     @property
     def _prompt_columns(self) -> int:
@@ -76,11 +75,34 @@ class InferenceSession:
 
         ``attention_mask`` [b, N] covers all columns so far and these. ``rows`` [b]: which rows of the batch before are
         continued (beams). ``prompts``, ``starts``, ``mode`` and ``shared`` as in `RemoteSequential.forward`, in the
-        first step alone; rows that are shared take m columns before each row's first token. Raises as that does.
+        first step alone; rows that are shared take m columns before each row's first token. Raises as that does, and
+        the session is then as it was.
         """
+        self._check(hidden, prompts, shared)
+        arrays = geometry(attention_mask, position_ids, starts if prompts is not None else None)
+        selected = None if rows is None else rows.detach().cpu().numpy()
+        past = self._past if selected is None else self._past.of_rows(selected)
+        if self._past.hidden is None:
+            self._dtype = self.wire_dtype or name_of(hidden.dtype)
+            self._begin(prompts, shared, mode)
+            past = _Past(starts=arrays["starts"])
+        array = to_array(hidden, self._dtype)
+        sending = _Step(self, past, array, arrays, selected)
+        relay = Relay(self.legs, self.link.retries, lambda: ray.put(array), sending.send, self._lost)
+        if shared is not None:
+            self._shared[0].relay.settle()
+        output = relay.wait()[0]
+        for each in self._shared:
+            each.forget()  # the caches have them now
+        self._past = past.then(array, arrays["positions"], self._prompt_columns)
+        self.link.count("hidden", array.nbytes + output.nbytes, array.nbytes * (len(self.legs) - 1))
+        return to_tensor("hidden", output, self._dtype, array.shape).to(hidden.device, hidden.dtype)
+
+    def _check(self, hidden: Tensor, prompts: Tensor | None, shared: Tensor | None) -> None:
+        """Raises `ValueError` for what cannot be the next step."""
         if not self._finalizer.alive:
             raise ValueError("session: expected an open one, got one that was closed")
-        dtype = self.wire_dtype or name_of(hidden.dtype)
+        check_shapes(hidden, prompts, shared, self.last - self.first)
         seen = self.length
         added = hidden.shape[1] + (0 if shared is None else shared.shape[1])
         total = seen + added
@@ -91,29 +113,11 @@ class InferenceSession:
         if seen and (prompts is not None or shared is not None):
             name = "prompts" if prompts is not None else "shared"
             raise ValueError(f"{name}: expected in the first step of a session alone")
-        arrays = geometry(attention_mask, position_ids, starts if prompts is not None else None)
-        selected = None if rows is None else rows.detach().cpu().numpy()
-        if selected is not None:
-            self._select(selected)
-        if not seen:
-            self._begin(prompts, shared, arrays["starts"], mode)
-        array = to_array(hidden, dtype)
-        sending = _Step(self, array, dtype, arrays, seen, selected)
-        relay = Relay(self.legs, self.link.retries, lambda: ray.put(array), sending.send, self._lost)
-        if shared is not None:
-            self._shared[0].relay.settle()
-        output = relay.wait()[0]
-        for each in self._shared:
-            each.forget()  # the caches have them now
-        self._remember(array, arrays["positions"])
-        self.link.traffic["hidden"] += array.nbytes + output.nbytes
-        self.link.traffic["hidden between servers"] += array.nbytes * (len(self.legs) - 1)
-        return to_tensor("hidden", output, dtype, array.shape).to(hidden.device, hidden.dtype)
 
-    def _begin(self, prompts: Tensor | None, shared: Tensor | None, starts: np.ndarray | None, mode: str) -> None:
+    def _begin(self, prompts: Tensor | None, shared: Tensor | None, mode: str) -> None:
         """Take what the first step has beside hidden states, in place of what one that failed had."""
         sent = self.link.prompts(self.legs, prompts)
-        self._starts, self._mode = starts, mode
+        self._mode = mode
         while self._shared:
             self._shared.pop().release()
         if shared is not None:
@@ -125,24 +129,43 @@ class InferenceSession:
         """What makes shared rows anew."""
         return self._shared[0].again if self._shared else None
 
-    def _select(self, rows: np.ndarray) -> None:
-        if self._history is None:
-            raise ValueError("rows: expected in a later step than the first")
-        self._history = self._history[rows]
-        if self._positions is not None and len(self._positions) > 1:
-            self._positions = self._positions[rows]
-        if self._starts is not None:
-            self._starts = self._starts[rows]
 
-    def _remember(self, array: np.ndarray, positions: np.ndarray | None) -> None:
-        if self._history is None:
-            self._history, self._positions = array, positions
-            return
-        self._history = np.concatenate([self._history, array], 1)
-        if self._positions is not None and positions is not None:
-            count = max(len(self._positions), len(positions))
-            both = [np.broadcast_to(part, (count, part.shape[1])) for part in (self._positions, positions)]
-            self._positions = np.concatenate(both, 1)
+@dataclass(frozen=True)
+class _Past:
+    """What a session has been given, by which a server begins it anew.
+
+    Attributes:
+        hidden: [b, n, d].
+        positions, starts: as in `Request`.
+    """
+
+    hidden: np.ndarray | None = None
+    positions: np.ndarray | None = None
+    starts: np.ndarray | None = None
+
+    def of_rows(self, rows: np.ndarray) -> "_Past":
+        if self.hidden is None:
+            raise ValueError("rows: expected in a later step than the first")
+        positions, starts = self.positions, self.starts
+        return _Past(
+            self.hidden[rows],
+            positions if positions is None or len(positions) == 1 else positions[rows],
+            None if starts is None else starts[rows],
+        )
+
+    def then(self, hidden: np.ndarray, positions: np.ndarray | None, first: int) -> "_Past":
+        """With further columns. Positions that some lack are those of their columns, which begin at ``first``."""
+        if self.hidden is None:
+            return replace(self, hidden=hidden, positions=positions)
+        seen, both = self.hidden.shape[1], np.concatenate([self.hidden, hidden], 1)
+        if self.positions is None and positions is None:
+            return replace(self, hidden=both)
+        columns = np.arange(first, first + both.shape[1])[None]
+        before = columns[:, :seen] if self.positions is None else self.positions
+        after = columns[:, seen:] if positions is None else positions
+        count = max(len(before), len(after))
+        parts = [np.broadcast_to(part, (count, part.shape[1])) for part in (before, after)]
+        return replace(self, hidden=both, positions=np.concatenate(parts, 1))
 
 
 class _Step:
@@ -151,15 +174,13 @@ class _Step:
     def __init__(
         self,
         session: InferenceSession,
+        past: _Past,
         hidden: np.ndarray,
-        dtype: str,
         arrays: dict[str, Any],
-        seen: int,
         rows: np.ndarray | None,
     ) -> None:
-        self.session = session
-        self.hidden, self.dtype, self.arrays = hidden, dtype, arrays
-        self.seen, self.rows = seen, rows
+        self.session, self.past, self.seen = session, past, session.length
+        self.hidden, self.arrays, self.rows = hidden, arrays, rows
         self._tried: set[int] = set()
 
     def send(self, leg: Leg, states: Any) -> list[Any]:
@@ -178,7 +199,7 @@ class _Step:
         request = Request(
             leg.first,
             leg.last,
-            self.dtype,
+            session._dtype,
             self.hidden.shape[:2],
             mask=self.arrays["mask"],
             positions=self.arrays["positions"],
@@ -192,7 +213,7 @@ class _Step:
         """The request for a session's first columns, which has its prompts."""
         session = self.session
         if not session._shared:
-            return replace(request, prompts=session._prompts.get(leg.first), starts=session._starts)
+            return replace(request, prompts=session._prompts.get(leg.first), starts=self.past.starts)
         count, mask = session._prompt_columns, request.mask
         if mask is None:
             mask = np.ones((request.shape[0], count + request.shape[1]), np.bool_)
@@ -204,19 +225,17 @@ class _Step:
 
     def _replay(self, leg: Leg, name: str) -> None:
         """Give a server the history, as the blocks before its own make it."""
-        session = self.session
-        history = session._history
+        session, history, mask = self.session, self.past.hidden, self.arrays["mask"]
         assert history is not None
-        mask = self.arrays["mask"]
 
         def request(leg: Leg) -> Request:
             past = Request(
                 leg.first,
                 leg.last,
-                self.dtype,
+                session._dtype,
                 history.shape[:2],
-                mask=None if mask is None else mask[:, : session.length],
-                positions=session._positions,
+                mask=None if mask is None else mask[:, : self.seen],
+                positions=self.past.positions,
                 mode=session._mode,
             )
             return self._with_prompts(past, leg)

@@ -17,8 +17,6 @@ from .wire import Prompts, Request, Shared, to_array, to_tensor
 class SharedRows:
     """``rows`` [1, m, d] on their way through ``legs``, whose servers keep the keys and values that they make of them.
 
-    Raises `ValueError` for another shape; what else is wrong with them, servers say.
-
     Args:
         prompts: deep prompts of each leg's blocks, or ``None``.
         mode: what these do to the rows.
@@ -30,8 +28,6 @@ class SharedRows:
     def __init__(
         self, link: Link, legs: Sequence[Leg], rows: Tensor, prompts: Sequence[Prompts | None], mode: str
     ) -> None:
-        if rows.dim() != 3 or rows.shape[0] != 1:
-            raise ValueError(f"shared: expected [1, m, d], got shape {tuple(rows.shape)}")
         self.link, self.legs = link, legs
         # as precise as their gradients, whatever travels beside them
         self.dtype = "float64" if rows.dtype == torch.float64 else "float32"
@@ -44,7 +40,7 @@ class SharedRows:
         }
         self._holders: list[Any] = []
         self.relay = Relay(legs, link.retries, lambda: ray.put(self._array), self._send)
-        self._count("prompts", self._array.nbytes, self._array.nbytes)
+        link.count("prompts", self._array.nbytes, self._array.nbytes * (len(legs) - 1))
 
     def for_request(self, leg: Leg) -> Shared:
         """What a request to ``leg``'s server has of the rows."""
@@ -72,7 +68,8 @@ class SharedRows:
 
         own, *of_legs = Relay(way_back(self.legs), self.link.retries, lambda: None, send, lost).wait()
         deep = deep_gradient(of_legs)
-        self._count("prompt gradients", own.nbytes + (0 if deep is None else deep.nbytes), own.nbytes)
+        here = own.nbytes + (0 if deep is None else deep.nbytes)
+        self.link.count("prompt gradients", here, own.nbytes * (len(self.legs) - 1))
         return to_tensor("gradient", own, self.dtype, self.shape), deep
 
     def release(self) -> None:
@@ -94,11 +91,6 @@ class SharedRows:
         if leg.server not in self._holders:
             self._holders.append(leg.server)
         return Shared(self._name, self._requests[leg.first], [rows])
-
-    def _count(self, name: str, here: int, between: int) -> None:
-        self.link.traffic[name] += here
-        if len(self.legs) > 1:
-            self.link.traffic[f"{name} between servers"] += between * (len(self.legs) - 1)
 
 
 def deep_gradient(of_legs: Sequence[np.ndarray | None]) -> Tensor | None:

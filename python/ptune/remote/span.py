@@ -58,6 +58,8 @@ class Span:
         **hub: Any,
     ) -> None:
         config = AutoConfig.from_pretrained(path, **hub)
+        if getattr(config, "quantization_config", None) is not None:
+            raise NotImplementedError(f"{path}: expected weights as they are, got quantised ones; serve the original")
         if not 0 <= first < last <= config.num_hidden_layers:
             raise ValueError(f"blocks: expected some of 0 to {config.num_hidden_layers - 1}, got {first} to {last - 1}")
         wanted = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype, None)

@@ -84,7 +84,7 @@ class Request:
         first, last: blocks ``first`` … ``last - 1`` of the model.
         dtype: of hidden states on the wire.
         shape: b and S.
-        mask: bool [b, N], which of the columns, past ones included, hold tokens; ``None`` where all do.
+        mask: bool [b, N], which of the columns, those of a session's past included, hold tokens; ``None`` where all do.
         positions: int64 [b, S] or [1, S]; ``None`` for 0, 1, …
         prompts: deep prompts of these blocks.
         starts: int32 [b], the column of each row at which they begin; ``None`` for 0.
@@ -106,8 +106,11 @@ class Request:
     shared: Shared | None = None
     differentiable: bool = True
 
-    def check(self, first: int, last: int) -> None:
-        """Raises `ValueError` where this is no request for a server of blocks ``first`` … ``last - 1``."""
+    def check(self, first: int, last: int, seen: int = 0) -> None:
+        """Raises `ValueError` where this is no request for a server of blocks ``first`` … ``last - 1``.
+
+        ``seen``: how many columns its session has had.
+        """
         if not (_is_count(self.first) and _is_count(self.last) and first <= self.first < self.last <= last):
             raise ValueError(f"blocks: expected some of {first} to {last - 1}, got {self.first!r} to {self.last!r} - 1")
         if self.dtype not in _ARRAYS:
@@ -121,10 +124,8 @@ class Request:
         rows, length = self.shape
         if min(self.shape) < 1:
             raise ValueError(f"shape: expected at least one row and one column, got {self.shape!r}")
-        if self.mask is not None:
-            _check_array("mask", self.mask, np.bool_, (rows, None))
-            if self.mask.shape[1] < length:
-                raise ValueError(f"mask: expected at least {length} columns, got {self.mask.shape[1]}")
+        if self.mask is not None and self.shared is None:
+            _check_array("mask", self.mask, np.bool_, (rows, seen + length))
         if self.positions is not None:
             one = np.shape(self.positions)[:1] == (1,)
             _check_array("positions", self.positions, np.int64, (1 if one else rows, length))
@@ -159,13 +160,26 @@ class Request:
         _check_array("mask", self.mask, np.bool_, (self.shape[0], rows.shape[1] + self.shape[1]))
 
 
+def check_shapes(hidden: Tensor, prompts: Tensor | None, shared: Tensor | None, blocks: int) -> None:
+    """Raises `ValueError` for what is not [b, S, d], [``blocks``, m, d] and [1, m, d]."""
+    if hidden.dim() != 3 or 0 in hidden.shape:
+        raise ValueError(f"hidden: expected [b, S, d], all above 0, got shape {tuple(hidden.shape)}")
+    for name, rows, first in (("prompts", prompts, blocks), ("shared", shared, 1)):
+        if rows is None:
+            continue
+        if rows.dim() != 3 or 0 in rows.shape or (rows.shape[0], rows.shape[2]) != (first, hidden.shape[2]):
+            raise ValueError(
+                f"{name}: expected [{first}, m, {hidden.shape[2]}], m above 0, got shape {tuple(rows.shape)}"
+            )
+
+
 def to_array(tensor: Tensor, dtype: str) -> np.ndarray:
     """A copy of ``tensor`` in ``dtype``, on the CPU: what may be sent again must not change with it."""
     tensor = tensor.detach().to("cpu", _ARRAYS[dtype][0], copy=True, memory_format=torch.contiguous_format)
     return tensor.view(torch.uint16).numpy() if dtype == "bfloat16" else tensor.numpy()
 
 
-def to_tensor(name: str, array: Any, dtype: str, shape: Sequence[int | None]) -> Tensor:
+def to_tensor(name: str, array: Any, dtype: str, shape: Sequence[int]) -> Tensor:
     """A copy of what `to_array` made. Raises `ValueError` where it is not of ``dtype`` and ``shape``."""
     kind, stored = _ARRAYS[dtype]
     _check_array(name, array, stored, shape)
@@ -194,12 +208,10 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _check_array(name: str, array: Any, dtype: Any, shape: Sequence[int | None]) -> None:
-    wanted = ", ".join("any" if size is None else str(size) for size in shape)
+def _check_array(name: str, array: Any, dtype: Any, shape: Sequence[int]) -> None:
     if type(array) is not np.ndarray:
-        raise ValueError(f"{name}: expected an array [{wanted}], got {type(array).__name__}")
-    fits = len(shape) == array.ndim and all(a in (None, b) for a, b in zip(shape, array.shape, strict=True))
-    if array.dtype != dtype or not fits:
+        raise ValueError(f"{name}: expected an array of shape {tuple(shape)}, got {type(array).__name__}")
+    if array.dtype != dtype or array.shape != tuple(shape):
         raise ValueError(
-            f"{name}: expected {np.dtype(dtype)} of shape ({wanted}), got {array.dtype} of shape {array.shape}"
+            f"{name}: expected {np.dtype(dtype)} of shape {tuple(shape)}, got {array.dtype} of shape {array.shape}"
         )
