@@ -117,11 +117,12 @@ class PrefixPath:
         how = token_type, autocast, self.body.config._attn_implementation
         # the parameters themselves, as addresses are used again
         state = _State(how, [(w, w.dtype, 0 if w.is_inference() else w._version) for w in watched])
-        if self._compiled is None or not self._compiled[0].is_still(state):
+        kept = self._compiled  # read once: other threads write it too
+        if kept is None or not kept[0].is_still(state):
             # not inference tensors: they may be read where gradients are enabled
             with torch.inference_mode(False), torch.no_grad():
-                self._compiled = state, self._capture(token_type).prefix()
-        return self._compiled[1]
+                kept = self._compiled = state, self._capture(token_type).prefix()
+        return kept[1]
 
     def keep_anew(self) -> None:
         """From the next call on, keep the keys and values until they change."""
