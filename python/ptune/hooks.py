@@ -5,6 +5,7 @@ Each call of the body takes one of two paths, which mean the same: `ConcatPath` 
 
 import inspect
 import threading
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ class PromptHooks:
         self.model = model
         self.body = body
         self.parameters = tuple(inspect.signature(body.forward).parameters)
+        self.model_parameters = tuple(inspect.signature(model.forward).parameters)
         self.first_position, self.position_limit = position_limit(body)
         self.num_prompts = model.ptune_config.pre_seq_len
         self.num_layers = model.config.num_hidden_layers
@@ -63,7 +65,7 @@ class PromptHooks:
         mixture = current_mixture(self.model)
         if mixture is None and not self.model.prompts_enabled:
             return None
-        arguments = dict(zip(self.parameters, args, strict=False)) | kwargs
+        arguments = named(self.parameters, args, kwargs)
         check_inputs(arguments, self.parameters)
         text = arguments["inputs_embeds"] if arguments.get("input_ids") is None else arguments["input_ids"]
         if (mask := arguments.get("attention_mask")) is not None:
@@ -155,14 +157,19 @@ class PromptHooks:
 
     def before_model(self, model: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         note_body(reached=False)
-        mask, labels = kwargs.get("attention_mask"), kwargs.get("labels")
-        if not model.can_generate() or mask is None or labels is None or not model.prompts_enabled:
+        arguments = named(self.model_parameters, args, kwargs)
+        mask, labels = arguments.get("attention_mask"), arguments.get("labels")
+        if labels is None or not isinstance(mask, Tensor) or not model.can_generate() or not model.prompts_enabled:
             return None
-        if not isinstance(mask, Tensor) or mask.shape != labels.shape:
+        if mask.dim() != 2 or mask.shape != labels.shape:
             return None  # the body refuses it
         # the column before a row's first token is the prompt's, or padding: nothing there predicts that token
-        first = Layout(self.num_prompts, labels.shape[0], ones_and_zeros(mask), labels.device).column[:, None].long()
-        return args, kwargs | {"labels": labels.scatter(1, first, -100)}
+        first = Layout(self.num_prompts, len(mask), ones_and_zeros(mask), labels.device).column[:, None]
+        column = torch.arange(mask.shape[1], device=labels.device)
+        arguments["labels"] = labels.masked_fill(column == first, -100)
+        if (shifted := arguments.get("shift_labels")) is not None:
+            arguments["shift_labels"] = shifted.masked_fill(column == first - 1, -100)
+        return (), arguments
 
     def after_model(self, model: nn.Module, args: tuple, output: Any) -> None:
         if not _thread.reached:
@@ -216,6 +223,11 @@ class PromptHooks:
 def _overwrite(hidden: Tensor, prompts: Tensor, placement: Placement | None, depth: int, mode: str) -> Tensor:
     """``hidden`` with a block's deep prompts; the first block's are added, so that no parameter is dead."""
     return overwrite(hidden, matching(prompts, hidden), placement, "add" if depth == 0 else mode)
+
+
+def named(parameters: Iterable[str], args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by the names of its ``parameters``."""
+    return dict(zip(parameters, args, strict=False)) | kwargs
 
 
 def note_body(*, reached: bool) -> None:
