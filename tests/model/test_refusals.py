@@ -20,6 +20,7 @@ SMALL = {"vocab_size": 61, "hidden_size": 16, "num_hidden_layers": 2, "num_atten
         ({"tuning_mode": "ptune", "pre_seq_len": -3}, "pre_seq_len: expected at least 1"),
         ({"pre_seq_len": 4}, "pre_seq_len: expected 0 with tuning_mode=None"),
         ({"deep_prompt_mode": "replace"}, "deep_prompt_mode: expected one of 'overwrite', 'add'"),
+        ({"prefix_sharing": 0}, "prefix_sharing: expected one of 'auto', True, False, got 0"),
         ({"prompt_init": "zeros"}, "prompt_init: expected one of 'random', 'vocab', 'text'"),
         ({"prompt_init": "text"}, "prompt_init_text: expected with prompt_init='text'"),
         ({"prompt_init": "vocab", "prompt_init_text": "a"}, "prompt_init_text: expected with prompt_init='text'"),
@@ -32,6 +33,8 @@ def test_settings(values, error):
         ptune.PTuneConfig(**values)
     with pytest.raises(TypeError, match=r"pre_seq_len: expected an int, got 4\.0"):
         ptune.PTuneConfig(tuning_mode="ptune", pre_seq_len=4.0)
+    with pytest.raises(TypeError, match="base_dropout: expected a bool, got 'no'"):
+        ptune.PTuneConfig(base_dropout="no")
 
 
 @pytest.mark.parametrize(
