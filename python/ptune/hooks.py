@@ -99,7 +99,7 @@ class PromptHooks:
         self, block: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]] | None:
         call = current_call()
-        if call is None and self.model.prompts_enabled and torch._C._current_graph_task_id() != -1:
+        if call is None and torch._C._current_graph_task_id() != -1 and self.model.prompts_enabled:
             raise NotImplementedError(
                 f"{type(block).__name__}: recomputed by a checkpoint that knows nothing of deep prompts; use "
                 "gradient_checkpointing_enable() in place of a wrapper around the blocks"

@@ -1,7 +1,7 @@
 """Where the prompt rows of a batch stand: immediately before each row's first real token."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ptune_kernels import Placement
 
@@ -57,22 +57,18 @@ class Layout:
 
     def extend_mask(self, mask: Tensor) -> Tensor:
         """[b, n] → [b, m + n], prompt columns attended to."""
-        source, offset = self._slots(mask.shape[1])
-        extended = mask.gather(1, source).masked_fill(self._is_prompt(offset), 1)
-        if self.mixture is None:
-            return extended
-        slot = torch.arange(extended.shape[1], device=extended.device)
-        return extended.masked_fill(slot < self.num_prompts - self.lengths, 0)
+        # before a row's first real token the mask is 0, so that text before the prompt need not move
+        return self._behind_room(mask).masked_fill(self._into_prompt(mask)[1], 1)
 
     def extend_positions(self, positions: Tensor, first: int) -> Tensor:
         """[b, n] → [b, m + n]: the prompt at ``first`` …, every text token by its length later."""
-        source, offset = self._slots(positions.shape[1])
-        shifted = positions.gather(1, source) + self.lengths
-        return torch.where(self._is_prompt(offset), offset + first, shifted)
+        offset, is_prompt = self._into_prompt(positions)
+        return torch.where(is_prompt, offset + first, self._behind_room(positions) + self.lengths)
 
     def extend_types(self, types: Tensor) -> Tensor:
         """[b, n] → [b, m + n]: prompt rows have the type of the token they stand before."""
-        return types.gather(1, self._slots(types.shape[1])[0])
+        own = types.gather(1, self.column[:, None].long())
+        return torch.where(self._into_prompt(types)[1], own, self._behind_room(types))
 
     def columns_of_keys(self, length: int) -> Tensor | None:
         """[b, m + n]: the columns above of the keys of ``[prompt ; text]``; ``None`` where these are in that order."""
@@ -87,18 +83,15 @@ class Layout:
         """[b, n, d] → [b, d], each row's first real token."""
         return text[torch.arange(text.shape[0], device=text.device), self.column.long()]
 
-    def _slots(self, length: int) -> tuple[Tensor, Tensor]:
-        """For each of the m + n columns: the text column that it holds (a prompt's is the first real token's), and how
-        far it is into the prompt (outside 0 … m-1 for text)."""
-        slot = torch.arange(length + self.num_prompts, device=self.column.device)
-        if self.mixture is not None:
-            slot = (slot + self.lengths - self.num_prompts).clamp_min(-1)  # -1 where nothing stands
-        column = self.column[:, None].long()
-        source = torch.where(slot < column, slot.clamp_min(0), torch.maximum(slot - self.lengths, column))
-        return source, slot - column
+    def _behind_room(self, text: Tensor) -> Tensor:
+        """[b, n] → [b, m + n]: real tokens stand behind the prompt wherever it stands; padding means nothing."""
+        return nn.functional.pad(text, (self.num_prompts, 0))
 
-    def _is_prompt(self, offset: Tensor) -> Tensor:
-        return (offset >= 0) & (offset < self.lengths)
+    def _into_prompt(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        """[b, m + n], for ``text`` [b, n]: how far each column is into its row's prompt, and whether it is in it."""
+        slot = torch.arange(self.num_prompts + text.shape[1], device=self.column.device)
+        offset = slot - (self.column[:, None] + self.num_prompts - self.lengths)
+        return offset, (offset >= 0) & (offset < self.lengths)
 
 
 def ones_and_zeros(mask: Tensor) -> Tensor:
