@@ -265,8 +265,7 @@ class PromptBank:
         if compiled and not shared:
             raise checkpoint.MisfitError(f"a compiled prefix, and prompts cannot be shared here: {plan.reason}")
         if compiled and self._nothing is not None:
-            rows = [tensor for layer in self._nothing.layers for tensor in layer]
-            for name, got, own in zip(names, compiled, rows, strict=True):
+            for name, got, own in zip(names, compiled, self._nothing.tensors(), strict=True):
                 expected = own.shape[0], settings.pre_seq_len, own.shape[2]
                 if got.shape != expected:
                     raise checkpoint.MisfitError(f"{name}: expected {expected}, got {tuple(got.shape)}")
@@ -413,8 +412,7 @@ class PromptBank:
         exact = torch.autocast(weight.device.type, enabled=False)
         with torch.inference_mode(False), torch.no_grad(), exact:
             if entry.compiled:
-                tensors = [tensor.to(weight.device, weight.dtype, copy=True) for tensor in entry.compiled]
-                return Prefix(list(zip(tensors[::2], tensors[1::2], strict=True)))
+                return Prefix.of([tensor.to(weight.device, weight.dtype, copy=True) for tensor in entry.compiled])
             layers = self._capture(entry)
             # copies: a view would keep the queries with it
             return Prefix(

@@ -29,6 +29,8 @@ class PromptHooks:
 
     def __init__(self, model: Any) -> None:
         body = find_body(model)
+        deep = model.ptune_config.deep and model.blocks_are_here
+        blocks = find_blocks(body, model.config) if deep else ()  # or it raises, before anything is hooked
         self.model = model
         self.body = body
         self.parameters = tuple(inspect.signature(body.forward).parameters)
@@ -49,9 +51,7 @@ class PromptHooks:
                 model.register_forward_pre_hook(self.before_model, with_kwargs=True),
                 model.register_forward_hook(self.after_model),
             ]
-        if model.ptune_config.deep and model.blocks_are_here:
-            blocks = find_blocks(body, model.config)
-            self.handles += [block.register_forward_pre_hook(self.before_block, with_kwargs=True) for block in blocks]
+        self.handles += [block.register_forward_pre_hook(self.before_block, with_kwargs=True) for block in blocks]
 
     def remove(self) -> None:
         for handle in self.handles:

@@ -223,6 +223,32 @@ def test_initial_texts(base_of, text):
     assert model.ptune_config.tuning_mode == "ptune"
 
 
+@pytest.mark.parametrize("where", ["ptune.hooks.find_blocks", "ptune.plan._reach"])
+def test_what_goes_wrong_midway_changes_nothing(base_of, monkeypatch, where):
+    """The prompts that the model had are the very ones, as an optimizer may hold them."""
+    model = base_of("llama").tuned(**settings_for("overwrite")).eval()
+    model.compile_prompts()
+    model.intermediate_prompt_embeddings.requires_grad_(False)
+    ids = torch.randint(3, 61, (2, 5))
+    expected = model(ids)[0]
+
+    def described():
+        hooks = sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules())
+        trains = {name: (id(p), p.requires_grad) for name, p in model.named_parameters()}
+        return trains, hooks, model.ptune_config, model.prefix_plan, model._hooks.prefix.keep_compiled
+
+    def fail(*_):
+        monkeypatch.undo()
+        raise MemoryError
+
+    before = described()
+    monkeypatch.setattr(where, fail)
+    with pytest.raises(MemoryError):
+        model.init_prompts(ptune.PTuneConfig(**settings_for("add", count=COUNT + 1)))
+    assert described() == before
+    assert torch.equal(model(ids)[0], expected)
+
+
 def test_heads_that_go_past_the_body(base_of):
     """A forward that never calls the body would bear no prompts, silently."""
     model = base_of("llama").tuned(ptune.AutoPTuneModelForCausalLM, **settings_for("shallow"))
