@@ -16,7 +16,7 @@ from ptune_kernels import Placement, overwrite
 
 from .call import Call, current_call, set_call
 from .concat import ConcatPath, matching
-from .layout import Layout, ones_and_zeros, positions_of
+from .layout import Layout, first_column, ones_and_zeros, positions_of, states_at
 from .mixture import current_mixture
 from .prefix import PrefixPath
 from .support import check_inputs, find_blocks, find_body, position_limit
@@ -68,19 +68,17 @@ class PromptHooks:
         arguments = named(self.parameters, args, kwargs)
         check_inputs(arguments, self.parameters)
         text = arguments["inputs_embeds"] if arguments.get("input_ids") is None else arguments["input_ids"]
-        if (mask := arguments.get("attention_mask")) is not None:
-            mask = arguments["attention_mask"] = ones_and_zeros(mask)
-        past = arguments.get("past_key_values")
-        if mixture is None:
-            layout = Layout(self.num_prompts, text.shape[0], mask, text.device)
-        else:
-            if mask is None:
-                # generate leaves out a mask of ones, and what a row lacks of the longest prompt must still be masked
-                seen = 0 if past is None else int(past.get_seq_length())
-                columns = text.shape[1] + max(0, seen - mixture.max_length)
-                mask = torch.ones(text.shape[0], columns, dtype=torch.long, device=text.device)
-                arguments["attention_mask"] = mask
-            layout = Layout(mixture.max_length, text.shape[0], mask, text.device, mixture.expanded(text.shape[0]))
+        past, mask = arguments.get("past_key_values"), arguments.get("attention_mask")
+        if mask is not None:
+            mask = ones_and_zeros(mask)
+        elif mixture is not None:
+            # generate leaves out a mask of ones, and what a row lacks of the longest prompt must still be masked
+            seen = 0 if past is None else int(past.get_seq_length())
+            columns = text.shape[1] + max(0, seen - mixture.max_length)
+            mask = torch.ones(text.shape[0], columns, dtype=torch.long, device=text.device)
+        arguments["attention_mask"] = mask
+        of_rows = None if mixture is None else mixture.expanded(text.shape[0])
+        layout = Layout(self.num_prompts, text.shape[0], mask, text.device, of_rows)
         if past is not None and _is_resumed(past, mask, text.shape[1]):
             # the prompt is in the cache: only what is said about the text's place changes
             self._check_resumed(layout, past, mask, text.shape[1])
@@ -142,7 +140,7 @@ class PromptHooks:
                 raise RuntimeError(f"{type(body).__name__}: expected {self.num_layers} blocks to run, {call.depth} did")
             self.leave_concat(call, output)
         if output.get("pooler_output") is not None:
-            output["pooler_output"] = pool(body, call.layout.first_token(output["last_hidden_state"]))
+            output["pooler_output"] = pool(body, states_at(call.layout.column, output["last_hidden_state"]))
         return output.to_tuple() if call.as_tuple else output
 
     def leave_concat(self, call: Call, output: Any) -> None:
@@ -164,7 +162,7 @@ class PromptHooks:
         if mask.dim() != 2 or mask.shape != labels.shape:
             return None  # the body refuses it
         # the column before a row's first token is the prompt's, or padding: nothing there predicts that token
-        first = Layout(self.num_prompts, len(mask), ones_and_zeros(mask), labels.device).column[:, None]
+        first = first_column(ones_and_zeros(mask).to(labels.device))[:, None]
         column = torch.arange(mask.shape[1], device=labels.device)
         arguments["labels"] = labels.masked_fill(column == first, -100)
         if (shifted := arguments.get("shift_labels")) is not None:

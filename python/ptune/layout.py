@@ -16,7 +16,7 @@ class Layout:
     of their own lengths, m is the longest, and what a row does not fill of it is masked, on the left.
 
     Args:
-        num_prompts: m.
+        num_prompts: m, where all rows have the one prompt.
         batch_size: b.
         mask: [b, n], 1 for real tokens, else 0; ``None`` where every token is real.
         device: of the batch.
@@ -31,14 +31,11 @@ class Layout:
         device: torch.device,
         mixture: Mixture | None = None,
     ) -> None:
-        self.num_prompts = num_prompts
+        self.num_prompts = num_prompts if mixture is None else mixture.max_length
         self.mixture = mixture
         self.padded = mask is not None
-        # argmax is the first maximum, found without a host synchronisation; a row of padding alone gets column 0
         self.column = (
-            torch.zeros(batch_size, dtype=torch.int32, device=device)
-            if mask is None
-            else mask.to(device, torch.int32).argmax(-1).to(torch.int32)
+            torch.zeros(batch_size, dtype=torch.int32, device=device) if mask is None else first_column(mask.to(device))
         )
 
     def placement(self) -> Placement | None:
@@ -79,10 +76,6 @@ class Layout:
         prompt = torch.arange(self.num_prompts, device=self.column.device) + column
         return torch.cat([prompt, torch.where(text < column, text, text + self.num_prompts)], 1)
 
-    def first_token(self, text: Tensor) -> Tensor:
-        """[b, n, d] → [b, d], each row's first real token."""
-        return text[torch.arange(text.shape[0], device=text.device), self.column.long()]
-
     def _behind_room(self, text: Tensor) -> Tensor:
         """[b, n] → [b, m + n]: real tokens stand behind the prompt wherever it stands; padding means nothing."""
         return nn.functional.pad(text, (self.num_prompts, 0))
@@ -97,6 +90,17 @@ class Layout:
 def ones_and_zeros(mask: Tensor) -> Tensor:
     """A mask whose real tokens are 1, in its dtype: where the first of them stands is read off the greatest value."""
     return (mask != 0).to(mask.dtype)
+
+
+def first_column(mask: Tensor) -> Tensor:
+    """[b] int32: where the first real token of each row stands, by `ones_and_zeros`; 0 where there is none."""
+    # argmax is the first maximum, found without a host synchronisation
+    return mask.to(torch.int32).argmax(-1).to(torch.int32)
+
+
+def states_at(column: Tensor, states: Tensor) -> Tensor:
+    """[b, n, d] → [b, d]: each row's at its ``column`` [b]."""
+    return states[torch.arange(states.shape[0], device=states.device), column.to(states.device).long()]
 
 
 def positions_of(mask: Tensor) -> Tensor:
