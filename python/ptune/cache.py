@@ -24,16 +24,14 @@ class CompiledPrefix(nn.Module):
     @classmethod
     def of(cls, tensors: Sequence[Tensor], like: Tensor) -> "CompiledPrefix":
         """From what `tensors` returns, where ``like`` lies and in its dtype."""
-        moved = [tensor.to(like.device, like.dtype) for tensor in tensors]
-        return cls(Prefix(list(zip(moved[::2], moved[1::2], strict=True))))
+        return cls(Prefix.of([tensor.to(like.device, like.dtype) for tensor in tensors]))
 
     def tensors(self) -> list[Tensor]:
         """The key of layer 0, its value, the key of layer 1, …"""
         return [getattr(self, f"{kind}_{depth}") for depth in range(self.num_layers) for kind in ("key", "value")]
 
     def prefix(self) -> Prefix:
-        tensors = self.tensors()
-        return Prefix(list(zip(tensors[::2], tensors[1::2], strict=True)))
+        return Prefix.of(self.tensors())
 
 
 class _StandIn(Cache):

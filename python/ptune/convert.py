@@ -164,7 +164,7 @@ def to_peft(
             tensors = [stored[name] for name in checkpoint.compiled_names(settings, config.num_hidden_layers)]
         else:
             with torch.no_grad():
-                tensors = [tensor for layer in model.eval()._hooks.prefix.prefix().layers for tensor in layer]
+                tensors = model.eval()._hooks.prefix.prefix().tensors()
         tensors = [tensor.transpose(0, 1).float() for tensor in tensors]  # [m, h, w]
         if len({tensor.shape for tensor in tensors}) != 1:
             raise ValueError(f"{folder}: PEFT holds keys and values of one shape, and these have several")
@@ -381,7 +381,7 @@ def _layers(model: Any, prefix: Tensor) -> list[Tensor]:
     if model.prefix_plan.path != "prefix":
         raise MisfitError(f"keys and values, and prompts cannot be shared on this base: {model.prefix_plan.reason}")
     with torch.no_grad():
-        own = [tensor for layer in model._hooks.prefix.prefix().layers for tensor in layer]
+        own = model._hooks.prefix.prefix().tensors()
     sizes = [tensor.shape[0] * tensor.shape[2] for tensor in own]
     if prefix.shape[1] != sum(sizes) or len(set(sizes)) != 1:
         raise MisfitError(f"keys and values: expected [m, {sum(sizes)}] for this base, got {_shape(prefix)}")

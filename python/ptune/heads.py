@@ -15,7 +15,7 @@ from . import checkpoint
 from .attention import stock_name
 from .dropout import FrozenDropout
 from .hooks import pool
-from .layout import roll_rows
+from .layout import roll_rows, states_at
 from .loading import saved_labels
 from .models import ptune_class
 from .support import find_body
@@ -137,7 +137,7 @@ class Head:
             # as they are pooled where they begin in the first column
             states, input_ids, attention_mask = (roll_rows(x, column, 1) for x in (states, input_ids, attention_mask))
             column = torch.zeros_like(column)
-        _thread.given = states, states[torch.arange(states.shape[0], device=states.device), column.long()]
+        _thread.given = states, states_at(column, states)
         try:
             given = {} if labels is None else {"labels": labels}
             return self.model(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **given)

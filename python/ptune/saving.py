@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -198,13 +198,13 @@ class PromptSaving:
         if reasons:
             raise checkpoint.MisfitError("these prompts do not fit this model: " + "; ".join(reasons))
 
-    def _check_compiled(self: Any, compiled: Sequence[Tensor]) -> None:
-        if not compiled or self.prefix_plan.path != "prefix":
+    def _check_compiled(self: Any) -> None:
+        if self.compiled_prefix is None or self.prefix_plan.path != "prefix":
             return
         with torch.no_grad(), evaluating(self):
-            own = [tensor for layer in self._hooks.prefix._capture(None).layers for tensor in layer]
+            own = self._hooks.prefix._capture(None).prefix().tensors()
         names = checkpoint.compiled_names(self.ptune_config, len(own) // 2)
-        for name, got, expected in zip(names, compiled, own, strict=True):
+        for name, got, expected in zip(names, self.compiled_prefix.tensors(), own, strict=True):
             if got.shape != expected.shape:
                 raise checkpoint.MisfitError(f"{name}: expected {_shape(expected.shape)}, got {_shape(got.shape)}")
 

@@ -352,6 +352,26 @@ class TestCompiledPrompts:
                 assert not torch.equal(twin(ids).logits, expected)
             close(model(ids).logits, expected)
 
+    def test_another_threads_call_does_not_take_them_away(self, base_of, monkeypatch):
+        """It comes when this call has found what is kept to be still right, and keeps that of another token type."""
+        model = base_of("bert").tuned(**settings_for("overwrite")).eval()
+        ids = torch.randint(3, VOCABULARY, (2, 5))
+        one, other = torch.zeros_like(ids), torch.ones_like(ids)
+        with torch.no_grad():
+            expected = model(ids, token_type_ids=one)[0]
+            model.compile_prompts()
+            model(ids, token_type_ids=one)
+            is_still = ptune.prefix._State.is_still
+
+            def interrupted(*states):
+                monkeypatch.setattr(ptune.prefix._State, "is_still", is_still)
+                found = is_still(*states)
+                model(ids, token_type_ids=other)
+                return found
+
+            monkeypatch.setattr(ptune.prefix._State, "is_still", interrupted)
+            assert torch.equal(model(ids, token_type_ids=one)[0], expected)
+
     def test_refused_where_nothing_is_shared(self, base_of):
         model = base_of("bert").tuned(**settings_for("shallow"))
         with pytest.raises(ValueError, match="compile_prompts: prompts are not shared here: in an encoder"):
