@@ -652,6 +652,34 @@ def test_what_is_no_base(tmp_path, kind, problem, command):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("command", "given", "name"),
+    [
+        *(("train", given, given) for given in ("auto", "float32", "float16", "bfloat16")),
+        *(("audit", given, given) for given in ("float16", "bfloat16")),
+        *((command, *pair) for command in ("train", "audit") for pair in (("fp16", "float16"), ("bf16", "bfloat16"))),
+        ("train", "fp32", "float32"),
+        ("audit", "fp32", None),
+        ("audit", "auto", None),
+        ("train", "half", None),
+    ],
+)
+def test_dtypes_go_by_two_names(tmp_path, monkeypatch, command, given, name):
+    def stop(dtype):
+        raise ValueError(f"in {dtype}")
+
+    monkeypatch.setattr("ptune.runs.prepare", lambda options, say: stop(options.dtype))
+    monkeypatch.setattr("ptune.precision.command.audit_files", lambda model, data, out, dtype, *rest: stop(dtype))
+    arguments = ["--model", "m", "--data", "d", "--out", tmp_path, *(["--task", "tagging"] * (command == "train"))]
+    result = ptune(command, *arguments, "--dtype", given)
+    assert result.exit_code == 2
+    if name is not None:
+        assert result.stderr == f"Error: in {name}\n"
+    else:
+        expected = "auto, float32, float16, bfloat16" if command == "train" else "float16, bfloat16"
+        assert f"expected one of {expected}, got {given!r}" in " ".join(result.stderr.replace("│", "").split())
+
+
 def test_help_does_not_wait_for_torch():
     command = [sys.executable, "-X", "importtime", "-m", "ptune", "train", "--help"]
     imported = subprocess.run(command, capture_output=True, text=True, check=True).stderr.split()
