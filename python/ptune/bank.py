@@ -22,7 +22,7 @@ from .mixin import PTuneMixin
 from .mixture import Mixture, Overwriting, mixing
 from .models import ptune_class
 from .plan import Plan
-from .quantised import rounds_by_batch
+from .quantised import kept_scales, rounds_by_batch, sharing_memory, take_scales
 
 _PACKED = torch.contiguous_format
 _NAME = re.compile(r"\w[\w.-]{0,99}")
@@ -491,14 +491,13 @@ def _sharing_weights(base: Any) -> Any:
     if rounds_by_batch(base.config):
         raise NotImplementedError(
             "base: LLM.int8 chooses the columns that it rounds over all rows of a batch, so that a row would depend on "
-            "the others; quantise to 4 bits"
+            "the others; load it with llm_int8_threshold=0, or in 4 bits"
         )
-    if any(hasattr(parameter, "SCB") for parameter in base.parameters()):
-        raise NotImplementedError(
-            "base: LLM.int8 keeps scales in its modules, which cannot be shared; quantise to 4 bits"
-        )
-    weights = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in base.parameters()}
-    return copy.deepcopy(base, weights | {id(buffer): buffer for buffer in base.buffers()}).eval()
+    weights = {id(parameter): sharing_memory(parameter) for parameter in base.parameters()}
+    shared = {id(tensor): tensor for tensor in (*base.buffers(), *kept_scales(base))}
+    twin = copy.deepcopy(base, weights | shared).eval()
+    take_scales(twin)
+    return twin
 
 
 def _with_prompts(stock: Any) -> Any:
