@@ -112,7 +112,7 @@ class PromptBank:
         if self._runner.prefix_plan.path == "prefix":
             one_row = self._runner._hooks.prefix.prefix()
             self._nothing = Prefix([(key[:, :0], value[:, :0]) for key, value in one_row.layers])
-        self._heads = Heads(self._runner)
+        self._heads = Heads(self._runner, self._stock.config)
         self._base_head = self._heads.of_base()
 
     @property
@@ -194,7 +194,8 @@ class PromptBank:
     def unfreeze(self, name: str) -> dict[str, nn.Parameter]:
         """From now on the prompt and the head of ``name`` train: returns them by the names that their folder has.
 
-        A prompt that trains is not kept compiled. Raises `ValueError` for a compiled prefix, which is without its rows.
+        A prompt that trains is not kept compiled. A head's own dropout is on from ``bank.head(name).train()`` to
+        ``.eval()``; the base's is off. Raises `ValueError` for a compiled prefix, which is without its rows.
         """
         with self._lock:
             entry = self._named(name)

@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -464,7 +465,7 @@ def test_tasks_trained_together(tiny_bert, tmp_path):
     mood, names = classification_file(tmp_path), tagging_file(tmp_path)
     mix = mix_of(
         tmp_path,
-        mood=f"task: classification\ndata: {mood.name}\nbatch_size: 32\nlearning_rate: 1e-2\n",
+        mood=f"task: classification\ndata: {mood.name}\neval_data: {mood.name}\nbatch_size: 32\nlearning_rate: 1e-2\n",
         people=f"name: names\ntask: tagging\ndata: {names.name}\nbatch_size: 32\npre_seq_len: 5\n",
     )
     out = tmp_path / "out"
@@ -474,6 +475,8 @@ def test_tasks_trained_together(tiny_bert, tmp_path):
     assert sorted(path.name for path in out.iterdir()) == ["mood", "names"]
     assert metrics_of(out / "mood")["accuracy"] > 0.9
     assert metrics_of(out / "names")["entity_f1"] > 0.9
+    loss = float(re.search(r"loss\W+([\d.]+)", succeed("eval", out / "mood", "--data", mood))[1])
+    assert metrics_of(out / "mood")["loss"] == pytest.approx(loss, abs=1e-4)  # the heads' dropout was off
     assert json.loads(succeed("predict", out / "mood", "good red"))["label"] == "yes"
     assert json.loads(succeed("predict", out / "names", "Ann is in Rome"))["tags"][0] == "B-person"
 
