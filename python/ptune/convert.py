@@ -159,12 +159,8 @@ def to_peft(
             raise ValueError(
                 f"{folder}: PEFT hands over past_key_values, which {model.base_class.__name__} takes none of"
             )
-        if model.compiled_prefix is not None:  # in the base's dtype there, in float32 in the folder
-            stored = checkpoint.read_tensors(folder)
-            tensors = [stored[name] for name in checkpoint.compiled_names(settings, config.num_hidden_layers)]
-        else:
-            with torch.no_grad():
-                tensors = [tensor for layer in model.eval()._hooks.prefix.prefix().layers for tensor in layer]
+        with torch.no_grad():
+            tensors = [tensor for layer in model.eval()._hooks.prefix.prefix().layers for tensor in layer]
         tensors = [tensor.transpose(0, 1).float() for tensor in tensors]  # [m, h, w]
         if len({tensor.shape for tensor in tensors}) != 1:
             raise ValueError(f"{folder}: PEFT holds keys and values of one shape, and these have several")

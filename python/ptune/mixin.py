@@ -216,7 +216,7 @@ class PTuneMixin(PromptSaving):
         self.ptune_config = settings
         self.prompt_embeddings = _table(shallow, self.get_input_embeddings())
         self.intermediate_prompt_embeddings = _table(deep, self.get_input_embeddings())
-        self.compiled_prefix = CompiledPrefix.of(compiled, self.get_input_embeddings().weight) if compiled else None
+        self.compiled_prefix = CompiledPrefix.of(compiled, device_of(self.get_input_embeddings())) if compiled else None
         self._hooks = self._new_hooks() if settings.tuning_mode is not None else None
         own = set(self._own_names())
         for name, parameter in self.named_parameters():
@@ -275,9 +275,9 @@ class PTuneMixin(PromptSaving):
         own = set(self._own_names())
         kept = {
             id(tensor)
-            for name, parameter in self.named_parameters()
+            for name, its in (*self.named_parameters(), *self.named_buffers())
             if name in own
-            for tensor in (parameter, parameter.grad)
+            for tensor in (its, its.grad)
             if tensor is not None
         }
 
