@@ -479,6 +479,10 @@ def test_tasks_trained_together(tiny_bert, tmp_path):
     assert metrics_of(out / "mood")["loss"] == pytest.approx(loss, abs=1e-4)  # the heads' dropout was off
     assert json.loads(succeed("predict", out / "mood", "good red"))["label"] == "yes"
     assert json.loads(succeed("predict", out / "names", "Ann is in Rome"))["tags"][0] == "B-person"
+    shown = " ".join(succeed("info", out).replace("│", "").split())
+    for name, task in (("mood", "classification"), ("names", "tagging")):
+        figures = ", ".join(f"{key.replace('_', ' ')} {value:.4f}" for key, value in metrics_of(out / name).items())
+        assert f"{name} {task}: {figures}" in shown
 
 
 def test_generation_trained_beside_classification(tiny_llama, tmp_path):
