@@ -18,6 +18,7 @@ from .attention import Prefix
 from .config import PTuneConfig, take_settings
 from .heads import Head, Heads
 from .layout import ones_and_zeros
+from .likeness import warn_of_other_weights
 from .mixin import PTuneMixin
 from .mixture import Mixture, Overwriting, mixing
 from .models import ptune_class
@@ -144,6 +145,7 @@ class PromptBank:
             except (ValueError, NotImplementedError) as error:
                 raise type(error)(f"{name!r} ({os.fspath(folder)}): {error}") from None
             self._entries = self._entries | {name: entry}
+        warn_of_other_weights(self._runner, saved, folder)
 
     def remove(self, name: str) -> None:
         """Forget a prompt. Raises `ValueError` for a name that the bank does not have."""

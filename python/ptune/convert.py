@@ -101,7 +101,7 @@ def convert(
     model = _LOADERS[task].from_pretrained(base, **settings, **labels)
     _set_head(model, foreign.head)
     if foreign.prefix is not None:
-        # as they were read, where a model would have them in its base's dtype
+        # a model takes keys and values from a folder alone
         names = checkpoint.compiled_names(model.ptune_config, model.config.num_hidden_layers)
         tensors = {name: model.get_parameter(name) for name in model._head}
         tensors |= dict(zip(names, _layers(model, foreign.prefix), strict=True))

@@ -137,7 +137,7 @@ def test_gradients_are_those_of_the_dequantised_base(base_of, tmp_path, backend,
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_folders_of_prompts_say_how_the_base_was_quantised(base_of, tmp_path, backend, dtype):
+def test_folders_of_prompts_say_how_the_base_was_quantised(base_of, tmp_path, caplog, backend, dtype):
     model = base_of("llama").tuned(
         ptune.AutoPTuneModelForCausalLM, **quantised(backend, dtype), **settings_for("overwrite")
     )
@@ -151,6 +151,7 @@ def test_folders_of_prompts_say_how_the_base_was_quantised(base_of, tmp_path, ba
     whole = ptune.AutoPTuneModelForCausalLM.from_pretrained(tmp_path, quantization_config=None)
     assert {type(p) for p in whole.parameters()} == {nn.Parameter}
     assert torch.equal(whole.prompt_embeddings.weight, model.prompt_embeddings.weight)
+    assert "other weights" not in caplog.text
 
 
 @pytest.mark.parametrize("backend", ["nf4", "LLM.int8", "int8 weights"])
