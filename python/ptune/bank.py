@@ -18,11 +18,12 @@ from .attention import Prefix
 from .config import PTuneConfig, take_settings
 from .heads import Head, Heads
 from .layout import first_column, ones_and_zeros
+from .likeness import warn_of_other_weights
 from .mixin import PTuneMixin
 from .mixture import Mixture, Overwriting, mixing
 from .models import ptune_class
 from .plan import Plan
-from .quantised import rounds_by_batch
+from .quantised import kept_scales, rounds_by_batch, sharing_memory, take_scales
 
 _PACKED = torch.contiguous_format
 _NAME = re.compile(r"\w[\w.-]{0,99}")
@@ -112,7 +113,7 @@ class PromptBank:
         if self._runner.prefix_plan.path == "prefix":
             one_row = self._runner._hooks.prefix.prefix()
             self._nothing = Prefix([(key[:, :0], value[:, :0]) for key, value in one_row.layers])
-        self._heads = Heads(self._runner)
+        self._heads = Heads(self._runner, self._stock.config)
         self._base_head = self._heads.of_base()
 
     @property
@@ -144,6 +145,7 @@ class PromptBank:
             except (ValueError, NotImplementedError) as error:
                 raise type(error)(f"{name!r} ({os.fspath(folder)}): {error}") from None
             self._entries = self._entries | {name: entry}
+        warn_of_other_weights(self._runner, saved, folder)
 
     def remove(self, name: str) -> None:
         """Forget a prompt. Raises `ValueError` for a name that the bank does not have."""
@@ -196,7 +198,8 @@ class PromptBank:
     def unfreeze(self, name: str) -> dict[str, nn.Parameter]:
         """From now on the prompt and the head of ``name`` train: returns them by the names that their folder has.
 
-        A prompt that trains is not kept compiled. Raises `ValueError` for a compiled prefix, which is without its rows.
+        A prompt that trains is not kept compiled. A head's own dropout is on from ``bank.head(name).train()`` to
+        ``.eval()``; the base's is off. Raises `ValueError` for a compiled prefix, which is without its rows.
         """
         with self._lock:
             entry = self._named(name)
@@ -491,14 +494,13 @@ def _sharing_weights(base: Any) -> Any:
     if rounds_by_batch(base.config):
         raise NotImplementedError(
             "base: LLM.int8 chooses the columns that it rounds over all rows of a batch, so that a row would depend on "
-            "the others; quantise to 4 bits"
+            "the others; load it with llm_int8_threshold=0, or in 4 bits"
         )
-    if any(hasattr(parameter, "SCB") for parameter in base.parameters()):
-        raise NotImplementedError(
-            "base: LLM.int8 keeps scales in its modules, which cannot be shared; quantise to 4 bits"
-        )
-    weights = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in base.parameters()}
-    return copy.deepcopy(base, weights | {id(buffer): buffer for buffer in base.buffers()}).eval()
+    weights = {id(parameter): sharing_memory(parameter) for parameter in base.parameters()}
+    shared = {id(tensor): tensor for tensor in (*base.buffers(), *kept_scales(base))}
+    twin = copy.deepcopy(base, weights | shared).eval()
+    take_scales(twin)
+    return twin
 
 
 def _with_prompts(stock: Any) -> Any:

@@ -8,6 +8,7 @@ TUNING_MODES = (None, "ptune", "deep_ptune")
 DEEP_PROMPT_MODES = ("overwrite", "add")
 PREFIX_SHARINGS = ("auto", True, False)
 PROMPT_INITS = ("random", "vocab", "text")
+SHORT_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # as commands and their files take them too
 
 InitText = str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]]
 

@@ -196,7 +196,7 @@ class PTuneMixin(PromptSaving):
         own, found = self._head, [(p, p.data, p.requires_grad) for p in self.parameters()]
         try:
             self._set_head(own if head is None else head)
-            made = CompiledPrefix.of(compiled, embedding.weight) if compiled else None
+            made = CompiledPrefix.of(compiled, device_of(embedding)) if compiled else None
             self._put(settings, _table(shallow, embedding), _table(deep, embedding), made)
             self._check_compiled()
         except Exception:  # such as that they were to be shared, and the check found that they cannot be
@@ -283,9 +283,9 @@ class PTuneMixin(PromptSaving):
         own = set(self._own_names())
         kept = {
             id(tensor)
-            for name, parameter in self.named_parameters()
+            for name, its in (*self.named_parameters(), *self.named_buffers())
             if name in own
-            for tensor in (parameter, parameter.grad)
+            for tensor in (its, its.grad)
             if tensor is not None
         }
 

@@ -104,7 +104,7 @@ class PrefixPath:
     def prefix(self, token_type: int | None = None) -> Prefix:
         """The keys and values of the prompt rows: compiled ones where these are kept and nothing trains, else anew."""
         if self.model.compiled_prefix is not None:
-            return self.model.compiled_prefix.prefix()
+            return self.model.compiled_prefix.prefix(self.body.get_input_embeddings().weight.dtype)
         if not self.keep_compiled or torch.compiler.is_compiling():
             return self._capture(token_type).prefix()
         watched = [*self.model.prompt_parameters(), *_parameters(self.body)]

@@ -12,6 +12,7 @@ from torch import Tensor
 from . import checkpoint, hub
 from .cache import CompiledPrefix
 from .half_attention import dtypes_of
+from .likeness import sample, warn_of_other_weights
 from .loading import Origin
 from .quantised import described
 from .support import evaluating, lack_of_positions
@@ -70,6 +71,7 @@ class PromptSaving:
         with torch.no_grad():
             for name in saved["head"]:
                 self.get_parameter(name).copy_(tensors[name])
+        warn_of_other_weights(self, saved, folder)
 
     def save_pretrained(
         self: Any,
@@ -138,6 +140,7 @@ class PromptSaving:
                 "overrides": origin.overrides,
                 "dtype": str(self.get_input_embeddings().weight.dtype).removeprefix("torch."),
                 "quantization": described(self.config),
+                "weights": sample(self),
                 **dtypes_of(self),
             },
             "model_class": self.base_class.__name__,
