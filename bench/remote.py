@@ -115,7 +115,8 @@ def llama_rows(batch: dict[str, torch.Tensor], rounds: int, base: str) -> list[d
         sent, with_text = (checked(model, local, batch) for model in (shared, apart))
         for where in ("", " between servers"):
             ours = sum(sent[name + where] for name in ("prompts", "prompt gradients"))
-            theirs = sum(with_text[name + where] - sent[name + where] for name in ("hidden", "gradients"))
+            # with each text, states of prompt rows travel, and as many gradients
+            theirs = 2 * (with_text["hidden" + where] - sent["hidden" + where])
             theirs += 0 if where else 2 * expanded(local)
             counts.append(counted(f"Llama, {mode}: prompts and their gradients{where}", ours, theirs))
         seconds = interleaved(

@@ -380,7 +380,7 @@ def test_prompt_rows_travel_once_per_step(mode, micro_batch, serve, folder_of):
             "prompts between servers": rows,
             "hidden": 2 * text,
             "hidden between servers": text,
-            "gradients": 2 * text,
+            "gradients": text,  # of what the model makes: that of the text's embeddings nobody reads
             "gradients between servers": text,
             "prompt gradients": rows + deep,
             "prompt gradients between servers": rows,
@@ -391,6 +391,24 @@ def test_prompt_rows_travel_once_per_step(mode, micro_batch, serve, folder_of):
     assert traffic["prompts"] == traffic["prompts between servers"] == rows
     assert traffic["hidden"] == 2 * (text + new)
     assert traffic["hidden between servers"] == text + new
+
+
+@pytest.mark.parametrize("kind", ["prompts", "rows"])
+def test_a_gradient_that_nobody_wants_does_not_travel(kind, serve):
+    blocks = remote.RemoteSequential(remote.connect(serve("llama", 2)), micro_batch=2)
+    hidden, prompts, rows = (torch.randn(*shape, 24, requires_grad=True) for shape in ((3, 7), (LAYERS, 2), (1, 2)))
+    how, leaves = {"prompts": ({}, [prompts]), "rows": ({"shared": rows}, [prompts, rows])}[kind]
+    weight, traffic, found = torch.randn_like(hidden), blocks.link.traffic, []
+    for text, ways in ((hidden, 2), (hidden.detach(), 1)):
+        traffic.clear()
+        (blocks(text, prompts, mode="add", **how) * weight).sum().backward()
+        assert traffic["gradients"] == ways * hidden.nbytes
+        assert traffic["gradients between servers"] == hidden.nbytes
+        found.append([leaf.grad for leaf in leaves])
+        for leaf in leaves:
+            leaf.grad = None
+    for gradient, other in zip(*found, strict=True):
+        close(gradient, other)
 
 
 @pytest.mark.parametrize("shared", [None, torch.zeros(1, 2, 24)], ids=["text", "shared"])

@@ -334,6 +334,27 @@ def test_shared_rows_have_a_budget(server_with):
     assert all(np.array_equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
+@pytest.mark.parametrize("forgotten", [False, True], ids=["kept", "forgotten"])
+def test_a_gradient_that_nobody_wants_is_not_computed(forgotten, server_with):
+    rows, hidden = (np.random.randn(*shape, 24).astype(np.float32) for shape in ((1, 2), (2, 5)))
+    given = Shared("rows", Request(0, 2, "float32", (1, 2)), [ray.put(rows)])
+    found = []
+    for wanted in (True, False):
+        server = server_with()
+        request = request_for(hidden, shared=given, mask=np.ones((2, 7), bool), differentiable=wanted)
+        server.forward(request, hidden, "call")
+        kept = server.status()["kept_bytes"]
+        if forgotten:
+            server.forget("call")
+        found.append((kept, *server.backward(request, np.ones_like(hidden), "call", [ray.put(hidden)])))
+    (everything, own, expected, _), (less, none, got, _) = found
+    assert own.shape == hidden.shape
+    assert none is None
+    assert less < everything
+    for array, other in zip(got, expected, strict=True):
+        close(torch.from_numpy(array), torch.from_numpy(other))
+
+
 def test_gradients_of_shared_rows_are_summed_unrounded(server_with):
     server = server_with("bfloat16")
     rows, hidden = (np.random.randn(*shape, 24).astype(np.float32) for shape in ((1, 2), (4, 5)))
@@ -388,6 +409,7 @@ HIDDEN = np.zeros((2, 3, 24), np.float32)
         ({"dtype": "complex64"}, HIDDEN, "dtype: expected one of"),
         ({"shape": (2, -3)}, HIDDEN, "shape: expected"),
         ({"mode": "replace"}, HIDDEN, "mode: expected"),
+        ({"differentiable": None}, HIDDEN, "differentiable: expected True or False, got None"),
         ({"mask": np.ones((2, 3))}, HIDDEN, "mask: expected bool"),
         ({"mask": np.ones((2, 2), bool)}, HIDDEN, "mask: expected at least 3 columns"),
         ({"positions": np.ones((3, 3), np.int64)}, HIDDEN, "positions: expected int64"),
@@ -420,6 +442,11 @@ HIDDEN = np.zeros((2, 3, 24), np.float32)
             {"shared": Shared("rows", Request(0, 2, "float32", (1, 2), mask=np.ones((1, 2), bool)), [])},
             HIDDEN,
             "shared: expected rows at positions 0 to m - 1",
+        ),
+        (
+            {"shared": Shared("rows", Request(0, 2, "float32", (1, 2), differentiable=False), [])},
+            HIDDEN,
+            "differentiable: expected True for shared rows",
         ),
         (
             {"shared": Shared("rows", Request(0, 2, "float32", (1, 2), prompts=Prompts("c", 0, 1, [])), [])},

@@ -125,7 +125,7 @@ class _Pass:
         self.legs = self.link.legs(blocks.first, blocks.last)
         self.dtype = blocks.wire_dtype or name_of(hidden.dtype)
         self.arrays = geometry(mask, positions, starts)
-        self.mode, self.keep = mode, keep
+        self.mode, self.keep, self.differentiable = mode, keep, hidden.requires_grad
         rows, length = hidden.shape[:2]
         most = self.link.max_tokens // length
         if most == 0:
@@ -159,7 +159,8 @@ class _Pass:
                     (rows.stop - rows.start, array.shape[1]),
                     prompts=prompt,
                     mode=self.mode,
-                    shared=None,
+                    # a later server's gradient is where an earlier one's begins
+                    differentiable=self.differentiable or leg is not self.legs[0],
                     **{name: _rows_of(value, rows) for name, value in self.arrays.items()},
                 )
                 for leg, prompt in zip(self.legs, sent, strict=True)
@@ -173,21 +174,23 @@ class _Pass:
         ]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
-    def backward(self, gradient: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def backward(self, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         array = to_array(gradient, self.dtype)
         relays = [chunk.begin_backward(array[rows]) for chunk, rows in zip(self.chunks, self.slices, strict=True)]
         parts: list[Tensor] = []
         deep: Tensor | None = None
         for chunk, relay in zip(self.chunks, relays, strict=True):
             part, *of_legs = chunk.finish_backward(relay)
-            parts.append(to_tensor("gradient", part, self.dtype, chunk.hidden.shape))
+            if self.differentiable:
+                parts.append(to_tensor("gradient", part, self.dtype, chunk.hidden.shape))
             if (together := deep_gradient(of_legs)) is not None:
                 deep = together if deep is None else deep + together
         own: Tensor | None = None
         for shared in self.shared:
             own, deep = shared.backward(lambda leg: [chunk.parts[leg.first] for chunk in self.chunks], relays)
-        prompts, rows = (each if each is None else each.to(gradient.device) for each in (deep, own))
-        return torch.cat(parts).to(gradient.device, gradient.dtype), prompts, rows
+        hidden = torch.cat(parts).to(gradient.dtype) if parts else None
+        hidden, deep, own = (each if each is None else each.to(gradient.device) for each in (hidden, deep, own))
+        return hidden, deep, own
 
 
 class _Chunk:
@@ -227,7 +230,7 @@ class _Chunk:
 
     def finish_backward(self, relay: Relay) -> list[Any]:
         results = relay.wait()
-        self.link.traffic["gradients"] += self.hidden.nbytes + results[0].nbytes
+        self.link.traffic["gradients"] += self.hidden.nbytes + (0 if results[0] is None else results[0].nbytes)
         self.link.traffic["gradients between servers"] += self.hidden.nbytes * (len(self.legs) - 1)
         self.link.traffic["prompt gradients"] += sum(deep.nbytes for deep in results[1:] if deep is not None)
         return results
@@ -282,11 +285,11 @@ class _Blocks(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, Tensor | None, Tensor | None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         return None, *ctx.run.backward(gradient)
 
 
-def _rows_of(array: np.ndarray | None, rows: slice) -> np.ndarray | None:
+def _rows_of(array: Any, rows: slice) -> Any:
     return array if array is None or len(array) == 1 else array[rows]
 
 

@@ -79,10 +79,11 @@ class BlockServer:
 
     def backward(
         self, request: Request, gradient: np.ndarray, keep: str, source: list[Any]
-    ) -> tuple[np.ndarray, Any, bool]:
+    ) -> tuple[np.ndarray | None, Any, bool]:
         """Gradients of the hidden states, and of the prompts: float32 [blocks, m, d], summed over the batch.
 
-        Where prompt rows are shared, of the keys and values of these: a list, for `backward_shared`.
+        ``None`` for hidden states that are not differentiable. Where prompt rows are shared, of the keys and values of
+        these in place of prompts: a list, for `backward_shared`.
 
         ``source``: a list with a reference to the hidden states of the forward, which is run again where its
         activations are no longer here.
@@ -93,12 +94,15 @@ class BlockServer:
             self._recomputed += 1
             run, _ = self._run(request, self._states(request, ray.get(source[0])))
         inputs = run.layers if run.prompts is None else [run.prompts]
-        own, *gradients = torch.autograd.grad(run.output, [run.hidden, *inputs], output_gradient)
+        if request.differentiable:
+            inputs = [run.hidden, *inputs]
+        gradients = list(torch.autograd.grad(run.output, inputs, output_gradient))
+        own = to_array(gradients.pop(0), request.dtype) if request.differentiable else None
         if request.shared is not None:
             rest: Any = [to_array(each, request.shared.request.dtype) for each in gradients]
         else:
             rest = to_array(gradients[0], "float32") if gradients else None
-        return to_array(own, request.dtype), rest, True
+        return own, rest, True
 
     def share(self, shared: Shared, rows: np.ndarray) -> tuple[np.ndarray, bool]:
         """What the blocks make of prompt rows [1, m, d], whose keys and values are kept for later requests."""
@@ -269,7 +273,7 @@ class BlockServer:
     def _run(self, request: Request, hidden: Tensor, capture: bool = False) -> tuple["_Kept", int]:
         """A forward whose graph is kept, and how many bytes it keeps; or, for prompt rows alone, a ``capture``."""
         arguments = self._arguments(request)
-        hidden.requires_grad_()
+        hidden.requires_grad_(request.differentiable)
         if (prompts := arguments.get("prompts")) is not None:
             prompts = arguments["prompts"] = prompts.detach().requires_grad_()
         if capture:

@@ -69,6 +69,8 @@ class Shared:
             )
         if any(getattr(self.request, name) is not None for name in ("mask", "positions", "starts")):
             raise ValueError("shared: expected rows at positions 0 to m - 1, got a mask, positions or starts")
+        if not self.request.differentiable:
+            raise ValueError("differentiable: expected True for shared rows, got False")
         prompts, count = self.request.prompts, self.request.shape[1]
         if prompts is not None and prompts.count != count:
             raise ValueError(f"prompts: expected {count} rows, as shared has, got {prompts.count}")
@@ -89,6 +91,7 @@ class Request:
         mode: ``"overwrite"`` or ``"add"``.
         shared: prompt rows that every row attends to, as if they stood before its first token; ``mask`` is then
             [b, m + S], and the first m columns are theirs.
+        differentiable: whether a gradient of the hidden states is wanted, and not only of prompts.
     """
 
     first: int
@@ -101,6 +104,7 @@ class Request:
     starts: np.ndarray | None = None
     mode: str = "overwrite"
     shared: Shared | None = None
+    differentiable: bool = True
 
     def check(self, first: int, last: int) -> None:
         """Raises `ValueError` where this is no request for a server of blocks ``first`` … ``last - 1``."""
@@ -112,6 +116,8 @@ class Request:
             raise ValueError(f"shape: expected (b, S), got {self.shape!r}")
         if self.mode not in ("overwrite", "add"):
             raise ValueError(f"mode: expected 'overwrite' or 'add', got {self.mode!r}")
+        if not isinstance(self.differentiable, bool):
+            raise ValueError(f"differentiable: expected True or False, got {self.differentiable!r}")
         rows, length = self.shape
         if min(self.shape) < 1:
             raise ValueError(f"shape: expected at least one row and one column, got {self.shape!r}")
