@@ -1,9 +1,11 @@
 """``python -m bench.sizes``: each op from 4 KB to 1 GB beside the floor of `bench.roofline`, on one thread and on two.
 
 The floor takes its bandwidth from a copy of the output on as many threads, in the same rounds. Ours alone, with no
-gradients: what others take is in `bench`.
+gradients: what others take is in `bench`. With THP_MEM_ALLOC_ENABLE=1 in the environment torch asks for large pages, as
+our ops do: then the copies do not wait for the system's small ones.
 """
 
+import os
 from functools import partial
 
 import torch
@@ -50,7 +52,10 @@ def main() -> None:
         for make in (*(partial(make, train=False) for make in TRAINED.values()), cast_qkv):
             rows.append(measure(make(sizes), chosen.rounds))
             print("  ".join(rows[-1].values()), flush=True)
-    report(chosen, "sizes", "no gradients", rows)
+    if os.environ.get("THP_MEM_ALLOC_ENABLE") == "1":
+        report(chosen, "sizes-large-pages", "no gradients, THP_MEM_ALLOC_ENABLE=1", rows)
+    else:
+        report(chosen, "sizes", "no gradients", rows)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,9 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <array>
 #include <optional>
 #include <sstream>
@@ -130,6 +133,16 @@ inline View pool_view(const char* name, const Tensor& t) {
   return v;
 }
 
+// Memory for a large output comes fresh from the system, which prepares each page of it when it is first written: that takes
+// longer than the op itself, unless the pages are large. (numpy asks for them too; torch, with THP_MEM_ALLOC_ENABLE=1.)
+inline void ask_for_large_pages(void* data, int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+  static const uintptr_t page = sysconf(_SC_PAGESIZE);
+  const uintptr_t at = reinterpret_cast<uintptr_t>(data), begin = at & ~(page - 1);
+  madvise(reinterpret_cast<void*>(begin), at + bytes - begin, MADV_HUGEPAGE);
+#endif
+}
+
 inline Tensor empty(const Tensor& like, ScalarType dtype, std::initializer_list<int64_t> sizes) {
   std::array<int64_t, 4> strides{};
   int64_t stride = 1;
@@ -143,7 +156,12 @@ inline Tensor empty(const Tensor& like, ScalarType dtype, std::initializer_list<
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       static_cast<int64_t>(sizes.size()), sizes.begin(), strides.data(),
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type, like.get_device_index(), &handle));
-  return Tensor(handle);
+  const Tensor made(handle);
+#ifndef PTUNE_CUDA
+  const int64_t bytes = made.numel() * made.element_size();
+  if (bytes >= kLargeOutput) ask_for_large_pages(made.mutable_data_ptr(), bytes);
+#endif
+  return made;
 }
 
 struct PlacementTensors {

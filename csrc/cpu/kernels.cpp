@@ -57,9 +57,8 @@ Spot spot(const Placement& p, int64_t i) {
   return {p.start.data[i * p.start.stride], p.length.data[i * p.length.stride], p.column.data[i * p.column.stride]};
 }
 
-// Whether an output of so many bytes is better written past the caches. A smaller one is still in them when it is read, and
-// memory for a larger one comes fresh from the system, which has zeroed it and left it there.
-bool streams(int64_t bytes) { return bytes >= int64_t{4} << 20 && bytes < int64_t{32} << 20; }
+// Whether an output of so many bytes is better written past the caches: it does not stay in them until it is read.
+bool streams(int64_t bytes) { return bytes >= kLargeOutput; }
 
 // `count` rows from `from` to `to`, converted; in one go where both lie without gaps.
 void convert_rows(const View& to, char* to_at, const View& from, const char* from_at, int64_t count, int64_t width,

@@ -172,13 +172,22 @@ class Prefix:
         layers = zip(*(prefix.layers for prefix in prefixes), strict=True)
         return cls([(torch.cat([k for k, _ in pairs], 1), torch.cat([v for _, v in pairs], 1)) for pairs in layers])
 
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor]) -> "Prefix":
+        """From what `tensors` returns."""
+        return cls(list(zip(tensors[::2], tensors[1::2], strict=True)))
+
+    def tensors(self) -> list[Tensor]:
+        """The key of layer 0, its value, the key of layer 1, …"""
+        return [tensor for layer in self.layers for tensor in layer]
+
     def placed(self, placement: Placement | None) -> "Prefix":
         return Prefix(self.layers, placement)
 
     @property
     def nbytes(self) -> int:
         """How much memory it takes."""
-        return sum(tensor.nbytes for layer in self.layers for tensor in layer)
+        return sum(tensor.nbytes for tensor in self.tensors())
 
     @property
     def num_columns(self) -> int:

@@ -8,7 +8,7 @@ import transformers
 
 from .config import PTuneConfig, take_settings
 from .half_attention import hybrid
-from .loading import load_model, take_dtypes
+from .loading import check_keywords, load_model, take_dtypes
 from .models import ptune_class
 
 
@@ -41,14 +41,15 @@ class AutoPTuneModel:
         come from one. Only prompts and the task head (what the base's checkpoint did not have) require gradients; both
         are float32, whatever the base's dtype.
 
-        Raises `NotImplementedError` for a base that prompts cannot be put on, and `ptune.checkpoint.MisfitError` for
-        prompts that do not fit the base.
+        Raises `NotImplementedError` for a base that prompts cannot be put on, `ptune.checkpoint.MisfitError` for
+        prompts that do not fit the base, and `TypeError` for a keyword that is nearly one of the above.
         """
         return load_model(cls._loader, path, ptune_class, *args, **kwargs)
 
     @classmethod
     def from_config(cls, config: Any, **kwargs: Any) -> Any:
         """A base of random weights, with the prompts that ``config`` or the keywords describe."""
+        check_keywords(kwargs, config)
         config = copy.deepcopy(config)
         settings = take_settings(config) | take_settings(kwargs)
         dtypes = take_dtypes(kwargs)

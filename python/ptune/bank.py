@@ -5,7 +5,7 @@ import os
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,12 +17,13 @@ from . import checkpoint, hub
 from .attention import Prefix
 from .config import PTuneConfig, take_settings
 from .heads import Head, Heads
-from .layout import ones_and_zeros
+from .layout import first_column, ones_and_zeros
+from .likeness import warn_of_other_weights
 from .mixin import PTuneMixin
 from .mixture import Mixture, Overwriting, mixing
 from .models import ptune_class
 from .plan import Plan
-from .quantised import rounds_by_batch
+from .quantised import kept_scales, rounds_by_batch, sharing_memory, take_scales
 
 _PACKED = torch.contiguous_format
 _NAME = re.compile(r"\w[\w.-]{0,99}")
@@ -112,7 +113,7 @@ class PromptBank:
         if self._runner.prefix_plan.path == "prefix":
             one_row = self._runner._hooks.prefix.prefix()
             self._nothing = Prefix([(key[:, :0], value[:, :0]) for key, value in one_row.layers])
-        self._heads = Heads(self._runner)
+        self._heads = Heads(self._runner, self._stock.config)
         self._base_head = self._heads.of_base()
 
     @property
@@ -144,6 +145,7 @@ class PromptBank:
             except (ValueError, NotImplementedError) as error:
                 raise type(error)(f"{name!r} ({os.fspath(folder)}): {error}") from None
             self._entries = self._entries | {name: entry}
+        warn_of_other_weights(self._runner, saved, folder)
 
     def remove(self, name: str) -> None:
         """Forget a prompt. Raises `ValueError` for a name that the bank does not have."""
@@ -172,11 +174,13 @@ class PromptBank:
         mask = torch.ones_like(input_ids) if attention_mask is None else _mask(attention_mask, input_ids)
         if token_type_ids is not None:
             self._check_types(token_type_ids, input_ids)
-        rows_of = {name: [i for i, other in enumerate(names) if other == name] for name in dict.fromkeys(names)}
+        rows_of: dict[str | None, list[int]] = {}
+        for row, name in enumerate(names):
+            rows_of.setdefault(name, []).append(row)
         heads = {name: self._base_head if (e := entries[rows[0]]) is None else e.head for name, rows in rows_of.items()}
         _check_labels(labels, rows_of, heads)
         labels = labels or {}
-        column = mask.to(torch.int32).argmax(-1).to(torch.int32)
+        column = first_column(mask)
         trains = any(entry is not None and entry.trains for entry in entries)
         with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
             states = self._states(entries, input_ids, mask, token_type_ids, column)
@@ -194,7 +198,8 @@ class PromptBank:
     def unfreeze(self, name: str) -> dict[str, nn.Parameter]:
         """From now on the prompt and the head of ``name`` train: returns them by the names that their folder has.
 
-        A prompt that trains is not kept compiled. Raises `ValueError` for a compiled prefix, which is without its rows.
+        A prompt that trains is not kept compiled. A head's own dropout is on from ``bank.head(name).train()`` to
+        ``.eval()``; the base's is off. Raises `ValueError` for a compiled prefix, which is without its rows.
         """
         with self._lock:
             entry = self._named(name)
@@ -265,8 +270,7 @@ class PromptBank:
         if compiled and not shared:
             raise checkpoint.MisfitError(f"a compiled prefix, and prompts cannot be shared here: {plan.reason}")
         if compiled and self._nothing is not None:
-            rows = [tensor for layer in self._nothing.layers for tensor in layer]
-            for name, got, own in zip(names, compiled, rows, strict=True):
+            for name, got, own in zip(names, compiled, self._nothing.tensors(), strict=True):
                 expected = own.shape[0], settings.pre_seq_len, own.shape[2]
                 if got.shape != expected:
                     raise checkpoint.MisfitError(f"{name}: expected {expected}, got {tuple(got.shape)}")
@@ -321,7 +325,7 @@ class PromptBank:
         entries: list[_Entry | None],
         device: torch.device,
         together: bool = False,
-        typed: Sequence[int] = (),
+        typed: Container[int] = (),
     ) -> list[tuple[Any, Mixture]]:
         """The calls of the base that a batch takes: which rows, and what stands before them.
 
@@ -351,11 +355,11 @@ class PromptBank:
         column: Tensor,
     ) -> Tensor:
         """[b, n, d], by one call of the base, or two."""
-        typed: list[int] = []
+        typed: set[int] = set()
         if types is not None:
             # prompt rows have the type of the token they stand before; compiled ones were given none
             first = types.gather(1, column[:, None].long())[:, 0].tolist()
-            typed = [row for row, kind in enumerate(first) if kind != 0 or self._runner.prefix_plan.causal]
+            typed = {row for row, kind in enumerate(first) if kind != 0 or self._runner.prefix_plan.causal}
         parts = self._parts(entries, input_ids.device, typed=typed)
         given = {"input_ids": input_ids, "attention_mask": mask} | ({} if types is None else {"token_type_ids": types})
         if len(parts) == 1:
@@ -413,8 +417,7 @@ class PromptBank:
         exact = torch.autocast(weight.device.type, enabled=False)
         with torch.inference_mode(False), torch.no_grad(), exact:
             if entry.compiled:
-                tensors = [tensor.to(weight.device, weight.dtype, copy=True) for tensor in entry.compiled]
-                return Prefix(list(zip(tensors[::2], tensors[1::2], strict=True)))
+                return Prefix.of([tensor.to(weight.device, weight.dtype, copy=True) for tensor in entry.compiled])
             layers = self._capture(entry)
             # copies: a view would keep the queries with it
             return Prefix(
@@ -491,14 +494,13 @@ def _sharing_weights(base: Any) -> Any:
     if rounds_by_batch(base.config):
         raise NotImplementedError(
             "base: LLM.int8 chooses the columns that it rounds over all rows of a batch, so that a row would depend on "
-            "the others; quantise to 4 bits"
+            "the others; load it with llm_int8_threshold=0, or in 4 bits"
         )
-    if any(hasattr(parameter, "SCB") for parameter in base.parameters()):
-        raise NotImplementedError(
-            "base: LLM.int8 keeps scales in its modules, which cannot be shared; quantise to 4 bits"
-        )
-    weights = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in base.parameters()}
-    return copy.deepcopy(base, weights | {id(buffer): buffer for buffer in base.buffers()}).eval()
+    weights = {id(parameter): sharing_memory(parameter) for parameter in base.parameters()}
+    shared = {id(tensor): tensor for tensor in (*base.buffers(), *kept_scales(base))}
+    twin = copy.deepcopy(base, weights | shared).eval()
+    take_scales(twin)
+    return twin
 
 
 def _with_prompts(stock: Any) -> Any:

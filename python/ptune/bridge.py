@@ -21,10 +21,9 @@ def bridge(embeds: Tensor, prefix: Prefix) -> tuple[Tensor, Prefix]:
     the prefix. So the layers get detached leaves, and what these gather reaches that graph through the text, whose
     backward is the last of all.
     """
-    tensors = [tensor for layer in prefix.layers for tensor in layer]
+    tensors = prefix.tensors()
     leaves = [tensor.detach().requires_grad_() for tensor in tensors]
-    pairs = list(zip(leaves[::2], leaves[1::2], strict=True))
-    return _Bridge.apply(embeds, leaves, *tensors), Prefix(pairs)
+    return _Bridge.apply(embeds, leaves, *tensors), Prefix.of(leaves)
 
 
 class _Bridge(Function):

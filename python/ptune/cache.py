@@ -12,7 +12,10 @@ from .attention import Prefix, cast_kv, no_autocast
 
 
 class CompiledPrefix(nn.Module):
-    """The keys and values of prompt rows, as buffers ``key_l`` and ``value_l`` [h, m, head_dim] of each layer l."""
+    """The keys and values of prompt rows, as buffers ``key_l`` and ``value_l`` [h, m, head_dim] of each layer l.
+
+    Those that were loaded are float32, whatever the base is in: attention rounds them as it prepends them.
+    """
 
     def __init__(self, prefix: Prefix) -> None:
         super().__init__()
@@ -22,18 +25,18 @@ class CompiledPrefix(nn.Module):
             self.register_buffer(f"value_{depth}", value)
 
     @classmethod
-    def of(cls, tensors: Sequence[Tensor], like: Tensor) -> "CompiledPrefix":
-        """From what `tensors` returns, where ``like`` lies and in its dtype."""
-        moved = [tensor.to(like.device, like.dtype) for tensor in tensors]
-        return cls(Prefix(list(zip(moved[::2], moved[1::2], strict=True))))
+    def of(cls, tensors: Sequence[Tensor], device: torch.device) -> "CompiledPrefix":
+        """From what `tensors` returns."""
+        return cls(Prefix.of([tensor.to(device) for tensor in tensors]))
 
     def tensors(self) -> list[Tensor]:
         """The key of layer 0, its value, the key of layer 1, …"""
         return [getattr(self, f"{kind}_{depth}") for depth in range(self.num_layers) for kind in ("key", "value")]
 
-    def prefix(self) -> Prefix:
+    def prefix(self, dtype: torch.dtype) -> Prefix:
+        """As a base in ``dtype`` takes it."""
         tensors = self.tensors()
-        return Prefix(list(zip(tensors[::2], tensors[1::2], strict=True)))
+        return Prefix.of([tensor.double() for tensor in tensors] if dtype == torch.float64 else tensors)
 
 
 class _StandIn(Cache):

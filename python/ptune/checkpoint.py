@@ -6,6 +6,7 @@ There is no ``config.json``: a plain ``AutoModel`` must not load such a folder a
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -40,8 +41,10 @@ _KEYS: dict[str, type | tuple[type, ...]] = {
 _BASE_KEYS: dict[str, type | tuple[type, ...]] = {
     "name": str, "fingerprint": str, "config": dict, "overrides": dict, "dtype": (str, type(None)),
     "quantization": (dict, type(None)), "attn_dtype": (str, type(None)), "kv_cache_dtype": (str, type(None)),
+    "weights": (list, type(None)),
 }  # fmt: skip
-_ADDED_LATER = ("problem_type", "dtype", "quantization", "attn_dtype", "kv_cache_dtype")
+_ADDED_LATER = ("problem_type", "dtype", "quantization", "attn_dtype", "kv_cache_dtype", "weights")
+_NUMBERS = re.compile("([0-9a-f]{64})?")  # of `ptune.likeness`
 # None: a folder of before these were saved
 _DTYPES = (None, "float64", "float32", "float16", "bfloat16")
 _PROBLEM_TYPES = (None, "regression", "single_label_classification", "multi_label_classification")
@@ -111,6 +114,8 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
             raise ValueError(f"{path}: {name}: expected one of {', '.join(map(repr, choices))}, got {part[name]!r}")
     if not all(isinstance(name, str) for name in config["head"]):
         raise ValueError(f"{path}: head: expected names of parameters, got {config['head']!r}")
+    if not all(isinstance(its, str) and _NUMBERS.fullmatch(its) for its in config["base"].get("weights") or ()):
+        raise ValueError(f"{path}: weights: expected 16 numbers in hexadecimal each, got {config['base']['weights']!r}")
     labels = config["id2label"] or {}
     if not all(number.isdecimal() and isinstance(label, str | int) for number, label in labels.items()):
         raise ValueError(f"{path}: id2label: expected labels by their numbers, got {labels!r}")

@@ -9,12 +9,11 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
-from .layout import ones_and_zeros, roll_rows
+from .layout import first_column, ones_and_zeros, roll_rows, states_at
 from .support import check_mask
 
 _TEXT = ("input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "position_ids")
@@ -57,9 +56,8 @@ def _classify_last_token(model: Any, arguments: dict[str, Any]) -> Any:
             model.warn_if_padding_and_no_attention_mask(ids, None)  # a stock decoder would guess
         pooled = hidden[:, -1]
     else:
-        from_the_end = mask[:, -hidden.shape[1] :].to(hidden.device, torch.int32).flip(1).argmax(1)
-        rows = torch.arange(hidden.shape[0], device=hidden.device)
-        pooled = hidden[rows, hidden.shape[1] - 1 - from_the_end]
+        from_the_end = first_column(mask[:, -hidden.shape[1] :].flip(1))
+        pooled = states_at(hidden.shape[1] - 1 - from_the_end, hidden)
     logits = model.score(pooled)
     loss = None
     if labels is not None:
@@ -77,7 +75,7 @@ def _classify_last_token(model: Any, arguments: dict[str, Any]) -> Any:
 def _classify_padded_right(model: Any, stock: Callable[..., Any], arguments: dict[str, Any], mask: Tensor) -> Any:
     """The stock forward on rows rolled to start at their first real token; recorded states are rolled back."""
     check_mask(arguments)
-    shift = mask.to(torch.int32).argmax(-1)
+    shift = first_column(mask)
     for name in _TEXT:
         if (value := arguments.get(name)) is not None:
             arguments[name] = roll_rows(value.expand(mask.shape[0], *value.shape[1:]), shift, 1)

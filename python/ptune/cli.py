@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from .config import SHORT_DTYPES
+
 # What loads torch and transformers is imported inside the commands: `ptune --help` should not wait seconds for it.
 
 app = typer.Typer(
@@ -44,17 +46,21 @@ class DeepMode(str, Enum):
     add = "add"
 
 
-class Dtype(str, Enum):
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
+def _dtype(help: str, *names: str) -> Any:
+    """An option that takes the dtypes ``names``, by their short names too."""
+
+    def read(given: str) -> str:
+        name = SHORT_DTYPES.get(given, given)
+        if name not in names:
+            raise typer.BadParameter(f"expected one of {', '.join(names)}, got {given!r}")
+        return name
+
+    short = [short for short, name in SHORT_DTYPES.items() if name in names]
+    return typer.Option(help=f"{help} Or {', '.join(short)}.", parser=read, metavar=f"[{'|'.join(names)}]")
 
 
-class HalfDtype(str, Enum):
-    fp16 = "fp16"
-    bf16 = "bf16"
-
+_HALVES = ("float16", "bfloat16")
+_DTYPES = ("auto", "float32", *_HALVES)
 
 RunFolder = Annotated[Path, typer.Argument(help="The --out folder of a finished `ptune train`.", show_default=False)]
 BaseModel = Annotated[str | None, typer.Option(help="The base, where it is not where it was in training.")]
@@ -100,7 +106,7 @@ def train(
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
     learning_rate: Annotated[float | None, typer.Option(help="Default: one for each tuning mode.")] = None,
     head_learning_rate: Annotated[float, typer.Option(help="Of the head beside prompts.")] = 1e-1,
-    dtype: Annotated[Dtype, typer.Option(help="Of the frozen base; prompts and head are float32.")] = Dtype.auto,
+    dtype: Annotated[str, _dtype("Of the frozen base; prompts and head are float32.", *_DTYPES)] = "auto",
     seed: int = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in --out.")] = False,
@@ -116,7 +122,7 @@ def train(
                 if name not in _OF_A_MIX and source is not None and source.name == "COMMANDLINE":
                     raise ValueError(f"--{name.replace('_', '-')}: not with --task-mix, whose files say what is learnt")
             files = [Path(file.strip()) for file in task_mix.split(",")]
-            _train_mix(files, out, steps, resume, model=model, dtype=dtype.value, seed=seed, overwrite=overwrite)
+            _train_mix(files, out, steps, resume, model=model, dtype=dtype, seed=seed, overwrite=overwrite)
             return
         if task is None or data is None:
             raise ValueError(f"--{'data' if task else 'task'}: expected one, or --task-mix")
@@ -142,7 +148,7 @@ def train(
                 batch_size=batch_size,
                 learning_rate=learning_rate,
                 head_learning_rate=head_learning_rate,
-                dtype=dtype.value,
+                dtype=dtype,
                 seed=seed,
                 resume=latest_checkpoint(out) if resume else None,
                 overwrite=overwrite,
@@ -264,7 +270,7 @@ def audit(
     model: Annotated[str, typer.Option(help="Folder or hub name of a model.", show_default=False)],
     data: Annotated[Path, typer.Option(help="CSV, TSV or JSONL, or a .txt of lines.", show_default=False)],
     out: Annotated[Path, typer.Option(help="Folder for report.json and report.png.", show_default=False)],
-    dtype: Annotated[HalfDtype, typer.Option(help="The precision to find fault with.")] = HalfDtype.fp16,
+    dtype: Annotated[str, _dtype("The precision to find fault with.", *_HALVES)] = "float16",
     text_column: TextColumn = None,
     max_length: Annotated[int, typer.Option(min=1, help="Tokens of a text; what is beyond is cut.")] = 128,
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
@@ -276,7 +282,7 @@ def audit(
         from .precision.command import audit_files
         from .precision.report import print_audit, write_audit
 
-        found = audit_files(model, data, out, dtype.value, text_column, max_length, batch_size, batches)
+        found = audit_files(model, data, out, dtype, text_column, max_length, batch_size, batches)
         written = write_audit(found, out)
     print_audit(found, results)
     notes.print(f"Written: {', '.join(map(str, written))}", soft_wrap=True)
@@ -302,7 +308,7 @@ def serve_blocks(
     servers: Annotated[int | None, typer.Option(min=1, help="Over how many its blocks are spread.")] = None,
     replicas: Annotated[int | None, typer.Option(min=1, help="How many there are of each server.")] = None,
     name: Annotated[str | None, typer.Option(help="Under which clients find them. Default: --model.")] = None,
-    dtype: Annotated[Dtype | None, typer.Option(help="Of the weights.")] = None,
+    dtype: Annotated[str | None, _dtype("Of the weights.", *_DTYPES)] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
     address: Annotated[str | None, typer.Option(help="Of a Ray cluster. Default: a new one here.")] = None,
 ) -> None:
@@ -312,9 +318,8 @@ def serve_blocks(
         from . import remote
 
         options = {"model": model, "servers": servers, "replicas": replicas, "name": name, "device": device}
+        options["dtype"] = dtype
         given: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
-        if dtype is not None:
-            given["dtype"] = dtype.value
         if config is None and model is None:
             raise ValueError("--model: expected one, or --config")
         settings = remote.ServeConfig(**given) if config is None else remote.ServeConfig.read(config, **given)

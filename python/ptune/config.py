@@ -8,6 +8,7 @@ TUNING_MODES = (None, "ptune", "deep_ptune")
 DEEP_PROMPT_MODES = ("overwrite", "add")
 PREFIX_SHARINGS = ("auto", True, False)
 PROMPT_INITS = ("random", "vocab", "text")
+SHORT_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # as commands and their files take them too
 
 InitText = str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]]
 
@@ -44,6 +45,8 @@ class PTuneConfig:
         _check_choice("tuning_mode", self.tuning_mode, TUNING_MODES)
         _check_choice("deep_prompt_mode", self.deep_prompt_mode, DEEP_PROMPT_MODES)
         _check_choice("prefix_sharing", self.prefix_sharing, PREFIX_SHARINGS)
+        if not isinstance(self.base_dropout, bool):
+            raise TypeError(f"base_dropout: expected a bool, got {self.base_dropout!r}")
         if isinstance(self.pre_seq_len, bool) or not isinstance(self.pre_seq_len, int):
             raise TypeError(f"pre_seq_len: expected an int, got {self.pre_seq_len!r}")
         if self.tuning_mode is None and self.pre_seq_len != 0:
@@ -98,5 +101,5 @@ def take_settings(source: Any) -> dict[str, Any]:
 
 
 def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
-    if value not in choices:
+    if value not in choices or type(value) is int:  # to Python, 0 is among False and 1 among True
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")

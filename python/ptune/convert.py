@@ -101,7 +101,7 @@ def convert(
     model = _LOADERS[task].from_pretrained(base, **settings, **labels)
     _set_head(model, foreign.head)
     if foreign.prefix is not None:
-        # as they were read, where a model would have them in its base's dtype
+        # a model takes keys and values from a folder alone
         names = checkpoint.compiled_names(model.ptune_config, model.config.num_hidden_layers)
         tensors = {name: model.get_parameter(name) for name in model._head}
         tensors |= dict(zip(names, _layers(model, foreign.prefix), strict=True))
@@ -159,12 +159,8 @@ def to_peft(
             raise ValueError(
                 f"{folder}: PEFT hands over past_key_values, which {model.base_class.__name__} takes none of"
             )
-        if model.compiled_prefix is not None:  # in the base's dtype there, in float32 in the folder
-            stored = checkpoint.read_tensors(folder)
-            tensors = [stored[name] for name in checkpoint.compiled_names(settings, config.num_hidden_layers)]
-        else:
-            with torch.no_grad():
-                tensors = [tensor for layer in model.eval()._hooks.prefix.prefix().layers for tensor in layer]
+        with torch.no_grad():
+            tensors = model.eval()._hooks.prefix.prefix().tensors()
         tensors = [tensor.transpose(0, 1).float() for tensor in tensors]  # [m, h, w]
         if len({tensor.shape for tensor in tensors}) != 1:
             raise ValueError(f"{folder}: PEFT holds keys and values of one shape, and these have several")
@@ -381,7 +377,7 @@ def _layers(model: Any, prefix: Tensor) -> list[Tensor]:
     if model.prefix_plan.path != "prefix":
         raise MisfitError(f"keys and values, and prompts cannot be shared on this base: {model.prefix_plan.reason}")
     with torch.no_grad():
-        own = [tensor for layer in model._hooks.prefix.prefix().layers for tensor in layer]
+        own = model._hooks.prefix.prefix().tensors()
     sizes = [tensor.shape[0] * tensor.shape[2] for tensor in own]
     if prefix.shape[1] != sum(sizes) or len(set(sizes)) != 1:
         raise MisfitError(f"keys and values: expected [m, {sum(sizes)}] for this base, got {_shape(prefix)}")

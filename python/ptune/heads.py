@@ -13,19 +13,24 @@ from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAtte
 
 from . import checkpoint
 from .attention import stock_name
+from .config import take_settings
 from .dropout import FrozenDropout
 from .hooks import pool
-from .layout import roll_rows
+from .layout import roll_rows, states_at
 from .loading import saved_labels
 from .models import ptune_class
 from .support import find_body
 
 
 class Heads:
-    """Makes the heads that folders of prompts have, on the base that ``runner`` (a `PTuneMixin`) is of."""
+    """Makes the heads that folders of prompts have, on the base that ``runner`` (a `PTuneMixin`) is of.
 
-    def __init__(self, runner: Any) -> None:
+    ``config`` is the base's own, with the dropout that the runner's has no more: a head keeps its share of it.
+    """
+
+    def __init__(self, runner: Any, config: Any) -> None:
         self.runner = runner
+        self.config = config
         self._skeletons: dict[tuple[str, int | None], Any] = {}
 
     def of(self, saved: dict[str, Any], tensors: dict[str, Tensor]) -> "Head":
@@ -48,7 +53,8 @@ class Heads:
         labels = {"problem_type": self.runner.config.problem_type} | saved_labels(saved)
         key = saved["model_class"], len(labels["id2label"]) if "id2label" in labels else None
         if key not in self._skeletons:
-            config = copy.deepcopy(self.runner.config)
+            config = copy.deepcopy(self.config)
+            take_settings(config)
             config._attn_implementation = stock_name(config._attn_implementation)
             kind: Any = getattr(transformers, saved["model_class"], None)
             is_model = isinstance(kind, type) and issubclass(kind, PreTrainedModel)
@@ -137,7 +143,7 @@ class Head:
             # as they are pooled where they begin in the first column
             states, input_ids, attention_mask = (roll_rows(x, column, 1) for x in (states, input_ids, attention_mask))
             column = torch.zeros_like(column)
-        _thread.given = states, states[torch.arange(states.shape[0], device=states.device), column.long()]
+        _thread.given = states, states_at(column, states)
         try:
             given = {} if labels is None else {"labels": labels}
             return self.model(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **given)

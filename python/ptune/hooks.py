@@ -5,6 +5,7 @@ Each call of the body takes one of two paths, which mean the same: `ConcatPath` 
 
 import inspect
 import threading
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from ptune_kernels import Placement, overwrite
 
 from .call import Call, current_call, set_call
 from .concat import ConcatPath, matching
-from .layout import Layout, ones_and_zeros, positions_of
+from .layout import Layout, first_column, ones_and_zeros, positions_of, states_at
 from .mixture import current_mixture
 from .prefix import PrefixPath
 from .support import check_inputs, find_blocks, find_body, position_limit
@@ -28,9 +29,12 @@ class PromptHooks:
 
     def __init__(self, model: Any) -> None:
         body = find_body(model)
+        deep = model.ptune_config.deep and model.blocks_are_here
+        blocks = find_blocks(body, model.config) if deep else ()  # or it raises, before anything is hooked
         self.model = model
         self.body = body
         self.parameters = tuple(inspect.signature(body.forward).parameters)
+        self.model_parameters = tuple(inspect.signature(model.forward).parameters)
         self.first_position, self.position_limit = position_limit(body)
         self.num_prompts = model.ptune_config.pre_seq_len
         self.num_layers = model.config.num_hidden_layers
@@ -47,9 +51,7 @@ class PromptHooks:
                 model.register_forward_pre_hook(self.before_model, with_kwargs=True),
                 model.register_forward_hook(self.after_model),
             ]
-        if model.ptune_config.deep and model.blocks_are_here:
-            blocks = find_blocks(body, model.config)
-            self.handles += [block.register_forward_pre_hook(self.before_block, with_kwargs=True) for block in blocks]
+        self.handles += [block.register_forward_pre_hook(self.before_block, with_kwargs=True) for block in blocks]
 
     def remove(self) -> None:
         for handle in self.handles:
@@ -63,22 +65,20 @@ class PromptHooks:
         mixture = current_mixture(self.model)
         if mixture is None and not self.model.prompts_enabled:
             return None
-        arguments = dict(zip(self.parameters, args, strict=False)) | kwargs
+        arguments = named(self.parameters, args, kwargs)
         check_inputs(arguments, self.parameters)
         text = arguments["inputs_embeds"] if arguments.get("input_ids") is None else arguments["input_ids"]
-        if (mask := arguments.get("attention_mask")) is not None:
-            mask = arguments["attention_mask"] = ones_and_zeros(mask)
-        past = arguments.get("past_key_values")
-        if mixture is None:
-            layout = Layout(self.num_prompts, text.shape[0], mask, text.device)
-        else:
-            if mask is None:
-                # generate leaves out a mask of ones, and what a row lacks of the longest prompt must still be masked
-                seen = 0 if past is None else int(past.get_seq_length())
-                columns = text.shape[1] + max(0, seen - mixture.max_length)
-                mask = torch.ones(text.shape[0], columns, dtype=torch.long, device=text.device)
-                arguments["attention_mask"] = mask
-            layout = Layout(mixture.max_length, text.shape[0], mask, text.device, mixture.expanded(text.shape[0]))
+        past, mask = arguments.get("past_key_values"), arguments.get("attention_mask")
+        if mask is not None:
+            mask = ones_and_zeros(mask)
+        elif mixture is not None:
+            # generate leaves out a mask of ones, and what a row lacks of the longest prompt must still be masked
+            seen = 0 if past is None else int(past.get_seq_length())
+            columns = text.shape[1] + max(0, seen - mixture.max_length)
+            mask = torch.ones(text.shape[0], columns, dtype=torch.long, device=text.device)
+        arguments["attention_mask"] = mask
+        of_rows = None if mixture is None else mixture.expanded(text.shape[0])
+        layout = Layout(self.num_prompts, text.shape[0], mask, text.device, of_rows)
         if past is not None and _is_resumed(past, mask, text.shape[1]):
             # the prompt is in the cache: only what is said about the text's place changes
             self._check_resumed(layout, past, mask, text.shape[1])
@@ -97,7 +97,7 @@ class PromptHooks:
         self, block: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]] | None:
         call = current_call()
-        if call is None and self.model.prompts_enabled and torch._C._current_graph_task_id() != -1:
+        if call is None and torch._C._current_graph_task_id() != -1 and self.model.prompts_enabled:
             raise NotImplementedError(
                 f"{type(block).__name__}: recomputed by a checkpoint that knows nothing of deep prompts; use "
                 "gradient_checkpointing_enable() in place of a wrapper around the blocks"
@@ -140,7 +140,7 @@ class PromptHooks:
                 raise RuntimeError(f"{type(body).__name__}: expected {self.num_layers} blocks to run, {call.depth} did")
             self.leave_concat(call, output)
         if output.get("pooler_output") is not None:
-            output["pooler_output"] = pool(body, call.layout.first_token(output["last_hidden_state"]))
+            output["pooler_output"] = pool(body, states_at(call.layout.column, output["last_hidden_state"]))
         return output.to_tuple() if call.as_tuple else output
 
     def leave_concat(self, call: Call, output: Any) -> None:
@@ -155,14 +155,19 @@ class PromptHooks:
 
     def before_model(self, model: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         note_body(reached=False)
-        mask, labels = kwargs.get("attention_mask"), kwargs.get("labels")
-        if not model.can_generate() or mask is None or labels is None or not model.prompts_enabled:
+        arguments = named(self.model_parameters, args, kwargs)
+        mask, labels = arguments.get("attention_mask"), arguments.get("labels")
+        if labels is None or not isinstance(mask, Tensor) or not model.can_generate() or not model.prompts_enabled:
             return None
-        if not isinstance(mask, Tensor) or mask.shape != labels.shape:
+        if mask.dim() != 2 or mask.shape != labels.shape:
             return None  # the body refuses it
         # the column before a row's first token is the prompt's, or padding: nothing there predicts that token
-        first = Layout(self.num_prompts, labels.shape[0], ones_and_zeros(mask), labels.device).column[:, None].long()
-        return args, kwargs | {"labels": labels.scatter(1, first, -100)}
+        first = first_column(ones_and_zeros(mask).to(labels.device))[:, None]
+        column = torch.arange(mask.shape[1], device=labels.device)
+        arguments["labels"] = labels.masked_fill(column == first, -100)
+        if (shifted := arguments.get("shift_labels")) is not None:
+            arguments["shift_labels"] = shifted.masked_fill(column == first - 1, -100)
+        return (), arguments
 
     def after_model(self, model: nn.Module, args: tuple, output: Any) -> None:
         if not _thread.reached:
@@ -216,6 +221,11 @@ class PromptHooks:
 def _overwrite(hidden: Tensor, prompts: Tensor, placement: Placement | None, depth: int, mode: str) -> Tensor:
     """``hidden`` with a block's deep prompts; the first block's are added, so that no parameter is dead."""
     return overwrite(hidden, matching(prompts, hidden), placement, "add" if depth == 0 else mode)
+
+
+def named(parameters: Iterable[str], args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by the names of its ``parameters``."""
+    return dict(zip(parameters, args, strict=False)) | kwargs
 
 
 def note_body(*, reached: bool) -> None:

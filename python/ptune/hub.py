@@ -160,13 +160,16 @@ def card(config: dict[str, Any]) -> str:
         tags=["prompt-tuning", "ptune-kernels"],
     )
     elsewhere = "" if on_hub else ", base_model=…"
+    # of its path the last part alone, which tells those who have a copy, and nothing of the machine
+    folder = f" The base was a local folder, `{Path(base).name}`: `base_model` is where a copy lies."
+    local = folder if os.path.isabs(base) else ""
     return f"""---
 {data.to_yaml()}
 ---
 
 # {_WHAT[config["tuning_mode"]]} on {f"[{base}](https://huggingface.co/{base})" if on_hub else "a frozen model"}
 
-Trained with ptune-kernels on a frozen `{name}`, whose own weights are not in here.
+Trained with ptune-kernels on a frozen `{name}`, whose own weights are not in here.{local}
 
 | setting | |
 |---|---|

@@ -1,7 +1,7 @@
 """Where the prompt rows of a batch stand: immediately before each row's first real token."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ptune_kernels import Placement
 
@@ -16,7 +16,7 @@ class Layout:
     of their own lengths, m is the longest, and what a row does not fill of it is masked, on the left.
 
     Args:
-        num_prompts: m.
+        num_prompts: m, where all rows have the one prompt.
         batch_size: b.
         mask: [b, n], 1 for real tokens, else 0; ``None`` where every token is real.
         device: of the batch.
@@ -31,14 +31,11 @@ class Layout:
         device: torch.device,
         mixture: Mixture | None = None,
     ) -> None:
-        self.num_prompts = num_prompts
+        self.num_prompts = num_prompts if mixture is None else mixture.max_length
         self.mixture = mixture
         self.padded = mask is not None
-        # argmax is the first maximum, found without a host synchronisation; a row of padding alone gets column 0
         self.column = (
-            torch.zeros(batch_size, dtype=torch.int32, device=device)
-            if mask is None
-            else mask.to(device, torch.int32).argmax(-1).to(torch.int32)
+            torch.zeros(batch_size, dtype=torch.int32, device=device) if mask is None else first_column(mask.to(device))
         )
 
     def placement(self) -> Placement | None:
@@ -57,22 +54,18 @@ class Layout:
 
     def extend_mask(self, mask: Tensor) -> Tensor:
         """[b, n] → [b, m + n], prompt columns attended to."""
-        source, offset = self._slots(mask.shape[1])
-        extended = mask.gather(1, source).masked_fill(self._is_prompt(offset), 1)
-        if self.mixture is None:
-            return extended
-        slot = torch.arange(extended.shape[1], device=extended.device)
-        return extended.masked_fill(slot < self.num_prompts - self.lengths, 0)
+        # before a row's first real token the mask is 0, so that text before the prompt need not move
+        return self._behind_room(mask).masked_fill(self._into_prompt(mask)[1], 1)
 
     def extend_positions(self, positions: Tensor, first: int) -> Tensor:
         """[b, n] → [b, m + n]: the prompt at ``first`` …, every text token by its length later."""
-        source, offset = self._slots(positions.shape[1])
-        shifted = positions.gather(1, source) + self.lengths
-        return torch.where(self._is_prompt(offset), offset + first, shifted)
+        offset, is_prompt = self._into_prompt(positions)
+        return torch.where(is_prompt, offset + first, self._behind_room(positions) + self.lengths)
 
     def extend_types(self, types: Tensor) -> Tensor:
         """[b, n] → [b, m + n]: prompt rows have the type of the token they stand before."""
-        return types.gather(1, self._slots(types.shape[1])[0])
+        own = types.gather(1, self.column[:, None].long())
+        return torch.where(self._into_prompt(types)[1], own, self._behind_room(types))
 
     def columns_of_keys(self, length: int) -> Tensor | None:
         """[b, m + n]: the columns above of the keys of ``[prompt ; text]``; ``None`` where these are in that order."""
@@ -83,27 +76,31 @@ class Layout:
         prompt = torch.arange(self.num_prompts, device=self.column.device) + column
         return torch.cat([prompt, torch.where(text < column, text, text + self.num_prompts)], 1)
 
-    def first_token(self, text: Tensor) -> Tensor:
-        """[b, n, d] → [b, d], each row's first real token."""
-        return text[torch.arange(text.shape[0], device=text.device), self.column.long()]
+    def _behind_room(self, text: Tensor) -> Tensor:
+        """[b, n] → [b, m + n]: real tokens stand behind the prompt wherever it stands; padding means nothing."""
+        return nn.functional.pad(text, (self.num_prompts, 0))
 
-    def _slots(self, length: int) -> tuple[Tensor, Tensor]:
-        """For each of the m + n columns: the text column that it holds (a prompt's is the first real token's), and how
-        far it is into the prompt (outside 0 … m-1 for text)."""
-        slot = torch.arange(length + self.num_prompts, device=self.column.device)
-        if self.mixture is not None:
-            slot = (slot + self.lengths - self.num_prompts).clamp_min(-1)  # -1 where nothing stands
-        column = self.column[:, None].long()
-        source = torch.where(slot < column, slot.clamp_min(0), torch.maximum(slot - self.lengths, column))
-        return source, slot - column
-
-    def _is_prompt(self, offset: Tensor) -> Tensor:
-        return (offset >= 0) & (offset < self.lengths)
+    def _into_prompt(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        """[b, m + n], for ``text`` [b, n]: how far each column is into its row's prompt, and whether it is in it."""
+        slot = torch.arange(self.num_prompts + text.shape[1], device=self.column.device)
+        offset = slot - (self.column[:, None] + self.num_prompts - self.lengths)
+        return offset, (offset >= 0) & (offset < self.lengths)
 
 
 def ones_and_zeros(mask: Tensor) -> Tensor:
     """A mask whose real tokens are 1, in its dtype: where the first of them stands is read off the greatest value."""
     return (mask != 0).to(mask.dtype)
+
+
+def first_column(mask: Tensor) -> Tensor:
+    """[b] int32: where the first real token of each row stands, by `ones_and_zeros`; 0 where there is none."""
+    # argmax is the first maximum, found without a host synchronisation
+    return mask.to(torch.int32).argmax(-1).to(torch.int32)
+
+
+def states_at(column: Tensor, states: Tensor) -> Tensor:
+    """[b, n, d] → [b, d]: each row's at its ``column`` [b]."""
+    return states[torch.arange(states.shape[0], device=states.device), column.to(states.device).long()]
 
 
 def positions_of(mask: Tensor) -> Tensor:

@@ -1,10 +1,11 @@
 """From a base, or from a folder of prompts, to a model with prompts."""
 
+import difflib
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ _FOR_CONFIG = (
     "cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token", "trust_remote_code",
     "code_revision",
 )  # fmt: skip
+
+_KEYWORDS = (*(field.name for field in fields(PTuneConfig)), *SETTINGS, "base_model", "tokenizer")
+_NEAR = 0.85  # as difflib measures; transformers' nearest keyword, tokenizer_type, is at 0.78
 
 _logger = logging.getLogger(__name__)
 
@@ -75,6 +79,7 @@ def load_model(
             raise
         elsewhere = "base_model (--base-model on the command line) says where it is, if elsewhere"
         raise OSError(f"{path}: its base, {base!r}, cannot be loaded; {elsewhere}: {error}") from error
+    check_keywords(kwargs, own)
     carried = take_settings(own)
     if saved is None:
         given = kwargs.get("config")
@@ -126,6 +131,19 @@ def take_dtypes(keywords: dict[str, Any]) -> dict[str, Any]:
     dtypes = {name: keywords.pop(name) for name in SETTINGS if name in keywords}
     checked_dtypes(*(dtypes.get(name) for name in SETTINGS))
     return dtypes
+
+
+def check_keywords(keywords: Iterable[str], config: Any) -> None:
+    """Raises `TypeError` for what can only be one of our keywords misspelt: a setting of ``config`` is none.
+
+    transformers' own keywords are far from ours. Code that comes with a model may take others.
+    """
+    if "trust_remote_code" in keywords:
+        return
+    for name in keywords:
+        near = difflib.get_close_matches(name, _KEYWORDS, 1, _NEAR)
+        if near and name not in _KEYWORDS and not hasattr(config, name):
+            raise TypeError(f"{name}: expected a keyword of ptune's or transformers', got neither; is it {near[0]}?")
 
 
 def _missing(info: dict[str, Any]) -> set[str]:

@@ -219,6 +219,7 @@ class _Alone(nn.Module):
     def __init__(self, bank: PromptBank, name: str) -> None:
         super().__init__()
         self.bank, self.name = bank, name
+        self.head = bank.head(name)  # whose dropout `eval` turns off
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Any:
         names = [self.name] * input_ids.shape[0]

@@ -150,8 +150,14 @@ class PTuneMixin(PromptSaving):
 
     def set_attn_implementation(self: Any, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
         """transformers' own; where prompts are shared, the model then has the counterpart that takes a prefix."""
+        before, plan = self.config._attn_implementation, self.prefix_plan
         super().set_attn_implementation(attn_implementation, *args, **kwargs)  # type: ignore[misc]
-        self._plan()
+        try:
+            self._plan()
+        except ValueError:
+            super().set_attn_implementation(before)  # type: ignore[misc]
+            self._hooks.prefix.plan = plan
+            raise
 
     def num_trainable_parameters(self: Any) -> int:
         """How many numbers train: prompts and head."""
@@ -185,18 +191,20 @@ class PTuneMixin(PromptSaving):
         head: Iterable[str] | None = None,
     ) -> None:
         """Take these prompts, and ``head`` to train beside them; or, where they do not fit, none of it."""
-        tables = (t if t is None else t.weight.detach() for t in self._tables())
-        before = (self.ptune_config, *tables, () if self.compiled_prefix is None else self.compiled_prefix.tensors())
-        own, weights = self._head, {name: parameter.data for name, parameter in self.named_parameters()}
+        embedding = self.get_input_embeddings()
+        before = self.ptune_config, *self._tables(), self.compiled_prefix
+        own, found = self._head, [(p, p.data, p.requires_grad) for p in self.parameters()]
         try:
             self._set_head(own if head is None else head)
-            self._put(settings, shallow, deep, compiled)
-            self._check_compiled(compiled)
-        except ValueError:  # they were to be shared, and the check found that they cannot be
+            made = CompiledPrefix.of(compiled, device_of(embedding)) if compiled else None
+            self._put(settings, _table(shallow, embedding), _table(deep, embedding), made)
+            self._check_compiled()
+        except Exception:  # such as that they were to be shared, and the check found that they cannot be
             self._head = own
             self._put(*before)
-            for name, parameter in self.named_parameters():
-                parameter.data = weights.get(name, parameter.data)  # a head's became float32
+            for parameter, data, trains in found:
+                parameter.data = data  # a head's became float32
+                parameter.requires_grad_(trains)
             raise
 
     def _tables(self: Any) -> tuple[nn.Embedding | None, nn.Embedding | None]:
@@ -207,17 +215,19 @@ class PTuneMixin(PromptSaving):
         return [table.weight for table in self._tables() if table is not None]
 
     def _put(
-        self: Any, settings: PTuneConfig, shallow: Tensor | None, deep: Tensor | None, compiled: Sequence[Tensor]
+        self: Any,
+        settings: PTuneConfig,
+        shallow: nn.Embedding | None,
+        deep: nn.Embedding | None,
+        compiled: CompiledPrefix | None,
     ) -> None:
-        keep_compiled = False
-        if self._hooks is not None:
-            keep_compiled = self._hooks.prefix.keep_compiled
-            self._hooks.remove()
+        if (hooks := self._hooks) is not None:
+            hooks.remove()
         self.ptune_config = settings
-        self.prompt_embeddings = _table(shallow, self.get_input_embeddings())
-        self.intermediate_prompt_embeddings = _table(deep, self.get_input_embeddings())
-        self.compiled_prefix = CompiledPrefix.of(compiled, self.get_input_embeddings().weight) if compiled else None
+        self.prompt_embeddings, self.intermediate_prompt_embeddings, self.compiled_prefix = shallow, deep, compiled
         self._hooks = self._new_hooks() if settings.tuning_mode is not None else None
+        if hooks is not None and self._hooks is not None:
+            self._hooks.prefix.keep_compiled = hooks.prefix.keep_compiled
         own = set(self._own_names())
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name in own)
@@ -225,8 +235,6 @@ class PTuneMixin(PromptSaving):
         self._keys_to_ignore_on_save = set(self.load_state_dict({}, strict=False).missing_keys) - own
         self._set_dropout()
         self._plan()
-        if self._hooks is not None:
-            self._hooks.prefix.keep_compiled = keep_compiled and self.prefix_plan.path == "prefix"
 
     def _new_hooks(self: Any) -> PromptHooks:
         return (EncoderHooks if self.config.is_encoder_decoder else PromptHooks)(self)
@@ -275,9 +283,9 @@ class PTuneMixin(PromptSaving):
         own = set(self._own_names())
         kept = {
             id(tensor)
-            for name, parameter in self.named_parameters()
+            for name, its in (*self.named_parameters(), *self.named_buffers())
             if name in own
-            for tensor in (parameter, parameter.grad)
+            for tensor in (its, its.grad)
             if tensor is not None
         }
 

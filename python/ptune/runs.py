@@ -264,7 +264,13 @@ def load_run(folder: Path, base_model: str | None = None) -> tuple[PreTrainedMod
 
 
 def describe(folder: Path) -> dict[str, str]:
-    """What an output folder holds, by name. The base is loaded only where it is a folder, to ask it for its plan."""
+    """What an output folder holds, by name; of tasks that were trained together, what each has learnt.
+
+    The base is loaded only where it is a folder, to ask it for its plan.
+    """
+    tasks = [] if (folder / RECORD).exists() else sorted(path.parent for path in folder.glob(f"*/{RECORD}"))
+    if tasks:
+        return {task.name: _learnt(read_record(task)) for task in tasks}
     record, prompts = read_record(folder), read_config(folder)
     weights = folder / WEIGHTS_NAME
     lines = {
@@ -280,7 +286,15 @@ def describe(folder: Path) -> dict[str, str]:
         lines["prefix sharing"] = _sharing(folder, record["task"])
     if "kept_step" in record:  # older runs did not say
         lines["kept step"] = str(record["kept_step"])
-    return lines | {name.replace("_", " "): f"{value:.4f}" for name, value in record["metrics"].items()}
+    return lines | _metrics(record)
+
+
+def _metrics(record: dict[str, Any]) -> dict[str, str]:
+    return {name.replace("_", " "): f"{value:.4f}" for name, value in record["metrics"].items()}
+
+
+def _learnt(record: dict[str, Any]) -> str:
+    return f"{record['task']}: {', '.join(map(' '.join, _metrics(record).items()))}"
 
 
 def _sharing(folder: Path, task: str) -> str:

@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from . import checkpoint, hub
 from .cache import CompiledPrefix
 from .half_attention import dtypes_of
+from .likeness import sample, warn_of_other_weights
 from .loading import Origin
 from .quantised import described
 from .support import evaluating, lack_of_positions
@@ -70,6 +71,7 @@ class PromptSaving:
         with torch.no_grad():
             for name in saved["head"]:
                 self.get_parameter(name).copy_(tensors[name])
+        warn_of_other_weights(self, saved, folder)
 
     def save_pretrained(
         self: Any,
@@ -138,6 +140,7 @@ class PromptSaving:
                 "overrides": origin.overrides,
                 "dtype": str(self.get_input_embeddings().weight.dtype).removeprefix("torch."),
                 "quantization": described(self.config),
+                "weights": sample(self),
                 **dtypes_of(self),
             },
             "model_class": self.base_class.__name__,
@@ -198,13 +201,13 @@ class PromptSaving:
         if reasons:
             raise checkpoint.MisfitError("these prompts do not fit this model: " + "; ".join(reasons))
 
-    def _check_compiled(self: Any, compiled: Sequence[Tensor]) -> None:
-        if not compiled or self.prefix_plan.path != "prefix":
+    def _check_compiled(self: Any) -> None:
+        if self.compiled_prefix is None or self.prefix_plan.path != "prefix":
             return
         with torch.no_grad(), evaluating(self):
-            own = [tensor for layer in self._hooks.prefix._capture(None).layers for tensor in layer]
+            own = self._hooks.prefix._capture(None).prefix().tensors()
         names = checkpoint.compiled_names(self.ptune_config, len(own) // 2)
-        for name, got, expected in zip(names, compiled, own, strict=True):
+        for name, got, expected in zip(names, self.compiled_prefix.tensors(), own, strict=True):
             if got.shape != expected.shape:
                 raise checkpoint.MisfitError(f"{name}: expected {_shape(expected.shape)}, got {_shape(got.shape)}")
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from .call import Call
-from .hooks import PromptHooks, note_body
+from .hooks import PromptHooks, named, note_body
 from .layout import Layout, ones_and_zeros
 from .support import BY_DISTANCE
 
@@ -23,7 +23,7 @@ class EncoderHooks(PromptHooks):
         self.handles.append(model.get_decoder().register_forward_pre_hook(self.before_decoder, with_kwargs=True))
 
     def before_body(self, body: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-        mask = kwargs.get("attention_mask")
+        mask = named(self.parameters, args, kwargs).get("attention_mask")
         by_column = self.model.config.model_type not in BY_DISTANCE
         if by_column and self.model.prompts_enabled and isinstance(mask, Tensor) and not bool(mask[:, 0].all()):
             raise NotImplementedError(

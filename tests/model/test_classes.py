@@ -2,9 +2,11 @@
 
 import copy
 import pickle
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ import ptune
 import ptune.models
 from ptune.call import current_call
 from ptune.concat import fusible_scale
+from ptune.loading import check_keywords
 from ptune_kernels import embed_and_prepend
 
 from .common import COUNT, close, set_prompts, settings_for
@@ -84,6 +87,43 @@ def test_wrong_settings_are_refused_before_weights_are_read(base_of, monkeypatch
     for wrong in ({"tuning_mode": "prefix"}, {"pre_seq_len": 4}, {"config": config}):
         with pytest.raises(ValueError, match=r"tuning_mode|pre_seq_len"):
             base_of("llama").tuned(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("pre_seq_length", "pre_seq_len"),
+        ("tunning_mode", "tuning_mode"),
+        ("prompt_init_texts", "prompt_init_text"),
+        ("attn_dtypes", "attn_dtype"),
+        ("basemodel", "base_model"),
+    ],
+)
+def test_misspelt_keywords_are_refused_before_weights_are_read(base_of, tmp_path, monkeypatch, name, meant):
+    base = base_of("llama")
+    base.tuned(**settings_for("shallow")).save_prompts(tmp_path)
+    monkeypatch.setattr(hf.LlamaModel, "from_pretrained", None)
+    monkeypatch.setattr(hf.LlamaModel, "_from_config", None)
+    for load, source in (
+        (ptune.AutoPTuneModel.from_pretrained, base.folder),
+        (ptune.AutoPTuneModel.from_pretrained, tmp_path),
+        (ptune.models.ptune_class(hf.LlamaModel).from_pretrained, base.folder),
+        (ptune.AutoPTuneModel.from_config, hf.AutoConfig.from_pretrained(base.folder)),
+    ):
+        with pytest.raises(TypeError, match=f"^{name}: expected a keyword .*; is it {meant}\\?$"):
+            load(source, **{name: 4}, tuning_mode="ptune")
+
+
+def test_keywords_of_transformers_are_not_taken_for_misspelt_ones():
+    code = Path(hf.__file__).parent
+    files = [code / "modeling_utils.py", code / "configuration_utils.py", *code.glob("models/auto/*.py")]
+    names = {name for file in files for name in re.findall(r'kwargs\.(?:pop|get)\("(\w+)"', file.read_text())}
+    assert {"dtype", "quantization_config", "attn_implementation", "key_mapping", "tp_plan"} < names
+    check_keywords(names - {"trust_remote_code"}, None)
+    config = hf.LlamaConfig()
+    config.attn_dtyp = config.pre_seq_length = None
+    check_keywords(["attn_dtyp", "pre_seq_length"], config)
+    check_keywords(["tuning_modes", "trust_remote_code"], None)
 
 
 def test_class_and_config_alone(base_of):

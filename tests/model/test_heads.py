@@ -38,6 +38,12 @@ def test_causal_language_model(base_of, name, padding):
     close(output.loss, cross_entropy(predicted, torch.cat([text[1:] for text in texts])))
     marked = mask * torch.arange(1, ids.shape[1] + 1)
     assert torch.equal(model(input_ids=ids, attention_mask=marked, labels=labels).loss, output.loss)
+    given = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    names = list(inspect.signature(model.forward).parameters)
+    by_place = [given.get(name) for name in names[: names.index("labels") + 1]]
+    assert torch.equal(model(*by_place).loss, output.loss)
+    shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    assert torch.equal(model(**given, shift_labels=shifted).loss, output.loss)
     kept = model(input_ids=ids, attention_mask=mask, logits_to_keep=2).logits
     close(kept, output.logits[:, -2:])
 

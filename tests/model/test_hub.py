@@ -184,6 +184,8 @@ def test_a_base_in_the_cache(hub, base_of, monkeypatch):
     assert same(CLASSIFIER.from_pretrained("user/spam", revision=sha, **hub.options), model)
     card = ModelCard.load(hub.snapshot("user/spam") / "README.md")
     assert card.data.base_model == "meta/llama"
+    assert "base_model=" not in card.text
+    assert "a local folder" not in card.text
     with pytest.raises(FileNotFoundError, match="meta/llama: expected a folder of prompts, or a repository"):
         model.load_prompts("meta/llama", **hub.options)
 
@@ -253,12 +255,20 @@ class TestCards:
             "pipeline_tag": tag,
             "tags": ["prompt-tuning", "ptune-kernels"],
         }
-        # a local base is named to nobody
-        assert str(base_of("gpt2").folder) not in text
+        # where a local base lies is told to nobody
+        folder = base_of("gpt2").folder
+        assert f"The base was a local folder, `{folder.name}`: `base_model` is where a copy lies." in text
+        assert str(folder.parent) not in text
         settings = model.ptune_config
         assert f"| `tuning_mode` | `{settings.tuning_mode}` |" in text
         assert f"| `pre_seq_len` | {settings.pre_seq_len} |" in text
         assert f'{loader.__name__}.from_pretrained("…", base_model=…)' in text
+
+    def test_a_base_without_a_place(self, tmp_path):
+        ptune.AutoPTuneModel.from_config(transformers.GPT2Config(n_layer=1, n_embd=24, n_head=2)).save_prompts(tmp_path)
+        text = (tmp_path / "README.md").read_text()
+        assert "a local folder" not in text
+        assert "base_model=…" in text
 
     def test_is_written_anew_until_it_is_edited(self, model, tmp_path):
         path = tmp_path / "README.md"

@@ -188,6 +188,19 @@ def test_a_float16_mask_hides_from_bfloat16_attention(base_of):
     assert torch.equal(model(ids)[0][:, :-1], before)
 
 
+def assert_likeliest(exact, output, mask):
+    """Each token made after those of ``mask`` is the likeliest to ``exact``, or as likely but for half precision's
+    error."""
+    given, made = mask.shape[1], output.sequences[:, mask.shape[1] :]
+    mask = torch.cat([mask, torch.ones_like(made)], 1)
+    with torch.no_grad():
+        places = (mask.cumsum(-1) - 1).clamp_min(0)
+        logits = exact(output.sequences, attention_mask=mask, position_ids=places).logits[:, given - 1 : -1]
+    logits[..., exact.config.eos_token_id] = -10  # forbidden, as a story must not end
+    chosen = logits.gather(-1, made[..., None])[..., 0]
+    assert (logits.amax(-1) - chosen).max() <= 0.01 * logits.abs().max()
+
+
 def cache_tensors(cache):
     return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
 
@@ -220,18 +233,18 @@ def test_caches_take_half_the_bytes(base_of, name, prompted, kind):
         share = 1 if kept == torch.float32 else 2
         assert [share * tensor.nbytes for tensor in cache] == sizes
     ptune.hybrid(model, torch.float16)
+    made = [(run(), mask)]
     if kind == "dynamic":
-        assert torch.equal(run(cache_implementation="static").sequences, run().sequences)
-        for way in ({"num_beams": 3}, {"prefill_chunk_size": 2}, {"prompt_lookup_num_tokens": 2}):
-            alone = "prompt_lookup_num_tokens" in way or "prefill_chunk_size" in way
-            given = {"attention_mask": None, **way} if alone else way
-            rows = ids[2:3] if alone else ids
-            output = model.generate(rows, **how | given)
+        one = ids[2:3]  # which has no padding
+        for way in ({"prefill_chunk_size": 2}, {"prompt_lookup_num_tokens": 2}):
+            output = model.generate(one, **how | {"attention_mask": None, **way})
+            made.append((output, torch.ones_like(one)))
+        made_by_beams = run(num_beams=3)
+        for output in (made_by_beams, *(output for output, _ in made)):
             assert {tensor.dtype for tensor in cache_tensors(output.past_key_values)} == {torch.float16}
-            ptune.hybrid(model, None)
-            assert torch.equal(model.generate(rows, **how | given).sequences, output.sequences)
-            ptune.hybrid(model, torch.float16)
     ptune.hybrid(model, None)
+    for output, given in made:
+        assert_likeliest(model, output, given)
     assert torch.equal(run().sequences, whole.sequences)
     assert {tensor.dtype for tensor in cache_tensors(run().past_key_values)} == {torch.float32}
 
@@ -247,14 +260,9 @@ def test_other_ways_to_generate(base_of, name):
     ids = torch.randint(3, VOCABULARY, (1, 6))
 
     def checked(given, **rest):
-        """Whether each token is float32's likeliest, or as likely but for the error."""
         how = {"max_new_tokens": 10, "min_new_tokens": 10, "do_sample": False, "return_dict_in_generate": True}
         output = model.generate(given, attention_mask=torch.ones_like(given), pad_token_id=0, **how | rest)
-        with torch.no_grad():
-            logits = exact(output.sequences).logits[:, given.shape[1] - 1 : -1]
-        logits[..., model.config.eos_token_id] = -10  # forbidden, as a story must not end
-        chosen = logits.gather(-1, output.sequences[:, given.shape[1] :, None])[..., 0]
-        assert (logits.amax(-1) - chosen).max() <= 0.01 * logits.abs().max()
+        assert_likeliest(exact, output, torch.ones_like(given))
         assert {tensor.dtype for tensor in cache_tensors(output.past_key_values)} == {torch.float16}
         return output
 

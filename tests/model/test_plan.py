@@ -225,6 +225,15 @@ def test_attention_may_be_changed_later(base_of, padding):
     close(model(input_ids=ids, attention_mask=mask)[0][real], expected)
 
 
+def test_attention_that_cannot_share_is_refused_where_sharing_is_demanded(base_of, monkeypatch):
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "own", ALL_ATTENTION_FUNCTIONS["sdpa"])
+    model = base_of("llama").tuned(**settings_for("overwrite", prefix_sharing=True))
+    with pytest.raises(ValueError, match="attn_implementation 'own' has no counterpart that takes a prefix"):
+        model.set_attn_implementation("own")
+    assert model.config._attn_implementation == "ptune_torch"
+    assert model.prefix_plan.path == "prefix"
+
+
 @pytest.mark.parametrize("padding", PADDINGS)
 @pytest.mark.parametrize("name", ["gemma3", "modernbert"])
 def test_flex_masks_are_those_of_sdpa(base_of, name, padding, monkeypatch):

@@ -2,12 +2,16 @@
 
 import copy
 import pickle
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import ptune
+from ptune.checkpoint import CONFIG_NAME, WEIGHTS_NAME
+from ptune.precision import to_half
 
 from .common import COUNT, MODES, PADDINGS, close, set_prompts, settings_for, texts_for
 from .families import FAMILIES, VOCABULARY
@@ -352,6 +356,26 @@ class TestCompiledPrompts:
                 assert not torch.equal(twin(ids).logits, expected)
             close(model(ids).logits, expected)
 
+    def test_another_threads_call_does_not_take_them_away(self, base_of, monkeypatch):
+        """It comes when this call has found what is kept to be still right, and keeps that of another token type."""
+        model = base_of("bert").tuned(**settings_for("overwrite")).eval()
+        ids = torch.randint(3, VOCABULARY, (2, 5))
+        one, other = torch.zeros_like(ids), torch.ones_like(ids)
+        with torch.no_grad():
+            expected = model(ids, token_type_ids=one)[0]
+            model.compile_prompts()
+            model(ids, token_type_ids=one)
+            is_still = ptune.prefix._State.is_still
+
+            def interrupted(*states):
+                monkeypatch.setattr(ptune.prefix._State, "is_still", is_still)
+                found = is_still(*states)
+                model(ids, token_type_ids=other)
+                return found
+
+            monkeypatch.setattr(ptune.prefix._State, "is_still", interrupted)
+            assert torch.equal(model(ids, token_type_ids=one)[0], expected)
+
     def test_refused_where_nothing_is_shared(self, base_of):
         model = base_of("bert").tuned(**settings_for("shallow"))
         with pytest.raises(ValueError, match="compile_prompts: prompts are not shared here: in an encoder"):
@@ -380,14 +404,35 @@ class TestSavedPrefix:
             assert torch.equal(loaded.generate(**how), model.generate(**how))
         with loaded.disable_prompts(), model.disable_prompts(), torch.no_grad():
             assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
-        # saved again, and moved
-        loaded.save_pretrained(tmp_path / "again")
-        again = LOADERS[task].from_pretrained(tmp_path / "again").double()
-        assert again.compiled_prefix.key_0.dtype == torch.float64
-        assert all(
-            torch.equal(a, b.to(a.dtype))
-            for a, b in zip(again.compiled_prefix.tensors(), loaded.compiled_prefix.tensors(), strict=True)
-        )
+
+    @pytest.mark.parametrize(
+        ("dtype", "way"),
+        [
+            (torch.bfloat16, lambda folder, dtype: LOADERS["tagging"].from_pretrained(folder, dtype=dtype)),
+            (torch.float16, lambda folder, dtype: LOADERS["tagging"].from_pretrained(folder).to(dtype)),
+            (torch.float64, lambda folder, dtype: LOADERS["tagging"].from_pretrained(folder).to(dtype)),
+            (torch.bfloat16, lambda folder, dtype: to_half(LOADERS["tagging"].from_pretrained(folder), dtype)),
+        ],
+        ids=["loaded in bf16", "cast to fp16", "cast to fp64", "to_half"],
+    )
+    def test_loses_nothing_on_a_base_of_another_dtype(self, tuned, tmp_path, dtype, way):
+        """It serves as its rounded copy does, and is saved as it was."""
+        tuned("llama", "tagging", "overwrite").save_prefix(tmp_path)
+        whole = load_file(tmp_path / WEIGHTS_NAME)
+        rounded = {name: tensor.to(dtype).float() for name, tensor in whole.items() if "compiled" in name}
+        (tmp_path / "rounded").mkdir()
+        shutil.copy(tmp_path / CONFIG_NAME, tmp_path / "rounded")
+        save_file(whole | rounded, tmp_path / "rounded" / WEIGHTS_NAME)
+        model, expected = way(tmp_path, dtype), way(tmp_path / "rounded", dtype)
+        ids = torch.randint(3, VOCABULARY, (2, 5))
+        with torch.no_grad():
+            assert torch.equal(model(ids).logits, expected(ids).logits)
+        model.save_prefix(tmp_path / "prefix")
+        model.save_pretrained(tmp_path / "prompts")
+        for folder in ("prefix", "prompts"):
+            saved = load_file(tmp_path / folder / WEIGHTS_NAME)
+            assert saved.keys() == whole.keys()
+            assert all(torch.equal(saved[name], whole[name]) for name in whole)
 
     def test_prompts_take_its_place_and_it_theirs(self, tuned, tmp_path):
         model = tuned("llama", "generation", "overwrite").eval()

@@ -20,6 +20,7 @@ SMALL = {"vocab_size": 61, "hidden_size": 16, "num_hidden_layers": 2, "num_atten
         ({"tuning_mode": "ptune", "pre_seq_len": -3}, "pre_seq_len: expected at least 1"),
         ({"pre_seq_len": 4}, "pre_seq_len: expected 0 with tuning_mode=None"),
         ({"deep_prompt_mode": "replace"}, "deep_prompt_mode: expected one of 'overwrite', 'add'"),
+        ({"prefix_sharing": 0}, "prefix_sharing: expected one of 'auto', True, False, got 0"),
         ({"prompt_init": "zeros"}, "prompt_init: expected one of 'random', 'vocab', 'text'"),
         ({"prompt_init": "text"}, "prompt_init_text: expected with prompt_init='text'"),
         ({"prompt_init": "vocab", "prompt_init_text": "a"}, "prompt_init_text: expected with prompt_init='text'"),
@@ -32,6 +33,8 @@ def test_settings(values, error):
         ptune.PTuneConfig(**values)
     with pytest.raises(TypeError, match=r"pre_seq_len: expected an int, got 4\.0"):
         ptune.PTuneConfig(tuning_mode="ptune", pre_seq_len=4.0)
+    with pytest.raises(TypeError, match="base_dropout: expected a bool, got 'no'"):
+        ptune.PTuneConfig(base_dropout="no")
 
 
 @pytest.mark.parametrize(
@@ -218,6 +221,32 @@ def test_initial_texts(base_of, text):
     assert torch.equal(model.prompt_embeddings.weight, before)
     assert model.intermediate_prompt_embeddings is None
     assert model.ptune_config.tuning_mode == "ptune"
+
+
+@pytest.mark.parametrize("where", ["ptune.hooks.find_blocks", "ptune.plan._reach"])
+def test_what_goes_wrong_midway_changes_nothing(base_of, monkeypatch, where):
+    """The prompts that the model had are the very ones, as an optimizer may hold them."""
+    model = base_of("llama").tuned(**settings_for("overwrite")).eval()
+    model.compile_prompts()
+    model.intermediate_prompt_embeddings.requires_grad_(False)
+    ids = torch.randint(3, 61, (2, 5))
+    expected = model(ids)[0]
+
+    def described():
+        hooks = sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules())
+        trains = {name: (id(p), p.requires_grad) for name, p in model.named_parameters()}
+        return trains, hooks, model.ptune_config, model.prefix_plan, model._hooks.prefix.keep_compiled
+
+    def fail(*_):
+        monkeypatch.undo()
+        raise MemoryError
+
+    before = described()
+    monkeypatch.setattr(where, fail)
+    with pytest.raises(MemoryError):
+        model.init_prompts(ptune.PTuneConfig(**settings_for("add", count=COUNT + 1)))
+    assert described() == before
+    assert torch.equal(model(ids)[0], expected)
 
 
 def test_heads_that_go_past_the_body(base_of):

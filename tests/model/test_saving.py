@@ -415,3 +415,52 @@ def test_a_refused_prefix_leaves_what_trains_as_it_was(base_of, tmp_path):
         whole.load_prompts(tmp_path / "prefix")
     assert described() == kinds
     assert same(state(whole), before)
+
+
+OTHER_WEIGHTS = "were trained on a base like this one, but of other weights"
+
+
+def test_the_same_weights_in_another_dtype(base_of, tmp_path, caplog):
+    """As they come from a checkpoint, are cast, saved in between, or small for float16."""
+    base, load = base_of("llama"), ptune.AutoPTuneModel.from_pretrained
+    stock = base.stock()
+    with torch.no_grad():
+        for parameter in stock.parameters():
+            parameter *= 10.0 ** torch.randint(-9, 2, parameter.shape)
+    stock.save_pretrained(tmp_path / "base")
+    dtypes = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+    for dtype in dtypes:
+        model = load(tmp_path / "base", dtype=dtype, **settings_for("shallow"))
+        model.save_pretrained(tmp_path / "with base", save_base=True)
+        load(tmp_path / "with base")
+        for other in dtypes:
+            load(tmp_path / "with base", dtype=other).to(dtype).load_prompts(tmp_path / "with base")
+        bank = ptune.PromptBank(transformers.AutoModel.from_pretrained(tmp_path / "base", dtype=torch.bfloat16))
+        bank.add("a", tmp_path / "with base")
+    assert OTHER_WEIGHTS not in caplog.text
+
+
+@pytest.mark.parametrize(
+    "part", ["embed_tokens.weight", "layers.0.self_attn.q_proj.weight", f"layers.{LAYERS - 1}.self_attn.q_proj.weight"]
+)
+def test_other_weights_are_said(base_of, tmp_path, caplog, part):
+    base, load = base_of("llama"), ptune.AutoPTuneModel.from_pretrained
+    base.tuned(**settings_for("overwrite")).save_prompts(tmp_path / "prompts")
+    stock = base.stock()
+    stock.get_parameter(part).data *= 1.05
+    stock.save_pretrained(tmp_path / "base")
+    bank = ptune.PromptBank(stock)
+
+    def said():
+        caplog.clear()
+        load(tmp_path / "prompts", base_model=tmp_path / "base")
+        load(tmp_path / "base", dtype=torch.bfloat16).load_prompts(tmp_path / "prompts")
+        bank.add(f"a{len(bank.names)}", tmp_path / "prompts")
+        return [record.message for record in caplog.records if OTHER_WEIGHTS in record.message]
+
+    assert said() == [f"{tmp_path / 'prompts'}: these prompts {OTHER_WEIGHTS}"] * 3
+    edit(tmp_path / "prompts", lambda config: config["base"].pop("weights"))  # as folders were once
+    assert said() == []
+    edit(tmp_path / "prompts", lambda config: config["base"].update(weights=["0g"]))
+    with pytest.raises(ValueError, match="weights: expected 16 numbers in hexadecimal each, got"):
+        load(tmp_path / "prompts")

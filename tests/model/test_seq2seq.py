@@ -275,6 +275,8 @@ def test_left_padding_is_refused_where_the_encoder_numbers_columns(pair_of):
     ids, mask = pad(texts_for("left"), "left", 0)
     with pytest.raises(NotImplementedError, match="attention_mask: left padding is not supported"):
         model(input_ids=ids, attention_mask=mask, labels=ids)
+    with pytest.raises(NotImplementedError, match="attention_mask: left padding is not supported"):
+        model.get_encoder()(ids, mask)
     with model.disable_prompts():
         model(input_ids=ids, attention_mask=mask, labels=ids)
 

@@ -1,5 +1,8 @@
 """Every op's outputs against the oracle, to the bit."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -20,6 +23,13 @@ from .cases import (
     on_targets_and_sizes,
 )
 from .compare import assert_same
+
+
+def native_cpu():
+    target = Target("native", "cpu")
+    if reason := target.missing():
+        pytest.skip(reason)
+    return target
 
 
 def as_tuple(outputs):
@@ -72,15 +82,28 @@ def test_any_strides(target, op, layout):
 @pytest.mark.parametrize("placed", [False, True], ids=["whole", "placed"])
 @pytest.mark.parametrize("layout", ["contiguous", "offset", "transposed"])
 def test_native_outputs_that_are_written_past_the_caches(op, placed, layout):
-    """The CPU library writes outputs of 4 to 32 MB so; rows of this width begin at every alignment."""
-    target = Target("native", "cpu")
-    if reason := target.missing():
-        pytest.skip(reason)
+    """The CPU library writes outputs of 4 MB and more so; rows of this width begin at every alignment."""
+    target = native_cpu()
     for dtype in (torch.float32, torch.bfloat16):
         tensors, keywords = op.case((3, 7, 600, 1231), dtype, target.device, placed)
         options = {"dtype": dtype} if op.name == "cast_qkv" else {}
         with ptune_kernels.use_backend("native"):
             check(op, target, [lay_out(t, layout) for t in tensors], keywords | options)
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="this system has no large pages")
+def test_native_outputs_ask_for_large_pages():
+    native_cpu()
+    out = ptune_kernels.prepend(torch.randn(1, 1024), torch.randn(1, 4095, 1024))
+    middle = out.data_ptr() + out.nbytes // 2
+    mapping = None
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if found := re.match("([0-9a-f]+)-([0-9a-f]+) ", line):
+            mapping = range(*(int(address, 16) for address in found.groups()))
+        elif line.startswith("VmFlags:") and middle in mapping:
+            assert "hg" in line.split()  # as madvise(MADV_HUGEPAGE) leaves it
+            return
+    raise AssertionError("the output lies in no mapping")
 
 
 @on_targets

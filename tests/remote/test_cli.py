@@ -73,6 +73,12 @@ def test_what_is_wrong_takes_one_line(text, problem, cluster, folder_of, tmp_pat
     assert result.stderr.count("\n") == 1
 
 
+def test_dtypes_go_by_two_names():
+    given = ("auto", "bf16", "fp16", "fp32", "float16")
+    expected = ["auto", "bfloat16", "float16", "float32", "float16"]
+    assert [ServeConfig(model="m", dtype=name).dtype for name in given] == expected
+
+
 def test_blocks_are_spread_evenly():
     config = ServeConfig(model="m", servers=3)
     assert config.spans_of(8) == [(0, 3), (3, 5), (5, 8)]

@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -464,7 +465,7 @@ def test_tasks_trained_together(tiny_bert, tmp_path):
     mood, names = classification_file(tmp_path), tagging_file(tmp_path)
     mix = mix_of(
         tmp_path,
-        mood=f"task: classification\ndata: {mood.name}\nbatch_size: 32\nlearning_rate: 1e-2\n",
+        mood=f"task: classification\ndata: {mood.name}\neval_data: {mood.name}\nbatch_size: 32\nlearning_rate: 1e-2\n",
         people=f"name: names\ntask: tagging\ndata: {names.name}\nbatch_size: 32\npre_seq_len: 5\n",
     )
     out = tmp_path / "out"
@@ -474,8 +475,14 @@ def test_tasks_trained_together(tiny_bert, tmp_path):
     assert sorted(path.name for path in out.iterdir()) == ["mood", "names"]
     assert metrics_of(out / "mood")["accuracy"] > 0.9
     assert metrics_of(out / "names")["entity_f1"] > 0.9
+    loss = float(re.search(r"loss\W+([\d.]+)", succeed("eval", out / "mood", "--data", mood))[1])
+    assert metrics_of(out / "mood")["loss"] == pytest.approx(loss, abs=1e-4)  # the heads' dropout was off
     assert json.loads(succeed("predict", out / "mood", "good red"))["label"] == "yes"
     assert json.loads(succeed("predict", out / "names", "Ann is in Rome"))["tags"][0] == "B-person"
+    shown = " ".join(succeed("info", out).replace("│", "").split())
+    for name, task in (("mood", "classification"), ("names", "tagging")):
+        figures = ", ".join(f"{key.replace('_', ' ')} {value:.4f}" for key, value in metrics_of(out / name).items())
+        assert f"{name} {task}: {figures}" in shown
 
 
 def test_generation_trained_beside_classification(tiny_llama, tmp_path):
@@ -650,6 +657,34 @@ def test_what_is_no_base(tmp_path, kind, problem, command):
     assert f"Error: {folder}: expected a" in " ".join(result.stderr.split())
     assert problem in " ".join(result.stderr.split())
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "given", "name"),
+    [
+        *(("train", given, given) for given in ("auto", "float32", "float16", "bfloat16")),
+        *(("audit", given, given) for given in ("float16", "bfloat16")),
+        *((command, *pair) for command in ("train", "audit") for pair in (("fp16", "float16"), ("bf16", "bfloat16"))),
+        ("train", "fp32", "float32"),
+        ("audit", "fp32", None),
+        ("audit", "auto", None),
+        ("train", "half", None),
+    ],
+)
+def test_dtypes_go_by_two_names(tmp_path, monkeypatch, command, given, name):
+    def stop(dtype):
+        raise ValueError(f"in {dtype}")
+
+    monkeypatch.setattr("ptune.runs.prepare", lambda options, say: stop(options.dtype))
+    monkeypatch.setattr("ptune.precision.command.audit_files", lambda model, data, out, dtype, *rest: stop(dtype))
+    arguments = ["--model", "m", "--data", "d", "--out", tmp_path, *(["--task", "tagging"] * (command == "train"))]
+    result = ptune(command, *arguments, "--dtype", given)
+    assert result.exit_code == 2
+    if name is not None:
+        assert result.stderr == f"Error: in {name}\n"
+    else:
+        expected = "auto, float32, float16, bfloat16" if command == "train" else "float16, bfloat16"
+        assert f"expected one of {expected}, got {given!r}" in " ".join(result.stderr.replace("│", "").split())
 
 
 def test_help_does_not_wait_for_torch():

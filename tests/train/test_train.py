@@ -1,9 +1,12 @@
 """What an optimizer step does."""
 
 import pytest
-from transformers import set_seed
+import torch
+from transformers import AutoModel, set_seed
 
+from ptune import PromptBank
 from ptune.data import Labelled
+from ptune.mix import TaskMix
 from ptune.runs import load_tokenizer, new_model
 from ptune.tasks import Classification
 from ptune.train import fit
@@ -25,3 +28,28 @@ def test_prompts_and_head_move_at_their_own_rates(tiny_bert, mode):
         rate = 1e-2 if mode and "prompt" not in name else 1e-3
         assert moved == pytest.approx(rate, rel=1e-3), name
     assert any("prompt" in name for name in before) == (mode is not None)
+
+
+def test_heads_of_a_mix_drop_out_what_they_do_alone(tiny_bert, tmp_path):
+    """As much of the same numbers, which are drawn for one head after the other; of the base nothing is dropped."""
+    ids, bank, models = torch.randint(4, 20, (6, 5)), PromptBank(AutoModel.from_pretrained(tiny_bert)), {}
+    labels = {"classification": torch.tensor([0, 1, 0]), "tagging": torch.randint(2, (3, 5))}
+    for name, mode in (("classification", "deep_ptune"), ("tagging", "ptune")):
+        models[name] = new_model(name, str(tiny_bert), "ab", tuning_mode=mode, pre_seq_len=3, init_text="good red one")
+        models[name].save_prompts(tmp_path / name)
+        bank.add(name, tmp_path / name)
+    mix = TaskMix(bank)
+    names = [name for name in models for _ in range(3)]
+
+    def losses(training):
+        torch.manual_seed(0)
+        mixed = mix.train(training)(ids, torch.ones_like(ids), names, labels)["loss"]
+        torch.manual_seed(0)
+        rows = dict(zip(models, ids.split(3), strict=True))
+        alone = [model.train(training)(rows[name], labels=labels[name]).loss for name, model in models.items()]
+        return mixed.item(), sum(alone).item()
+
+    (dropped, expected), (whole, without) = losses(True), losses(False)
+    assert dropped == pytest.approx(expected, rel=1e-5)
+    assert whole == pytest.approx(without, rel=1e-5)
+    assert abs(dropped - whole) > 1e-3

@@ -160,6 +160,8 @@ def _cast_when_loaded(model: nn.Module, dtype: torch.dtype, keep: Iterable[nn.Mo
                 own = isinstance(module, PTuneMixin) and parameter.requires_grad
                 if own or any(pattern.search(name) for pattern in plan):
                     stay.add(id(parameter))
+            if isinstance(module, PTuneMixin) and module.compiled_prefix is not None:
+                stay.update(map(id, module.compiled_prefix.buffers()))
     whole = [*keep, *(module for module in model.modules() if hasattr(module, BORDERED))]
     kept = {part for module in whole for part in module.modules()}
     places = _floating(module for module in model.modules() if module not in kept)

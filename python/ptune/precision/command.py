@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel
 
 from ..data import Columns, DataError, read_passages, read_text, split_lines
+from ..half_attention import HALVES
 from ..hub import cached
 from ..loading import check_base
 from ..runs import load_tokenizer
@@ -19,7 +20,6 @@ from ..tasks import Generation
 from .damage import first, greatest, last, mean
 from .passes import Audit, audit
 
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 POOLINGS = {"cls": first, "lasttoken": last, "max": greatest, "mean": mean}  # as sentence-transformers names them
 _HEADS = ("CausalLM", "MaskedLM", "SequenceClassification", "TokenClassification")
 
@@ -45,7 +45,7 @@ def audit_files(
             encoded = tokenizer(chosen, padding=True, truncation=True, max_length=length, return_tensors="pt")
             yield {name: encoded[name] for name in ("input_ids", "attention_mask")}
 
-    return audit(loaded, batches(), DTYPES[dtype], pooling=pooling)
+    return audit(loaded, batches(), HALVES[dtype], pooling=pooling)
 
 
 def pooling_of(model: str) -> Callable[[Tensor, Tensor], Tensor] | None:

@@ -13,6 +13,7 @@ import yaml  # type: ignore[import-untyped]
 from ray.exceptions import GetTimeoutError, RayError
 from transformers import AutoConfig
 
+from ..config import SHORT_DTYPES
 from .link import Link
 from .relay import Leg, Relay, RemoteError, Replicas, Retries
 from .server import BlockServer, Limits
@@ -60,6 +61,7 @@ class ServeConfig:
             self.limits = _made_of(Limits, "limits", self.limits)
         if self.gpus is None:
             self.gpus = 1.0 if self.device.startswith("cuda") else 0.0
+        self.dtype = SHORT_DTYPES.get(self.dtype, self.dtype)
         if os.path.isdir(self.model):
             self.model = os.path.abspath(self.model)
 
