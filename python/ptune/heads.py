@@ -19,6 +19,7 @@ from .hooks import pool
 from .layout import roll_rows, states_at
 from .loading import saved_labels
 from .models import ptune_class
+from .quantised import holds_quantised
 from .support import find_body
 
 
@@ -89,6 +90,8 @@ class Head:
         device = runner.device
         shared = dict(runner.named_parameters(remove_duplicate=False))
         shared |= {prefix + name: parameter for name, parameter in runner._hooks.body.named_parameters()}
+        modules = dict(runner.named_modules())
+        modules |= {prefix + name: module for name, module in runner._hooks.body.named_modules()}
         for name, parameter in list(model.named_parameters(remove_duplicate=False)):
             if name in own:
                 parameter = nn.Parameter(own[name].to(device, torch.float32, copy=True), requires_grad=False)
@@ -100,7 +103,10 @@ class Head:
                     f"load the base as {skeleton.base_class.__name__}"
                 )
             owner, _, leaf = name.rpartition(".")
-            model.get_submodule(owner)._parameters[leaf] = parameter
+            if name not in own and holds_quantised(modules[owner]):
+                model.set_submodule(owner, modules[owner])
+            else:
+                model.get_submodule(owner)._parameters[leaf] = parameter
         if inside := own.keys() - {name for name, _ in model.named_parameters(remove_duplicate=False)}:
             raise checkpoint.MisfitError(f"head: expected parameters outside the body, got {sorted(inside)}")
         if any(buffer.is_meta for buffer in model.buffers()):

@@ -75,11 +75,16 @@ def unquantised_head(model: Any, names: Iterable[str]) -> None:
         )
     for name in modules:
         module = model.get_submodule(name)
-        if isinstance(module, nn.Linear) and type(module).__module__.startswith("bitsandbytes."):
+        if isinstance(module, nn.Linear) and holds_quantised(module):
             with torch.device("meta"):
                 plain = nn.Linear(module.in_features, module.out_features, module.bias is not None)
             plain.weight, plain.bias = module.weight, module.bias
             model.set_submodule(name, plain.train(module.training))
+
+
+def holds_quantised(module: nn.Module) -> bool:
+    """Whether ``module`` itself is a quantiser's, and not its parameters alone."""
+    return type(module).__module__.startswith("bitsandbytes.")
 
 
 def rounds_by_batch(config: Any) -> bool:

@@ -220,6 +220,22 @@ def test_banks(base_of, tmp_path, backend, called):
         assert torch.equal(stock(ids).logits, before)
 
 
+@pytest.mark.parametrize("backend", ["nf4", "LLM.int8 without outliers"])
+@pytest.mark.parametrize(
+    "loader", [transformers.AutoModelForSequenceClassification, transformers.AutoModelForTokenClassification]
+)
+@torch.no_grad()
+def test_a_bank_whose_base_has_a_quantised_head(base_of, tmp_path, backend, loader):
+    base_of("bert").stock(loader, num_labels=3).save_pretrained(tmp_path)
+    stock = loader.from_pretrained(tmp_path, **quantised(backend)).eval()
+    assert type(stock.classifier).__module__.startswith("bitsandbytes")
+    ids = torch.randint(3, 61, (2, 5))
+    output = ptune.PromptBank(stock)(ids, torch.ones_like(ids), prompt_names=[None, None])
+    # bitsandbytes itself calls no 4-bit weight of three rows on a CPU that packs them
+    expected = (stock if "LLM" in backend else dequantised(stock).eval())(ids).logits
+    close(output.tasks[None].output.logits, expected, INT8 if "LLM" in backend else 1e-5)
+
+
 def test_banks_on_llm_int8_with_outliers_are_refused(base_of):
     with pytest.raises(NotImplementedError, match=r"base: LLM\.int8 .*a row would depend on the others"):
         ptune.PromptBank(base_of("llama").stock(transformers.AutoModelForCausalLM, **quantised("LLM.int8")))
