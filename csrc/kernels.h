@@ -10,8 +10,6 @@ namespace ptune {
 
 enum class DType : int32_t { f32, f16, bf16, f64 };
 
-constexpr int64_t kLargeOutput = int64_t{4} << 20;  // bytes, from which on a CPU's memory and caches need care
-
 // A strided [batch, heads, rows, width] view. A 3-D tensor has heads = 1; a pool of prompts has batch stride 0.
 struct View {
   void* data;

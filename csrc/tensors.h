@@ -133,6 +133,8 @@ inline View pool_view(const char* name, const Tensor& t) {
   return v;
 }
 
+constexpr int64_t kLargeOutput = int64_t{4} << 20;  // bytes
+
 // Memory for a large output comes fresh from the system, which prepares each page of it when it is first written: that takes
 // longer than the op itself, unless the pages are large. (numpy asks for them too; torch, with THP_MEM_ALLOC_ENABLE=1.)
 inline void ask_for_large_pages(void* data, int64_t bytes) {

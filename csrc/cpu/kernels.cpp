@@ -57,8 +57,9 @@ Spot spot(const Placement& p, int64_t i) {
   return {p.start.data[i * p.start.stride], p.length.data[i * p.length.stride], p.column.data[i * p.column.stride]};
 }
 
-// Whether an output of so many bytes is better written past the caches: it does not stay in them until it is read.
-bool streams(int64_t bytes) { return bytes >= kLargeOutput; }
+// Whether an output of so many bytes is better written past the caches: it does not stay in them until it is read. Rows of many
+// heads, written all over it, stay there less.
+bool streams(int64_t bytes, bool scattered = false) { return bytes >= int64_t{scattered ? 4 : 16} << 20; }
 
 // `count` rows from `from` to `to`, converted; in one go where both lie without gaps.
 void convert_rows(const View& to, char* to_at, const View& from, const char* from_at, int64_t count, int64_t width,
@@ -92,11 +93,14 @@ void for_stretches(int64_t outer, int64_t inner, int64_t bytes_per_row, Body bod
   });
 }
 
+// Whether the rows of all heads are read in one go, and written far apart.
+bool side_by_side(int64_t heads, const View& in) { return heads > 1 && in.stride[1] < in.stride[2]; }
+
 // Calls body(i, h, first, last) for stretches of rows of each head. Where `in` has the heads of a row side by side, as attention
 // is given them, a few rows of every head come before the next rows: memory is then read in its order.
 template <class Body>
 void for_heads(int64_t batch, int64_t heads, int64_t rows, int64_t bytes_per_row, const View& in, Body body) {
-  if (heads == 1 || in.stride[1] >= in.stride[2]) {
+  if (!side_by_side(heads, in)) {
     for_stretches(batch * heads, rows, bytes_per_row,
                   [&](int64_t o, int64_t first, int64_t last) { body(o / heads, o % heads, first, last); });
     return;
@@ -136,7 +140,7 @@ void assemble_stretch(const Assemble& a, int64_t i, int64_t h, int64_t first, in
   const Spot s = spot(a.placement, i);
   const int64_t zeros = a.placement.max_length - s.length, prompt = zeros + s.column, rest = prompt + s.length;
   const int64_t rows = a.placement.max_length + a.text_rows;
-  const bool stream = streams(a.batch * a.heads * rows * a.width * size_of(a.out.dtype));
+  const bool stream = streams(a.batch * a.heads * rows * a.width * size_of(a.out.dtype), side_by_side(a.heads, a.text));
   const auto part = [&](int64_t begin, int64_t end, auto write) {
     const int64_t from = std::max(first, begin), to = std::min(last, end);
     if (from < to) write(at(a.out, i, h, from), from - begin, to - from);

@@ -93,13 +93,15 @@ def dtypes_for(target, sizes):
     return TEXT_DTYPES if not target.interpreted or sizes == SMALL_SIZES[0] else (torch.float32, torch.bfloat16)
 
 
-LAYOUTS = ("contiguous", "offset", "transposed", "stepped", "expanded")
+LAYOUTS = ("contiguous", "offset", "heads", "transposed", "stepped", "expanded")
 
 
 def lay_out(tensor, layout):
     """The same values in other memory (with "expanded", the first row's values for the whole batch)."""
     if layout == "offset":  # storage offset 1: no 16-byte alignment anywhere
         return torch.cat([tensor.new_zeros(1), tensor.flatten()])[1:].view(tensor.shape)
+    if layout == "heads" and tensor.dim() == 4:  # side by side in each row, as attention is given them
+        return tensor.transpose(1, 2).contiguous().transpose(1, 2)
     if layout == "transposed":  # the order of the dimensions reversed
         return tensor.permute(*reversed(range(tensor.dim()))).contiguous().permute(*reversed(range(tensor.dim())))
     if layout == "stepped":  # every other element of the last dimension, every third row
