@@ -307,6 +307,10 @@ class PTuneMixin(PromptSaving):
 
     # What transformers asks of a class by reading its module's source, or its bases, is asked of the stock class.
 
+    def _get_name(self) -> str:
+        """By which Trainer knows whether its label smoother is to shift the labels."""
+        return self.base_class.__name__
+
     @classmethod
     def can_generate(cls) -> bool:
         return cls.base_class.can_generate()  # type: ignore[attr-defined]

@@ -108,6 +108,21 @@ def test_what_saves_memory_changes_nothing(base_of, tmp_path, kind, prompts, opt
     assert all((value - start[name]).abs().max() > 1e-3 for name, value in expected[1].items())
 
 
+@pytest.mark.parametrize("kind", ["classifier", "language model"])
+def test_smoothed_labels_are_those_of_the_stock_class(base_of, tmp_path, kind):
+    """Of a language model they are shifted, which Trainer tells by the name of the class; each text alone."""
+    base = base_of(kind)
+    trainer = make_trainer(kind, make_model(kind, base, **DEEP), base, tmp_path, label_smoothing_factor=0.2)
+    loss, losses = trainer.evaluate()["eval_loss"], []
+    for row in trainer.eval_dataset:
+        ids = torch.tensor([row["input_ids"]])
+        with torch.no_grad():
+            logp = trainer.model(ids).logits.log_softmax(-1)
+        logp, labels = (logp, [row["labels"]]) if kind == "classifier" else (logp[0, :-1], ids[0, 1:])
+        losses += [-0.8 * p[label].item() - 0.2 * p.mean().item() for p, label in zip(logp, labels, strict=True)]
+    assert loss == pytest.approx(sum(losses) / len(losses), abs=1e-5)
+
+
 def test_sft_scores_what_the_model_says(tiny_llama, tmp_path):
     """Its loss, accuracy and entropy, taken past the model's own head, beside those of each text alone."""
     model = make_model("sft", tiny_llama, **DEEP)
