@@ -1,13 +1,24 @@
 """`generate` with prompts: they are run once, in the prefill, and then live in the cache."""
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
 
 class PromptGeneration:
     """What `generate` must know of the m columns that the prompt takes in a cache."""
+
+    def init_continuous_batching(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.prompts_enabled:
+            # of what fails in its thread, it logs an error and returns no tokens
+            raise NotImplementedError(
+                "continuous batching (generate_batch, or cache_implementation='paged'): not supported with prompts, "
+                "because it packs texts into one row; generate for a padded batch instead"
+            )
+        return super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
 
     def _prefill(
         self: Any, input_ids: Tensor, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any
@@ -31,8 +42,8 @@ class PromptGeneration:
         is_first_iteration: bool | None = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        if is_first_iteration and next_sequence_length is not None and past_key_values is not None:
-            # a conversation goes on: what is new was counted as all text less all columns of the cache
+        if next_sequence_length is not None and past_key_values is not None:
+            # a conversation or a draft goes on: what is new was counted as all text less all columns of the cache
             text = input_ids if inputs_embeds is None else inputs_embeds
             seen = int(past_key_values.get_seq_length())
             if seen > 0 and next_sequence_length == text.shape[1] - seen:
@@ -72,7 +83,24 @@ class PromptGeneration:
         generation_mode: Any,
         batch_size: int,
         max_cache_length: int,
-    ) -> Any:
-        return super()._prepare_cache_for_generation(  # type: ignore[misc]
-            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length + self.prompt_columns
+    ) -> None:
+        needed, cache = max_cache_length + self.prompt_columns, model_kwargs.get("past_key_values")
+        if self.prompt_columns > 0 and isinstance(cache, Cache) and cache.is_compileable:
+            layers: list[Any] = cache.layers
+            room = min((layer.get_max_length() for layer in layers if not layer.is_sliding), default=needed)
+            if room < needed:
+                raise ValueError(
+                    f"past_key_values: expected a static cache of at least {needed} columns, {self.prompt_columns} of "
+                    f"them for the prompt, got {room}"
+                )
+        super()._prepare_cache_for_generation(  # type: ignore[misc]
+            generation_config, model_kwargs, generation_mode, batch_size, needed
         )
+        made = model_kwargs.get("past_key_values")
+        if self.prompt_columns > 0 and generation_config.is_assistant and made is not None and made is not cache:
+            # who drafts with it counts what to take away as all columns less those of the text to keep
+            made.crop = partial(_crop_text, made, self.prompt_columns)
+
+
+def _crop_text(cache: Any, prompt_columns: int, removed: int) -> None:
+    type(cache).crop(cache, min(0, removed + prompt_columns))

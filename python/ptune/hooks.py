@@ -136,8 +136,9 @@ class PromptHooks:
         if call.prefix:
             self.prefix.leave(call, output)
         else:
-            if self._is_deep(call) and call.depth != self.num_layers:
-                raise RuntimeError(f"{type(body).__name__}: expected {self.num_layers} blocks to run, {call.depth} did")
+            count = self.model.config.num_hidden_layers  # which assistant_early_exit lowers for a while
+            if self._is_deep(call) and call.depth != count:
+                raise RuntimeError(f"{type(body).__name__}: expected {count} blocks to run, {call.depth} did")
             self.leave_concat(call, output)
         if output.get("pooler_output") is not None:
             output["pooler_output"] = pool(body, states_at(call.layout.column, output["last_hidden_state"]))

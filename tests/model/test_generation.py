@@ -1,5 +1,7 @@
 """`generate` against the oracle, which runs the whole of each row again for every token."""
 
+import copy
+
 import pytest
 import torch
 import transformers
@@ -83,14 +85,49 @@ def prompted(request, base_of):
     ],
     ids=["beams", "static beams", "sampling", "prompt lookup", "chunked prefill", "plain"],
 )
-def test_every_way_of_generating_follows_the_text(prompted, how):
+@pytest.mark.parametrize("sharing", ["auto", False], ids=["shared", "concat"])
+def test_every_way_of_generating_follows_the_text(prompted, how, sharing):
     stock, model, words = prompted
+    settings = settings_for("overwrite", prompt_init_text=words.tolist(), prefix_sharing=sharing)
+    model.init_prompts(ptune.PTuneConfig(**settings))
     text = torch.randint(3, 61, (1 if "prompt_lookup_num_tokens" in how else 3, 5))
     common = {"max_new_tokens": NEW, "min_new_tokens": NEW, "pad_token_id": 0, **how}
     torch.manual_seed(5)
     expected = stock.generate(torch.cat([words.expand(len(text), -1), text], 1), **common)
     torch.manual_seed(5)
     assert model.generate(text, **common).tolist() == expected[:, COUNT:].tolist()
+
+
+@pytest.mark.parametrize("length", [1, 2, COUNT, 12])
+@pytest.mark.parametrize("sharing", ["auto", False], ids=["shared", "concat"])
+@pytest.mark.parametrize("drafter", ["early exit", "prompted", "prompted for stock"])
+def test_drafting_with_prompts(base_of, drafter, sharing, length):
+    """Of texts shorter than the prompt too, whose cache is cut back for every draft."""
+    base, words, text = base_of("llama"), torch.randint(3, 61, (COUNT,)), torch.randint(3, 61, (1, length))
+    stock = base.stock(transformers.AutoModelForCausalLM)
+    settings = settings_for("overwrite", prompt_init_text=words.tolist(), prefix_sharing=sharing)
+    model = base.tuned(ptune.AutoPTuneModelForCausalLM, **settings)
+    how = {**GREEDY, "max_new_tokens": 2 * NEW, "min_new_tokens": 2 * NEW, "pad_token_id": 0}
+    expected = stock.generate(torch.cat([words[None], text], 1), **how)[:, COUNT:]
+    if drafter == "early exit":
+        assert model.generate(text, **how, assistant_early_exit=2).tolist() == expected.tolist()
+        return
+    helper = base.tuned(ptune.AutoPTuneModelForCausalLM, **settings)
+    if drafter == "prompted for stock":
+        model, expected = stock, stock.generate(text, **how)
+    assert model.generate(text, **how, assistant_model=helper).tolist() == expected.tolist()
+    if drafter == "prompted":  # as good a drafter as the stock model is for itself
+        assert steps_of(model, text, helper) == steps_of(stock, torch.cat([words[None], text], 1), copy.deepcopy(stock))
+
+
+def steps_of(model, text, helper):
+    """How often the model runs to write after ``text`` what ``helper`` drafts."""
+    steps = []
+    handle = model.register_forward_pre_hook(lambda *call: steps.append(call))
+    how = {**GREEDY, "max_new_tokens": 2 * NEW, "min_new_tokens": 2 * NEW, "pad_token_id": 0}
+    model.generate(text, **how, assistant_model=helper)
+    handle.remove()
+    return len(steps)
 
 
 def test_chunked_prefill_of_a_padded_batch_is_refused(prompted):
@@ -126,6 +163,41 @@ def test_a_conversation_goes_on_from_its_cache(pair, given, padded):
     for row, text in enumerate(texts):
         tokens, _ = continued(stock, family, prompt, torch.cat([text, whole[row, ids.shape[1] :]]))
         assert second[row, -NEW:].tolist() == tokens.tolist()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model, ids, settings: model.generate_batch(ids.tolist(), generation_config=settings),
+        lambda model, ids, settings: model.generate(ids, generation_config=settings, cache_implementation="paged"),
+    ],
+    ids=["generate_batch", "paged"],
+)
+def test_continuous_batching_is_refused(base_of, call):
+    """It fails in a thread, and gives back texts without a new token."""
+    model = base_of("llama").tuned(ptune.AutoPTuneModelForCausalLM, **settings_for("shallow", prefix_sharing=False))
+    ids = torch.randint(3, 61, (2, 5))
+    settings = transformers.GenerationConfig(max_new_tokens=2, do_sample=False, eos_token_id=2, pad_token_id=0)
+    with pytest.raises(NotImplementedError, match=r"continuous batching .*: not supported with prompts"):
+        call(model, ids, settings)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_a_static_cache_without_room_for_the_prompt_is_refused(base_of, name):
+    """One that is long enough for the text, with layers of which some slide."""
+    model = base_of(name).tuned(ptune.AutoPTuneModelForCausalLM, **settings_for("shallow"))
+    ids = torch.randint(3, 61, (2, 5))
+    needed = 5 + NEW - 1 + COUNT
+    for length in (needed - 1, needed):
+        cache = transformers.StaticCache(config=model.config, max_cache_len=length)
+        if length < needed:
+            with pytest.raises(
+                ValueError, match=f"past_key_values: .* at least {needed} columns, {COUNT} .*, got {length}"
+            ):
+                model.generate(ids, past_key_values=cache, pad_token_id=0, **GREEDY)
+        else:
+            expected = model.generate(ids, pad_token_id=0, **GREEDY)
+            assert model.generate(ids, past_key_values=cache, pad_token_id=0, **GREEDY).tolist() == expected.tolist()
 
 
 def test_a_static_cache_serves_again(base_of):
