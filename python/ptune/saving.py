@@ -29,6 +29,7 @@ class PromptSaving:
         A card that was edited is left as it is. ``push_to_hub=True`` then uploads the files, with the ``options`` of
         `ptune.hub.upload`, ``repo_id`` among them.
         """
+        self._check_adapters()
         self._check_vocabulary()
         self._write(folder, self.origin, self.state_dict(), hub.write)
         if push_to_hub:
@@ -46,6 +47,7 @@ class PromptSaving:
         `load_prompts` and ``from_pretrained`` read it as they do a folder of prompts, but there is nothing in it to
         train but the head. Raises `ValueError` where the prompts are not shared.
         """
+        self._check_adapters()
         if self.prefix_plan.path != "prefix":
             raise ValueError(f"save_prefix: prompts are not shared here: {self.prefix_plan.reason}")
         with torch.no_grad(), evaluating(self):
@@ -90,6 +92,7 @@ class PromptSaving:
         """
         if push_to_hub and save_base:
             raise ValueError("push_to_hub: expected False with save_base=True, for a base is never uploaded")
+        self._check_adapters()
         origin = self.origin
         if save_base:
             # as it is now: its config may have been changed since it was loaded
@@ -108,6 +111,14 @@ class PromptSaving:
             self._write(save_directory, origin, state, hub.write if push_to_hub else checkpoint.write)
             if push_to_hub:
                 hub.upload(save_directory, **kwargs)
+
+    def _check_adapters(self: Any) -> None:
+        if self._hf_peft_config_loaded:
+            raise ValueError(
+                f"adapters: expected none, got {', '.join(self.peft_config)}, which neither a folder of prompts nor "
+                "its base would hold; peft's get_peft_model(model, config) saves its own beside the prompts, and "
+                "delete_adapter takes one away"
+            )
 
     def _check_vocabulary(self: Any) -> None:
         vocabulary = self.get_input_embeddings().num_embeddings

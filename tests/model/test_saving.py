@@ -130,6 +130,24 @@ def test_a_resized_vocabulary_is_not_dropped(base_of, tmp_path):
     assert not any(tmp_path.iterdir())
 
 
+def test_adapters_are_not_dropped(base_of, tmp_path):
+    """Neither folder would hold them: of its base, not even one that loads."""
+    peft = pytest.importorskip("peft")
+    model = base_of("llama").tuned(**settings_for("overwrite"))
+    model.add_adapter(peft.LoraConfig(target_modules=["q_proj"], r=2), "style")
+    for save in (
+        model.save_prompts,
+        model.save_prefix,
+        model.save_pretrained,
+        lambda folder: model.save_pretrained(folder, save_base=True),
+    ):
+        with pytest.raises(ValueError, match=r"adapters: expected none, got style, which .* get_peft_model"):
+            save(tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+    model.delete_adapter("style")
+    model.save_prompts(tmp_path / "folder")
+
+
 def test_a_base_without_a_name(tmp_path):
     model = ptune.AutoPTuneModel.from_config(FAMILIES["llama"].config(), **settings_for("shallow"))
     model.save_prompts(tmp_path)
