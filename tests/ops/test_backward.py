@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 import ptune_kernels
 
@@ -236,3 +237,18 @@ def test_sum_has_the_same_bits_on_every_run_and_thread_count(target, placed):
             assert_same(summed(target, grad, placement), first)
     finally:
         torch.set_num_threads(threads)
+
+
+@on_targets
+@on_ops
+def test_forward_mode_is_refused(op, target):
+    """Outside reverse mode too: an op by itself would drop the tangent in silence."""
+    tensors, keywords = op.case((2, 3, 5, 8), torch.float32, target.device, placed=False)
+    if op.name == "cast_qkv":
+        keywords = {"dtype": torch.bfloat16}
+    with forward_ad.dual_level():
+        first = op.differentiable[0]
+        tensors = [forward_ad.make_dual(t, torch.ones_like(t)) if i == first else t for i, t in enumerate(tensors)]
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad), pytest.raises(NotImplementedError, match="forward mode AD"):
+                op(*tensors, **keywords)
