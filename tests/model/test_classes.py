@@ -260,3 +260,26 @@ def test_compiled_whole(base_of, loader):
         mask[1, :padding] = 0
         expected = model(input_ids=ids, attention_mask=mask)[0]
         close(compiled(input_ids=ids, attention_mask=mask)[0][mask.bool()], expected[mask.bool()])
+
+
+@pytest.mark.parametrize("loader", [ptune.AutoPTuneModel, ptune.AutoPTuneModelForSequenceClassification])
+@pytest.mark.parametrize("name", ["llama", "bert"])
+@pytest.mark.parametrize("mode", ["shallow", "overwrite"])
+def test_exported_for_any_size(base_of, loader, name, mode):
+    class OneOutput(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids, mask):
+            return self.model(input_ids=ids, attention_mask=mask)[0]
+
+    model = OneOutput(base_of(name).tuned(loader, **settings_for(mode)).eval())
+    model.model.config.use_cache = False
+    sizes = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
+    ids = torch.randint(3, 61, (4, 9))
+    program = torch.export.export(model, (ids, torch.ones_like(ids)), dynamic_shapes=(sizes, sizes), strict=False)
+    ids, mask = torch.randint(3, 61, (3, 6)), torch.ones(3, 6, dtype=torch.long)
+    mask[0, :2] = mask[1, 4:] = 0
+    got, expected = program.module()(ids, mask), model(ids, mask)
+    close(*((x[mask.bool()] if x.dim() == 3 else x) for x in (got, expected)))
