@@ -223,6 +223,13 @@ def test_initial_texts(base_of, text):
     assert model.ptune_config.tuning_mode == "ptune"
 
 
+def test_a_base_without_weights(base_of):
+    """As accelerate's init_empty_weights makes one, and its FSDP all but one of several processes."""
+    for settings in (settings_for("shallow"), settings_for("overwrite")):
+        with torch.device("meta"), pytest.raises(ValueError, match=r"tuning_mode: .* got one on the meta device"):
+            ptune.AutoPTuneModel.from_config(base_of("llama").family.config(), **settings)
+
+
 @pytest.mark.parametrize("where", ["ptune.hooks.find_blocks", "ptune.plan._reach"])
 def test_what_goes_wrong_midway_changes_nothing(base_of, monkeypatch, where):
     """The prompts that the model had are the very ones, as an optimizer may hold them."""
