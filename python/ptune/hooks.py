@@ -97,7 +97,7 @@ class PromptHooks:
         self, block: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]] | None:
         call = current_call()
-        if call is None and torch._C._current_graph_task_id() != -1 and self.model.prompts_enabled:
+        if call is None and _in_backward() and self.model.prompts_enabled:
             raise NotImplementedError(
                 f"{type(block).__name__}: recomputed by a checkpoint that knows nothing of deep prompts; use "
                 "gradient_checkpointing_enable() in place of a wrapper around the blocks"
@@ -231,6 +231,11 @@ def named(parameters: Iterable[str], args: tuple, kwargs: dict[str, Any]) -> dic
 def note_body(*, reached: bool) -> None:
     """Remember, for `PromptHooks.after_model`, whether the running call of the model came to what bears its prompts."""
     _thread.reached = reached
+
+
+def _in_backward() -> bool:
+    # a decoding step is compiled whole, and its graph would break here
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _end_call(body: nn.Module, args: tuple, output: Any) -> None:
