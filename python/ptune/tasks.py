@@ -294,7 +294,7 @@ class Generation(Task[Passage]):
 
     def score(self, examples: Sequence[Passage], features: Sequence[Features], reduced: Any) -> dict[str, float]:
         loss, count = reduced.sum(0, dtype="float64")
-        return {"perplexity": math.exp(loss / count)}
+        return {"perplexity": torch.as_tensor(loss / count).exp().item()}  # of a run that diverged, inf
 
     @torch.inference_mode()
     def predict(

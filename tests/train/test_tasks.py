@@ -111,6 +111,10 @@ def test_completions_end_where_positions_do(tiny_gpt2, caplog, rows):
         assert next(task.predict(model, [text], 12, **words_only)) == answer
 
 
+def test_perplexity_of_a_run_that_diverged():
+    assert Generation.score(None, [], [], np.array([[1500.0, 2.0], [750.0, 1.0]])) == {"perplexity": math.inf}
+
+
 def test_perplexity_weighs_every_token_alike():
     task = Generation(word_tokenizer("[CLS] $A"), 20)
     passages = [Passage("", "good"), Passage("the", "one two three")]
