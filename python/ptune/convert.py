@@ -23,14 +23,14 @@ from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
 
 from . import checkpoint, hub
-from .auto import AutoPTuneModel, AutoPTuneModelForSeq2SeqLM
+from .auto import AutoPTuneModel
 from .checkpoint import MisfitError
 from .runs import MODELS
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 
-_LOADERS: dict[Any, Any] = {**MODELS, "seq2seq": AutoPTuneModelForSeq2SeqLM, None: AutoPTuneModel}
+_LOADERS: dict[Any, Any] = {**MODELS, None: AutoPTuneModel}
 _TASK_TYPES = {
     "SEQ_CLS": "classification", "TOKEN_CLS": "tagging", "CAUSAL_LM": "generation", "SEQ_2_SEQ_LM": "seq2seq",
     "FEATURE_EXTRACTION": None, None: None,

@@ -23,6 +23,7 @@ from transformers import AutoConfig, PrinterCallback, TrainerCallback, TrainingA
 from .bank import PromptBank, check_name
 from .checkpoint import PROMPTS
 from .data import Columns
+from .loading import check_base
 from .runs import CHECKPOINTS, Options, Run, prepare, remove_checkpoints, write_json
 from .tasks import IGNORED, Features
 from .train import EVALUATIONS, ResumableTrainer, evaluate, groups_of, line_of
@@ -149,6 +150,12 @@ def train_mix(
     Returns: by task, the record that stands in its `train.json`.
     """
     first = next(iter(options.values()))
+    check_base(first.model)
+    if AutoConfig.from_pretrained(first.model).is_encoder_decoder:
+        raise NotImplementedError(
+            f"model: {first.model} is an encoder-decoder, and tasks are trained together in a PromptBank, which takes "
+            "none; train each by itself"
+        )
     runs: dict[str, Run] = {}
     with tempfile.TemporaryDirectory() as scratch:
         for name, its in options.items():
