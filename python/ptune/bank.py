@@ -15,6 +15,7 @@ from . import checkpoint, hub
 from .attention import Prefix
 from .config import PTuneConfig, take_settings
 from .entry import CompiledEntries, Entry
+from .fit import check_compiled
 from .heads import Head, Heads
 from .layout import first_column, ones_and_zeros
 from .likeness import warn_of_other_weights
@@ -248,10 +249,7 @@ class PromptBank:
         if compiled and not shared:
             raise checkpoint.MisfitError(f"a compiled prefix, and prompts cannot be shared here: {plan.reason}")
         if compiled:
-            for name, got, own in zip(names, compiled, self._nothing.tensors(), strict=True):
-                expected = own.shape[0], settings.pre_seq_len, own.shape[2]
-                if got.shape != expected:
-                    raise checkpoint.MisfitError(f"{name}: expected {expected}, got {tuple(got.shape)}")
+            check_compiled(names, compiled, self._nothing.tensors())
         return Entry(head, settings, saved, prompts, deep, compiled, shared)
 
     def _plan_of(self, settings: PTuneConfig) -> Plan:
