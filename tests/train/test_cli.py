@@ -496,6 +496,15 @@ def test_encoder_decoders_read_no_whole_texts(tmp_path):
     assert f"{data}: expected prompts and completions, for an encoder-decoder" in " ".join(result.stderr.split())
 
 
+def test_completions_that_are_cut_are_counted(tiny_t5, tmp_path):
+    data = tmp_path / "a.csv"
+    data.write_text("prompt,completion\n" + "red,one two\n" * 10 + "red,one two three\n" * 10)
+    arguments = ["--model", tiny_t5, "--task", "generation", "--data", data, "--eval-data", data, "--steps", 1]
+    result = ptune("train", *arguments, "--max-length", 4, "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.exception
+    assert "10 of 20 training examples reach 4 tokens and may be cut" in " ".join(result.stderr.split())
+
+
 def test_encoder_decoders_that_must_be_told_languages(tiny_bart, tmp_path):
     base, arguments = tmp_path / "base", ["--task", "generation", "--data", generation_file(tmp_path), "--steps", 1]
     shutil.copytree(tiny_bart, base, ignore=shutil.ignore_patterns("token*"))
