@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import increment_version
 
@@ -181,6 +181,8 @@ def cast_qkv(query: Tensor, key: Tensor, value: Tensor, dtype: torch.dtype) -> t
 
 
 def _needs_grad(*tensors: Tensor) -> bool:
+    if forward_ad._current_level >= 0:
+        return True  # the ops would drop tangents in silence, and the Functions refuse them
     if torch.is_grad_enabled():
         try:
             for tensor in tensors:

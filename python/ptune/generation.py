@@ -4,10 +4,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
 
 class PromptGeneration:
     """What `generate` must know of the m columns that the prompt takes in a cache."""
+
+    def init_continuous_batching(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.prompts_enabled:
+            # of what fails in its thread, it logs an error and returns no tokens
+            raise NotImplementedError(
+                "continuous batching (generate_batch, or cache_implementation='paged'): not supported with prompts, "
+                "because it packs texts into one row; generate for a padded batch instead"
+            )
+        return super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
 
     def _prefill(
         self: Any, input_ids: Tensor, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any
@@ -73,6 +83,15 @@ class PromptGeneration:
         batch_size: int,
         max_cache_length: int,
     ) -> Any:
+        needed, cache = max_cache_length + self.prompt_columns, model_kwargs.get("past_key_values")
+        if self.prompt_columns > 0 and isinstance(cache, Cache) and cache.is_compileable:
+            layers: Any = cache.layers
+            room = min((layer.max_cache_len for layer in layers if not layer.is_sliding), default=needed)
+            if room < needed:
+                raise ValueError(
+                    f"past_key_values: expected a static cache of at least {needed} columns, {self.prompt_columns} of "
+                    f"them for the prompt, got {room}"
+                )
         return super()._prepare_cache_for_generation(  # type: ignore[misc]
-            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length + self.prompt_columns
+            generation_config, model_kwargs, generation_mode, batch_size, needed
         )

@@ -127,7 +127,7 @@ class PromptHooks:
             hidden = _overwrite(hidden, prompts, call.placement, depth, self.model.ptune_config.deep_prompt_mode)
         return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
 
-    def after_body(self, body: nn.Module, args: tuple, output: Any) -> Any:
+    def after_body(self, body: Any, args: tuple, output: Any) -> Any:
         if (call := current_call()) is None or call.capture is not None:
             return None
         set_call(None)
@@ -136,8 +136,9 @@ class PromptHooks:
         if call.prefix:
             self.prefix.leave(call, output)
         else:
-            if self._is_deep(call) and call.depth != self.num_layers:
-                raise RuntimeError(f"{type(body).__name__}: expected {self.num_layers} blocks to run, {call.depth} did")
+            count = body.config.num_hidden_layers  # which assistant_early_exit lowers for a while
+            if self._is_deep(call) and call.depth != count:
+                raise RuntimeError(f"{type(body).__name__}: expected {count} blocks to run, {call.depth} did")
             self.leave_concat(call, output)
         if output.get("pooler_output") is not None:
             output["pooler_output"] = pool(body, states_at(call.layout.column, output["last_hidden_state"]))

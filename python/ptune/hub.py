@@ -4,7 +4,9 @@ A repository holds what a folder does, ``ptune_config.json`` and ``model.safeten
 """
 
 import os
-from pathlib import Path
+import shutil
+import tempfile
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from huggingface_hub import CommitInfo, HfApi, ModelCardData, try_to_load_from_cache
@@ -111,28 +113,30 @@ def upload(
 ) -> CommitInfo:
     """Upload the files of prompts in ``folder``, and nothing else, to a repository, which is made if there is none.
 
-    By default it has the folder's name. A card that the repository has is kept. The keywords are those of `HfApi`.
-    Raises `FileNotFoundError` or `ValueError` for a folder that holds no prompts, or damaged ones, and makes no
-    repository then.
+    By default it has the folder's name. A card that the repository has is kept. Of a base that is a local folder the
+    name alone is uploaded, and not where it lies. The keywords are those of `HfApi`. Raises `FileNotFoundError` or
+    `ValueError` for a folder that holds no prompts, or damaged ones, and makes no repository then.
     """
-    checkpoint.read_config(folder)
-    checkpoint.read_tensors(folder)
+    config, tensors = checkpoint.read_config(folder), checkpoint.read_tensors(folder)
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id or Path(folder).absolute().name, private=private, exist_ok=True).repo_id
     if revision is not None and not create_pr:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
-    names = [checkpoint.CONFIG_NAME, checkpoint.WEIGHTS_NAME]
-    if not api.file_exists(repo_id, CARD_NAME, revision=revision):
-        names.append(CARD_NAME)
-    return api.upload_folder(
-        repo_id=repo_id,
-        folder_path=os.fspath(folder),
-        allow_patterns=names,
-        revision=revision,
-        create_pr=create_pr,
-        commit_message=commit_message,
-        commit_description=commit_description,
-    )
+    base = config["base"]
+    if (name := _folder_name(base["name"])) is not None:
+        base["name"] = f"./{name}"  # which no repository can be called
+    with tempfile.TemporaryDirectory() as shared:
+        checkpoint.write(shared, config, tensors)
+        if Path(folder, CARD_NAME).exists() and not api.file_exists(repo_id, CARD_NAME, revision=revision):
+            shutil.copy(Path(folder, CARD_NAME), shared)
+        return api.upload_folder(
+            repo_id=repo_id,
+            folder_path=shared,
+            revision=revision,
+            create_pr=create_pr,
+            commit_message=commit_message,
+            commit_description=commit_description,
+        )
 
 
 def write(folder: str | os.PathLike[str], config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -160,9 +164,8 @@ def card(config: dict[str, Any]) -> str:
         tags=["prompt-tuning", "ptune-kernels"],
     )
     elsewhere = "" if on_hub else ", base_model=…"
-    # of its path the last part alone, which tells those who have a copy, and nothing of the machine
-    folder = f" The base was a local folder, `{Path(base).name}`: `base_model` is where a copy lies."
-    local = folder if os.path.isabs(base) else ""
+    folder = _folder_name(base)
+    local = f" The base was a local folder, `{folder}`: `base_model` is where a copy lies." if folder else ""
     return f"""---
 {data.to_yaml()}
 ---
@@ -183,6 +186,14 @@ from ptune import AutoPTuneModel{loader}
 model = AutoPTuneModel{loader}.from_pretrained("…"{elsewhere})  # this repository, or a folder
 ```
 """
+
+
+def _folder_name(base: str) -> str | None:
+    """The last part of the path to a base, which tells those who have a copy, and nothing of the machine.
+
+    ``None`` where ``base`` is no path: the name of a repository, or nothing.
+    """
+    return PureWindowsPath(base).name or None if not _is_valid(base) else None  # whose separators are those of all
 
 
 def _is_valid(repo_id: str) -> bool:

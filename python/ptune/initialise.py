@@ -25,8 +25,13 @@ def initial_prompts(model: Any, settings: PTuneConfig, tokenise: Tokenise | None
 
     Returns ``prompt_embeddings`` [m, d] and ``intermediate_prompt_embeddings`` [L·m, d] or ``None``. ``tokenise(text,
     special_tokens)`` turns a string into token ids. Raises `ValueError` for more rows than learned positions leave room
-    for.
+    for, and for a base without values.
     """
+    if device_of(model.get_input_embeddings()).type == "meta":
+        raise ValueError(
+            "tuning_mode: expected a base whose weights prompts can start from, got one on the meta device; leave out "
+            "init_empty_weights, and fsdp_cpu_ram_efficient_loading"
+        )
     if (lack := lack_of_positions(model, settings.pre_seq_len)) is not None:
         raise ValueError(lack)
     if settings.prompt_init == "random":

@@ -114,4 +114,4 @@ def roll_rows(tensor: Tensor, shift: Tensor, dim: int) -> Tensor:
     index = (torch.arange(size, device=tensor.device) + shift[:, None].long()) % size
     shape = [1] * tensor.dim()
     shape[0], shape[dim] = index.shape
-    return tensor.take_along_dim(index.view(shape), dim)
+    return tensor.gather(dim, index.view(shape).expand_as(tensor))

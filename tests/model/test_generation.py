@@ -81,12 +81,16 @@ def prompted(request, base_of):
         {"do_sample": False, "prompt_lookup_num_tokens": 2},
         {"do_sample": False, "prefill_chunk_size": 2},
         {"do_sample": False, "repetition_penalty": 1.0},
+        {"do_sample": False, "assistant_early_exit": 2},
     ],
-    ids=["beams", "static beams", "sampling", "prompt lookup", "chunked prefill", "plain"],
+    ids=["beams", "static beams", "sampling", "prompt lookup", "chunked prefill", "plain", "early exit"],
 )
 def test_every_way_of_generating_follows_the_text(prompted, how):
     stock, model, words = prompted
-    text = torch.randint(3, 61, (1 if "prompt_lookup_num_tokens" in how else 3, 5))
+    if "assistant_early_exit" in how and stock.config.model_type == "gpt2":
+        pytest.skip("stock GPT-2 cannot leave early")
+    assisted = "prompt_lookup_num_tokens" in how or "assistant_early_exit" in how  # which takes one text at a time
+    text = torch.randint(3, 61, (1 if assisted else 3, 5))
     common = {"max_new_tokens": NEW, "min_new_tokens": NEW, "pad_token_id": 0, **how}
     torch.manual_seed(5)
     expected = stock.generate(torch.cat([words.expand(len(text), -1), text], 1), **common)
@@ -112,6 +116,29 @@ def test_steps_that_transformers_compiles_are_one_graph(base_of, mode, sharing):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     for step, want in zip(got, expected, strict=True):
         close(step.index_fill(1, torch.tensor([2]), 0), want.index_fill(1, torch.tensor([2]), 0))
+
+
+def test_continuous_batching_is_refused(prompted):
+    _, model, words = prompted
+    refused = pytest.raises(NotImplementedError, match=r"continuous batching .* not supported with prompts")
+    with refused:
+        model.generate_batch([words.tolist()])
+    with refused:
+        model.generate(words[None], cache_implementation="paged")
+
+
+def test_a_static_cache_without_room_for_the_prompt_is_refused(prompted):
+    _, model, words = prompted
+    room = 2 * COUNT + NEW - 1  # the last token is not read again
+    for columns in (room, room - 1):
+        how = {**GREEDY, "past_key_values": transformers.StaticCache(model.config, max_cache_len=columns)}
+        if columns == room:
+            assert model.generate(words[None], **how).shape[1] == COUNT + NEW
+        else:
+            with pytest.raises(
+                ValueError, match=f"static cache of at least {room} columns, {COUNT} of .* got {columns}"
+            ):
+                model.generate(words[None], **how)
 
 
 def test_chunked_prefill_of_a_padded_batch_is_refused(prompted):

@@ -1,6 +1,5 @@
 """Prompts in repositories of the hub, which is a cache of its files on this machine, as huggingface_hub lays it out."""
 
-import fnmatch
 import secrets
 import shutil
 from functools import partialmethod
@@ -25,11 +24,15 @@ CLASSIFIER = ptune.AutoPTuneModelForSequenceClassification
 class Hub:
     """Repositories, in a folder like huggingface_hub's cache: what is uploaded is what has been downloaded."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, base: Path) -> None:
+        self.folder, self.base = folder, base
         self.calls: list[tuple[str, dict]] = []
         # for what loads from it
         self.options = {"cache_dir": folder, "local_files_only": True}
+
+    def load(self, repo_id: str, **rest):
+        """Prompts on the base, of which a repository does not say where it lies."""
+        return CLASSIFIER.from_pretrained(repo_id, base_model=self.base, **self.options | rest)
 
     def repository(self, repo_id: str) -> Path:
         return self.folder / f"models--{repo_id.replace('/', '--')}"
@@ -66,11 +69,10 @@ class Hub:
         snapshot = self.snapshot(repo_id, revision or "main")
         return snapshot is not None and (snapshot / filename).exists()
 
-    def upload_folder(self, api, *, repo_id, folder_path, allow_patterns, revision, **rest):
+    def upload_folder(self, api, *, repo_id, folder_path, revision, **rest):
         self.calls.append(("upload_folder", rest))
         files = {str(path.relative_to(folder_path)): path for path in Path(folder_path).rglob("*") if path.is_file()}
-        chosen = {name: path for name, path in files.items() if any(fnmatch.fnmatch(name, p) for p in allow_patterns)}
-        return SimpleNamespace(oid=self.commit(repo_id, chosen, revision or "main"))
+        return SimpleNamespace(oid=self.commit(repo_id, files, revision or "main"))
 
 
 def _call(api, method, *args, **kwargs):
@@ -78,9 +80,9 @@ def _call(api, method, *args, **kwargs):
 
 
 @pytest.fixture
-def hub(tmp_path, monkeypatch):
+def hub(tmp_path, monkeypatch, base_of):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # local_files_only leaves some requests
-    hub = Hub(tmp_path / "hub")
+    hub = Hub(tmp_path / "hub", base_of("llama").folder)
     for name in ("create_repo", "create_branch", "file_exists", "upload_folder"):
         monkeypatch.setattr(huggingface_hub.HfApi, name, partialmethod(_call, getattr(hub, name)))
     return hub
@@ -117,7 +119,7 @@ def test_what_is_pushed_is_loaded(model, hub, tmp_path, base_of, how):
     (made, of_repo), (uploaded, of_commit) = hub.calls
     assert (made, of_repo) == ("create_repo", {"private": True, "exist_ok": True, "token": "hf_x"})
     assert (uploaded, of_commit["commit_message"]) == ("upload_folder", "First")
-    assert same(CLASSIFIER.from_pretrained("user/spam", **hub.options), model)
+    assert same(hub.load("user/spam"), model)
     other = base_of("llama").tuned(CLASSIFIER, num_labels=3, **settings_for("shallow")).eval()
     other.load_prompts("user/spam", **hub.options)
     assert same(other, model)
@@ -127,9 +129,29 @@ def test_what_is_pushed_is_loaded(model, hub, tmp_path, base_of, how):
     torch.testing.assert_close(bank(ids, prompt_names=["spam"]).logits[0], model(ids).logits[0].detach())
 
 
+@pytest.mark.parametrize("how", ["push_to_hub", "save_prompts", "save_pretrained"])
+def test_where_a_local_base_lies_is_told_to_nobody(model, hub, tmp_path, monkeypatch, how):
+    if how == "push_to_hub":
+        model.push_to_hub("user/spam")
+    else:
+        getattr(model, how)(tmp_path / "folder", push_to_hub=True, repo_id="user/spam")
+        assert same(CLASSIFIER.from_pretrained(tmp_path / "folder"), model)
+    for path in hub.snapshot("user/spam").iterdir():
+        content = path.read_bytes()
+        assert str(hub.base.parent).encode() not in content, path
+        assert path.name == WEIGHTS_NAME or hub.base.name.encode() in content
+    with pytest.raises(
+        OSError, match=rf"its base, '\./{hub.base.name}', cannot be loaded; base_model .* says where it is"
+    ):
+        CLASSIFIER.from_pretrained("user/spam", **hub.options)
+    assert same(hub.load("user/spam"), model)
+    monkeypatch.chdir(hub.base.parent)
+    assert same(CLASSIFIER.from_pretrained("user/spam", **hub.options), model)
+
+
 def test_the_folders_name_is_the_default(model, hub, tmp_path):
     model.save_prompts(tmp_path / "spam-prompts", push_to_hub=True)
-    assert same(CLASSIFIER.from_pretrained("me/spam-prompts", **hub.options), model)
+    assert same(hub.load("me/spam-prompts"), model)
 
 
 def test_revisions(model, hub, base_of):
@@ -145,9 +167,9 @@ def test_revisions(model, hub, base_of):
         (last, "add"),
         (first, "overwrite"),
     ):
-        loaded = CLASSIFIER.from_pretrained("user/spam", revision=revision, **hub.options)
+        loaded = hub.load("user/spam", revision=revision)
         assert loaded.ptune_config.deep_prompt_mode == mode
-    assert CLASSIFIER.from_pretrained("user/spam", revision="v2", **hub.options).ptune_config.tuning_mode == "ptune"
+    assert hub.load("user/spam", revision="v2").ptune_config.tuning_mode == "ptune"
     with pytest.raises(FileNotFoundError, match="user/spam: expected a folder of prompts, or a repository"):
         again.load_prompts("user/spam", revision="v3", **hub.options)
 
@@ -156,7 +178,7 @@ def test_a_repository_of_several(model, hub, tmp_path, base_of):
     model.save_prompts(tmp_path / "saved")
     files = {f"spam/{path.name}": path for path in (tmp_path / "saved").iterdir()}
     hub.commit("user/all", files)
-    loaded = CLASSIFIER.from_pretrained("user/all", subfolder="spam", **hub.options)
+    loaded = hub.load("user/all", subfolder="spam")
     assert same(loaded, model)
     bank = ptune.PromptBank(base_of("llama").stock(transformers.AutoModelForCausalLM))
     bank.add("spam", "user/all", subfolder="spam", **hub.options)
@@ -194,7 +216,7 @@ def test_offline(model, hub, monkeypatch):
     """From the cache that the environment names, without options."""
     model.push_to_hub("user/spam")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(hub.folder))
-    assert same(CLASSIFIER.from_pretrained("user/spam"), model)
+    assert same(CLASSIFIER.from_pretrained("user/spam", base_model=hub.base), model)
 
 
 def test_a_folder_of_that_name_goes_first(model, hub, tmp_path, monkeypatch, base_of):
@@ -202,7 +224,7 @@ def test_a_folder_of_that_name_goes_first(model, hub, tmp_path, monkeypatch, bas
     here = base_of("llama").tuned(CLASSIFIER, num_labels=3, **settings_for("shallow"))
     here.save_prompts(tmp_path / "user" / "spam")
     monkeypatch.chdir(tmp_path)
-    assert same(CLASSIFIER.from_pretrained("user/spam", **hub.options), here)
+    assert same(hub.load("user/spam"), here)
 
 
 def test_a_repository_without_weights(model, hub):
@@ -212,7 +234,7 @@ def test_a_repository_without_weights(model, hub):
     with pytest.raises(OSError, match=WEIGHTS_NAME):
         model.load_prompts("user/spam", **hub.options)
     with pytest.raises(OSError, match=WEIGHTS_NAME):
-        CLASSIFIER.from_pretrained("user/spam", **hub.options)
+        hub.load("user/spam")
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
@@ -230,7 +252,7 @@ def test_files_are_of_one_commit(model, hub, monkeypatch):
 
     first = hub.snapshot("user/spam").name
     monkeypatch.setattr(ptune.hub, "cached_file", push_in_between)
-    assert same(CLASSIFIER.from_pretrained("user/spam", **hub.options), model)
+    assert same(hub.load("user/spam"), model)
     assert asked == [(CONFIG_NAME, None), (WEIGHTS_NAME, first)]
 
 

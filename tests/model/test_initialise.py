@@ -5,6 +5,7 @@ import torch
 import transformers
 
 import ptune
+from ptune.models import ptune_class
 
 from .common import COUNT, close, settings_for
 from .families import FAMILIES, LAYERS
@@ -107,6 +108,15 @@ def test_added_prompts_start_at_zero(base_of):
         model = base_of("llama").tuned(**settings_for("add", prompt_init=init))
         assert not model.intermediate_prompt_embeddings.weight.any()
         assert model.prompt_embeddings.weight.all()
+
+
+def test_a_base_without_values_is_refused(base_of):
+    with torch.device("meta"):
+        stock = transformers.AutoModelForCausalLM.from_config(base_of("llama").family.config())
+    stock.__class__ = ptune_class(type(stock))
+    stock.adopt([])
+    with pytest.raises(ValueError, match="expected a base whose weights prompts can start from, got one on the meta"):
+        stock.init_prompts(ptune.PTuneConfig(**settings_for("overwrite")))
 
 
 def test_the_global_seed_decides(base_of):

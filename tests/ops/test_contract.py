@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch.autograd import gradcheck
+from torch.autograd import forward_ad, gradcheck
 
 import ptune_kernels
 from ptune_kernels import Placement
@@ -148,6 +148,21 @@ def test_inductor():
 
 
 # --- how autograd is used ---
+
+
+@on_targets
+@on_ops
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
+def test_tangents_are_refused(target, op, mode):
+    """Forward-mode derivatives are not implemented, and must not be dropped in silence."""
+    tensors, keywords = op.case((2, 3, 4, 5), torch.float32, target.device, placed=False)
+    keywords = with_default_dtype(op, keywords, torch.float16)
+    for index in op.differentiable:
+        with mode(), forward_ad.dual_level():
+            duals = list(tensors)
+            duals[index] = forward_ad.make_dual(tensors[index], torch.ones_like(tensors[index]))
+            with pytest.raises(RuntimeError, match="forward mode AD"):
+                op(*duals, **keywords)
 
 
 @on_targets
