@@ -91,9 +91,9 @@ class Task(ABC, Generic[Example]):
     def encode(self, example: Example) -> Features:
         """The `input_ids` and `labels` of an example (and `first_pieces` in tagging), at most `max_length` long."""
 
-    @abstractmethod
     def reduce(self, logits: Tensor, labels: Tensor) -> Tensor:
         """What `score` needs of a batch's logits [b, …], as a tensor [b, …]: evaluation then keeps no logits."""
+        return logits.argmax(-1)
 
     @abstractmethod
     def score(self, examples: Sequence[Example], features: Sequence[Features], reduced: Any) -> dict[str, float]:
@@ -164,9 +164,6 @@ class Classification(Task[Labelled]):
     def _collate_labels(self, labels: Sequence[list[int]]) -> Tensor:
         return torch.tensor(labels).squeeze(1)
 
-    def reduce(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return logits.argmax(-1)
-
     def score(self, examples: Sequence[Labelled], features: Sequence[Features], reduced: Any) -> dict[str, float]:
         gold = [example.label for example in examples]
         predicted = [self.labels[index] for index in reduced]
@@ -220,9 +217,6 @@ class Tagging(Task[Tagged]):
             if word is not None:
                 first_pieces[word] = position
         return {"input_ids": encoded["input_ids"], "first_pieces": first_pieces}
-
-    def reduce(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return logits.argmax(-1)
 
     def score(self, examples: Sequence[Tagged], features: Sequence[Features], reduced: Any) -> dict[str, float]:
         gold = [list(example.tags) for example in examples]
