@@ -110,10 +110,10 @@ def many(base: Path) -> str:
     for name in bank.names:
         first.append(bank(ids, prompt_names=[name]).logits[0])
         most = max(most, bank.compiled_bytes)
-        held = sum(prefix.nbytes for prefix in bank._kept.values())
+        held = sum(prefix.nbytes for prefix in bank._compiled.kept.values())
         if not held == bank.compiled_bytes <= BUDGET:
             raise AssertionError(f"{held} bytes are held, of {BUDGET}")
-    kept = len(bank._kept)
+    kept = len(bank._compiled.kept)
     for name, expected in zip(bank.names, first, strict=True):
         torch.testing.assert_close(bank(ids, prompt_names=[name]).logits[0], expected, rtol=0, atol=1e-5)
     return f"{MANY} prompts of 20 rows answer, twice, with {most / 1e6:.1f} of {BUDGET / 1e6:.0f} MB: {kept} are kept"

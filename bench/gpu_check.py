@@ -9,6 +9,7 @@ Writes ``gpu-check.json`` (each step, whether it passed, and the end of what it 
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import shutil
@@ -23,6 +24,8 @@ from .timing import RESULTS
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-rf"]
+# compilers, Triton's among them, have more cores there than one process of tests keeps busy
+WORKERS = ["-n", "4"] if importlib.util.find_spec("xdist") else []
 # enough to pass every kernel once: the sanitizers slow them down a hundred times
 SANITIZED = ["tests/ops", "-m", "cuda", "-k", "(equals_oracle or equals_autograd) and (2x3x5x7 or 2x5x3x123)"]
 
@@ -38,11 +41,17 @@ def steps(out: Path) -> list[Step]:
     sanitizer = shutil.which("compute-sanitizer") or "compute-sanitizer"
     python = sys.executable
     return [
-        Step("libraries", [python, "-m", "ptune_kernels"], 60, needs_gpu=False),
-        Step("collect", [*PYTEST, "tests/ops", "-m", "cuda", "--collect-only"], 60, needs_gpu=False),
+        Step("libraries", [python, "-m", "ptune_kernels"], 30, needs_gpu=False),
+        Step(
+            "collect",
+            [*PYTEST, "tests/ops", "tests/model/test_devices.py", "-m", "cuda", "--collect-only"],
+            60,
+            needs_gpu=False,
+        ),
         Step("compile", [python, "-m", "bench.aot", "--out", str(out)], 300, needs_gpu=False),
         Step("rehearse", [python, "-m", "bench.gpu", "--rehearse"], 120, needs_gpu=False),
-        Step("tests", [*PYTEST, "tests/ops", "-m", "cuda"], 150),
+        Step("tests", [*PYTEST, *WORKERS, "tests/ops", "-m", "cuda"], 100),
+        Step("models", [*PYTEST, *WORKERS, "tests/model/test_devices.py", "-m", "cuda"], 80),
         Step("memcheck", [sanitizer, "--tool", "memcheck", "--error-exitcode", "9", *PYTEST, *SANITIZED], 60),
         Step("racecheck", [sanitizer, "--tool", "racecheck", "--error-exitcode", "9", *PYTEST, *SANITIZED], 60),
         Step("benchmarks", [python, "-m", "bench.gpu", "--out", str(out)], 210),

@@ -1,10 +1,8 @@
 """`PromptBank`: many prompts on one base, and batches whose rows name different ones."""
 
-import copy
 import os
 import re
 import threading
-from collections import OrderedDict
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +14,8 @@ from transformers import PreTrainedModel
 from . import checkpoint, hub
 from .attention import Prefix
 from .config import PTuneConfig, take_settings
+from .entry import CompiledEntries, Entry
+from .fit import check_compiled
 from .heads import Head, Heads
 from .layout import first_column, ones_and_zeros
 from .likeness import warn_of_other_weights
@@ -23,9 +23,9 @@ from .mixin import PTuneMixin
 from .mixture import Mixture, Overwriting, mixing
 from .models import ptune_class
 from .plan import Plan
-from .quantised import kept_scales, rounds_by_batch, sharing_memory, take_scales
+from .quantised import rounds_by_batch
+from .twin import twin_of
 
-_PACKED = torch.contiguous_format
 _NAME = re.compile(r"\w[\w.-]{0,99}")
 
 
@@ -59,25 +59,6 @@ class BankOutput:
     loss: Tensor | None = None
 
 
-@dataclass(eq=False)
-class _Entry:
-    """A prompt of a bank: float32, on the CPU unless it trains, with its head and what its folder says."""
-
-    saved: dict[str, Any]
-    settings: PTuneConfig
-    prompts: Any  # [m, d]; None where a compiled prefix was loaded
-    deep: Any  # [L·m, d], or None
-    compiled: list[Tensor]
-    shared: bool
-    head: Head
-    trains: bool = False
-    removed: bool = False
-
-    @property
-    def count(self) -> int:
-        return self.settings.pre_seq_len
-
-
 class PromptBank:
     """Many prompts on one base: each row of a batch names its own, and the base runs once for all.
 
@@ -98,23 +79,23 @@ class PromptBank:
         if max_bytes is not None and (not isinstance(max_bytes, int) or isinstance(max_bytes, bool) or max_bytes < 0):
             raise ValueError(f"max_bytes: expected None or an int of at least 0, got {max_bytes!r}")
         self.max_bytes = max_bytes
-        self._stock = _sharing_weights(base)
+        _check_base(base)
+        self._stock = twin_of(base)
         self._lock = threading.RLock()
-        self._entries: dict[str, _Entry] = {}
-        self._kept: OrderedDict[_Entry, Prefix] = OrderedDict()
-        self._kept_bytes = 0
+        self._entries: dict[str, Entry] = {}
         self._plans: dict[tuple[Any, ...], Plan] = {}
         self._runner = _with_prompts(self._stock)
         try:
             self._runner.init_prompts(PTuneConfig(tuning_mode="deep_ptune", pre_seq_len=1))
         except NotImplementedError:  # it has no list of blocks, so prompts are shallow
             self._runner.init_prompts(PTuneConfig(tuning_mode="ptune", pre_seq_len=1))
-        self._nothing = None
+        self._nothing: Any = None  # no prompt, compiled, where prompts are shared
         if self._runner.prefix_plan.path == "prefix":
             one_row = self._runner._hooks.prefix.prefix()
             self._nothing = Prefix([(key[:, :0], value[:, :0]) for key, value in one_row.layers])
         self._heads = Heads(self._runner, self._stock.config)
-        self._base_head = self._heads.of_base()
+        self._bare = Entry(self._heads.of_base(), PTuneConfig(), saved={})
+        self._compiled = CompiledEntries(self._runner)
 
     @property
     def names(self) -> list[str]:
@@ -124,7 +105,7 @@ class PromptBank:
     @property
     def compiled_bytes(self) -> int:
         """How much memory compiled prompts take."""
-        return self._kept_bytes
+        return self._compiled.nbytes
 
     def add(self, name: str, folder: str | os.PathLike[str], **options: Any) -> None:
         """Take in the prompts and head of ``folder`` (of `save_prompts`, `save_prefix` or a Trainer) as ``name``.
@@ -153,7 +134,7 @@ class PromptBank:
             entry = self._named(name)
             self._entries = {other: kept for other, kept in self._entries.items() if other != name}
             entry.removed = True
-            self._drop(entry)
+            self._compiled.drop(entry)
 
     def __call__(
         self,
@@ -177,11 +158,11 @@ class PromptBank:
         rows_of: dict[str | None, list[int]] = {}
         for row, name in enumerate(names):
             rows_of.setdefault(name, []).append(row)
-        heads = {name: self._base_head if (e := entries[rows[0]]) is None else e.head for name, rows in rows_of.items()}
+        heads = {name: entries[rows[0]].head for name, rows in rows_of.items()}
         _check_labels(labels, rows_of, heads)
         labels = labels or {}
         column = first_column(mask)
-        trains = any(entry is not None and entry.trains for entry in entries)
+        trains = any(entry.trains for entry in entries)
         with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
             states = self._states(entries, input_ids, mask, token_type_ids, column)
             output = BankOutput(states, logits=[None] * len(entries))
@@ -206,15 +187,14 @@ class PromptBank:
             if entry.compiled:
                 raise ValueError(f"{name!r} is a compiled prefix, without the rows that would train")
             if not entry.trains:
-                self._drop(entry)
+                self._compiled.drop(entry)
                 entry.trains = True
                 device = self._runner.device
                 entry.prompts, entry.deep = (
                     rows if rows is None else nn.Parameter(rows.to(device, copy=True))
                     for rows in (entry.prompts, entry.deep)
                 )
-        tables = zip(checkpoint.PROMPTS, (entry.prompts, entry.deep), strict=True)
-        return {name: rows for name, rows in tables if rows is not None} | entry.head.unfreeze()
+        return entry.tables | entry.head.unfreeze()
 
     def head(self, name: str) -> nn.Module:
         """The head of ``name``, as a model of its class that is without the body."""
@@ -224,9 +204,8 @@ class PromptBank:
         """Write the prompt and head of ``name`` to a folder like the one that it came from."""
         entry = self._named(name)
         compiled = checkpoint.compiled_names(entry.settings, entry.saved["num_layers"])
-        tensors = dict(zip(compiled, entry.compiled, strict=False)) | entry.head.own()
-        tables = zip(checkpoint.PROMPTS, (entry.prompts, entry.deep), strict=True)
-        checkpoint.write(folder, entry.saved, tensors | {n: rows for n, rows in tables if rows is not None})
+        tensors = dict(zip(compiled, entry.compiled, strict=False))
+        checkpoint.write(folder, entry.saved, tensors | entry.head.own() | entry.tables)
 
     def generate(
         self,
@@ -248,17 +227,17 @@ class PromptBank:
         names, entries = self._named_rows(prompt_names, input_ids)
         mask = attention_mask if attention_mask is None else _mask(attention_mask, input_ids)
         for name, entry in zip(names, entries, strict=True):
-            if entry is not None and entry.head.model_class is not runner.base_class:
+            if entry.head.model_class is not runner.base_class:
                 raise ValueError(
                     f"prompt_names: {name!r} was trained on {entry.head.model_class.__name__}, which does not generate"
                 )
-            if entry is not None and entry.head.own():
+            if entry.head.own():
                 raise NotImplementedError(f"prompt_names: {name!r} has an output layer of its own; load it by itself")
         ((_, mixture),) = self._parts(entries, input_ids.device, together=True)
         with mixing(runner, mixture):
             return runner.generate(input_ids, attention_mask=mask, **kwargs)
 
-    def _entry(self, saved: dict[str, Any], tensors: dict[str, Tensor]) -> _Entry:
+    def _entry(self, saved: dict[str, Any], tensors: dict[str, Tensor]) -> Entry:
         settings = checkpoint.settings_of(saved)
         head = self._heads.of(saved, tensors)
         names = checkpoint.compiled_names(settings, saved["num_layers"])
@@ -266,15 +245,12 @@ class PromptBank:
         prompts, deep = (tensors.get(name) for name in checkpoint.PROMPTS)
         plan = self._plan_of(settings)
         # where a rotary embedding changes with the length, prompt rows must see how long the text is
-        shared = plan.path == "prefix" and plan.limit is None
+        shared = self._nothing is not None and plan.path == "prefix" and plan.limit is None
         if compiled and not shared:
             raise checkpoint.MisfitError(f"a compiled prefix, and prompts cannot be shared here: {plan.reason}")
-        if compiled and self._nothing is not None:
-            for name, got, own in zip(names, compiled, self._nothing.tensors(), strict=True):
-                expected = own.shape[0], settings.pre_seq_len, own.shape[2]
-                if got.shape != expected:
-                    raise checkpoint.MisfitError(f"{name}: expected {expected}, got {tuple(got.shape)}")
-        return _Entry(saved, settings, prompts, deep, compiled, shared, head)
+        if compiled:
+            check_compiled(names, compiled, self._nothing.tensors())
+        return Entry(head, settings, saved, prompts, deep, compiled, shared)
 
     def _plan_of(self, settings: PTuneConfig) -> Plan:
         """The path of prompts of this kind."""
@@ -283,25 +259,18 @@ class PromptBank:
         kind = settings.tuning_mode, settings.deep and settings.deep_prompt_mode
         if kind not in self._plans:
             planner = _with_prompts(self._stock)
-            planner.init_prompts(
-                PTuneConfig(
-                    tuning_mode=settings.tuning_mode,
-                    pre_seq_len=settings.pre_seq_len,
-                    deep_prompt_mode=settings.deep_prompt_mode,
-                )
-            )
+            names = ("tuning_mode", "pre_seq_len", "deep_prompt_mode")
+            planner.init_prompts(PTuneConfig(**{name: getattr(settings, name) for name in names}))
             self._plans[kind] = planner.prefix_plan
         return self._plans[kind]
 
-    def _named(self, name: str) -> _Entry:
+    def _named(self, name: str) -> Entry:
         if not isinstance(name, str) or name not in self._entries:
             known = ", ".join(map(repr, list(self._entries)[:10])) or "none"
             raise ValueError(f"no prompt {name!r} in this bank, which has {len(self._entries)}: {known}")
         return self._entries[name]
 
-    def _named_rows(
-        self, names: Iterable[str | None], input_ids: Tensor
-    ) -> tuple[list[str | None], list[_Entry | None]]:
+    def _named_rows(self, names: Iterable[str | None], input_ids: Tensor) -> tuple[list[str | None], list[Entry]]:
         """The name of each row of a batch, and its prompt."""
         if not isinstance(input_ids, Tensor) or input_ids.is_floating_point() or input_ids.is_complex():
             raise ValueError(f"input_ids: expected a tensor of integers, got {_said(input_ids)}")
@@ -312,7 +281,7 @@ class PromptBank:
             got = f"{len(given)}: {given!r}" if given else repr(names)
             raise ValueError(f"prompt_names: expected {input_ids.shape[0]} names, one for each row, got {got}")
         with self._lock:
-            return given, [None if name is None else self._named(name) for name in given]
+            return given, [self._bare if name is None else self._named(name) for name in given]
 
     def _check_types(self, types: Any, input_ids: Tensor) -> None:
         if "token_type_ids" not in self._runner._hooks.parameters:
@@ -321,38 +290,27 @@ class PromptBank:
             raise ValueError(f"token_type_ids: expected integers of shape {tuple(input_ids.shape)}, got {_said(types)}")
 
     def _parts(
-        self,
-        entries: list[_Entry | None],
-        device: torch.device,
-        together: bool = False,
-        typed: Container[int] = (),
+        self, entries: list[Entry], device: torch.device, together: bool = False, typed: Container[int] = ()
     ) -> list[tuple[Any, Mixture]]:
         """The calls of the base that a batch takes: which rows, and what stands before them.
 
-        ``typed``: rows whose prompts take another token type than the one that they are compiled with.
+        ``together``: in one call. ``typed``: rows whose prompts take another token type than the one that they are
+        compiled with.
         """
-        apart = [
-            row
-            for row, entry in enumerate(entries)
-            if entry is not None and entry.count and (not entry.shared or row in typed)
-        ]
+        prompted = [row for row, entry in enumerate(entries) if entry.count]
+        apart = [row for row in prompted if not entries[row].shared or row in typed]
         if self._nothing is not None and not apart:
             return [(slice(None), self._shared_mixture(entries, device))]
-        rest = sorted(set(range(len(entries))) - set(apart))
-        if self._nothing is None or together or not any(e is not None and e.count for e in (entries[r] for r in rest)):
+        if together or len(apart) == len(prompted):
             return [(slice(None), self._mixture(entries, device))]
+        rest = sorted(set(range(len(entries))) - set(apart))
         return [
             (rest, self._shared_mixture([entries[row] for row in rest], device)),
             (apart, self._mixture([entries[row] for row in apart], device)),
         ]
 
     def _states(
-        self,
-        entries: list[_Entry | None],
-        input_ids: Tensor,
-        mask: Tensor,
-        types: Tensor | None,
-        column: Tensor,
+        self, entries: list[Entry], input_ids: Tensor, mask: Tensor, types: Tensor | None, column: Tensor
     ) -> Tensor:
         """[b, n, d], by one call of the base, or two."""
         typed: set[int] = set()
@@ -368,69 +326,27 @@ class PromptBank:
         order = torch.tensor([row for rows, _ in parts for row in rows], device=made.device)
         return made[order.argsort()]
 
-    def _shared_mixture(self, entries: list[_Entry | None], device: torch.device) -> Mixture:
-        distinct, start, length = _pooled(entries)
-        pool = Prefix.joined([self._prefix_of(entry) for entry in distinct]) if distinct else self._nothing
-        placed = torch.tensor([start, length], dtype=torch.int32).to(device)
-        return Mixture(placed[0], placed[1], max(length), prefix=pool)
+    def _shared_mixture(self, entries: list[Entry], device: torch.device) -> Mixture:
+        """The prompts of ``entries``, compiled."""
+        distinct, start, length = _pooled(entries, device)
+        with self._lock:
+            prefixes = [self._compiled.prefix_of(entry, self.max_bytes) for entry in distinct]
+        longest = max(entry.count for entry in entries)
+        return Mixture(start, length, longest, prefix=Prefix.joined(prefixes or [self._nothing]))
 
-    def _mixture(self, entries: list[_Entry | None], device: torch.device) -> Mixture:
-        for entry in entries:
-            if entry is not None and entry.count and entry.prompts is None:
-                raise NotImplementedError("a compiled prefix is without its rows, which have to run with the text here")
-        distinct, start, length = _pooled(entries)
+    def _mixture(self, entries: list[Entry], device: torch.device) -> Mixture:
+        """The prompts of ``entries``, to run with the text."""
+        distinct, start, length = _pooled(entries, device)
+        if any(entry.prompts is None for entry in distinct):
+            raise NotImplementedError("a compiled prefix is without its rows, which have to run with the text here")
         nothing = torch.zeros(0, self._runner.get_input_embeddings().weight.shape[1])
-        placed = torch.tensor([start, length], dtype=torch.int32).to(device)
         prompts = torch.cat([rows.to(device) for rows in (nothing, *(entry.prompts for entry in distinct))])
         deep = []
-        for mode in dict.fromkeys(entry.settings.deep_prompt_mode for entry in distinct if entry.settings.deep):
-            own = [
-                e if e is not None and e.settings.deep and e.settings.deep_prompt_mode == mode else None
-                for e in entries
-            ]
-            of_mode, deep_start, deep_length = _pooled(own)
+        for mode in dict.fromkeys(entry.deep_mode for entry in distinct if entry.deep_mode):
+            of_mode, *where = _pooled(entries, device, mode)
             pools = torch.cat([e.deep.view(-1, e.count, e.deep.shape[1]) for e in of_mode], 1).to(device)
-            where = torch.tensor([deep_start, deep_length], dtype=torch.int32).to(device)
-            deep.append(Overwriting(mode, pools.unbind(0), where[0], where[1]))
-        return Mixture(placed[0], placed[1], max(length), prompts=prompts, deep=deep)
-
-    def _prefix_of(self, entry: _Entry) -> Prefix:
-        """The keys and values of a prompt, which are kept as far as `max_bytes` goes."""
-        with self._lock:
-            if entry.trains:
-                return Prefix(self._capture(entry))
-            if (prefix := self._kept.get(entry)) is not None:
-                self._kept.move_to_end(entry)
-                return prefix
-            prefix = self._compile(entry)
-            limit = self.max_bytes
-            if not entry.removed and (limit is None or prefix.nbytes <= limit):
-                while limit is not None and self._kept_bytes + prefix.nbytes > limit:
-                    self._kept_bytes -= self._kept.popitem(last=False)[1].nbytes
-                self._kept[entry] = prefix
-                self._kept_bytes += prefix.nbytes
-            return prefix
-
-    def _compile(self, entry: _Entry) -> Prefix:
-        weight = self._runner.get_input_embeddings().weight
-        # neither inference tensors nor rounded by autocast: they are kept for calls of any kind
-        exact = torch.autocast(weight.device.type, enabled=False)
-        with torch.inference_mode(False), torch.no_grad(), exact:
-            if entry.compiled:
-                return Prefix.of([tensor.to(weight.device, weight.dtype, copy=True) for tensor in entry.compiled])
-            layers = self._capture(entry)
-            # copies: a view would keep the queries with it
-            return Prefix(
-                [(key.clone(memory_format=_PACKED), value.clone(memory_format=_PACKED)) for key, value in layers]
-            )
-
-    def _capture(self, entry: _Entry) -> list[tuple[Tensor, Tensor]]:
-        mode = entry.settings.deep_prompt_mode
-        return self._runner._hooks.prefix.capture(entry.prompts, entry.deep, mode).layers
-
-    def _drop(self, entry: _Entry) -> None:
-        if (prefix := self._kept.pop(entry, None)) is not None:
-            self._kept_bytes -= prefix.nbytes
+            deep.append(Overwriting(mode, pools.unbind(0), *where))
+        return Mixture(start, length, max(entry.count for entry in entries), prompts=prompts, deep=deep)
 
     def _run(self, given: dict[str, Tensor], mixture: Mixture) -> Tensor:
         hooks = self._runner._hooks
@@ -469,20 +385,26 @@ def _said(value: Any) -> str:
     return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
-def _pooled(entries: Sequence[_Entry | None]) -> tuple[list[_Entry], list[int], list[int]]:
-    """The distinct prompts among ``entries``, and of each row, where its rows begin in their pool, and how many."""
-    start: dict[_Entry, int] = {}
+def _pooled(
+    entries: Sequence[Entry], device: torch.device, deep_mode: str | None = None
+) -> tuple[list[Entry], Tensor, Tensor]:
+    """The distinct prompts among ``entries``, which make a pool; with a ``deep_mode``, those whose deep ones have it.
+
+    And where in the pool the prompt of each row begins, and how long it is: int32 [b] each.
+    """
+    counts = [entry.count if deep_mode in (None, entry.deep_mode) else 0 for entry in entries]
+    first: dict[Entry, int] = {}
     rows = 0
-    for entry in entries:
-        if entry is not None and entry.count and entry not in start:
-            start[entry] = rows
-            rows += entry.count
-    starts = [0 if entry is None else start.get(entry, 0) for entry in entries]
-    return list(start), starts, [0 if entry is None else entry.count for entry in entries]
+    for entry, count in zip(entries, counts, strict=True):
+        if count and entry not in first:
+            first[entry] = rows
+            rows += count
+    starts = [first.get(entry, 0) for entry in entries]
+    start, length = torch.tensor([starts, counts], dtype=torch.int32).to(device).unbind()
+    return list(first), start, length
 
 
-def _sharing_weights(base: Any) -> Any:
-    """A model of the same class and weights, whose modules are its own."""
+def _check_base(base: Any) -> None:
     if isinstance(base, PTuneMixin) or not isinstance(base, PreTrainedModel):
         raise TypeError(f"base: expected a stock transformers model, got {type(base).__name__}")
     if base.config.is_encoder_decoder:
@@ -496,15 +418,10 @@ def _sharing_weights(base: Any) -> Any:
             "base: LLM.int8 chooses the columns that it rounds over all rows of a batch, so that a row would depend on "
             "the others; load it with llm_int8_threshold=0, or in 4 bits"
         )
-    weights = {id(parameter): sharing_memory(parameter) for parameter in base.parameters()}
-    shared = {id(tensor): tensor for tensor in (*base.buffers(), *kept_scales(base))}
-    twin = copy.deepcopy(base, weights | shared).eval()
-    take_scales(twin)
-    return twin
 
 
 def _with_prompts(stock: Any) -> Any:
-    model = _sharing_weights(stock)
+    model = twin_of(stock)
     take_settings(model.config)
     model.__class__ = ptune_class(type(model))
     model.adopt([])

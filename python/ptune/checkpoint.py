@@ -88,14 +88,12 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = Path(folder, CONFIG_NAME)
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path)
     except FileNotFoundError:
         got = f"one without {CONFIG_NAME}" if Path(folder).is_dir() else "no such folder"
         if Path(folder, "adapter_config.json").is_file():
             got = "one of PEFT's: `ptune convert` makes it ours"
         raise FileNotFoundError(f"{folder}: expected a folder of prompts, got {got}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON: {error}") from None
     if not isinstance(config, dict) or config.get("format_version") != FORMAT_VERSION:
         found = config.get("format_version") if isinstance(config, dict) else type(config).__name__
         raise ValueError(f"{path}: expected format_version {FORMAT_VERSION}, got {found!r}")
@@ -124,6 +122,14 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
     return config
+
+
+def read_json(path: Path) -> Any:
+    """What the file says. Raises `ValueError` for one that is not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
 
 
 def settings_of(saved: dict[str, Any]) -> PTuneConfig:
@@ -163,13 +169,18 @@ def read_tensors(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
     return tensors
 
 
-def write(folder: str | os.PathLike[str], config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+def write(
+    folder: str | os.PathLike[str],
+    config: dict[str, Any],
+    tensors: dict[str, Tensor],
+    names: tuple[str, str] = (CONFIG_NAME, WEIGHTS_NAME),
+) -> None:
     """Write both files, each whole or not at all; the config last, so that a folder which has one is complete."""
     os.makedirs(folder, exist_ok=True)
     tensors = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in tensors.items()}
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-    replace_file(Path(folder, WEIGHTS_NAME), lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-    replace_file(Path(folder, CONFIG_NAME), lambda path: path.write_text(text, encoding="utf-8"))
+    replace_file(Path(folder, names[1]), lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    replace_file(Path(folder, names[0]), lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def replace_file(path: Path, write_to: Callable[[Path], Any]) -> None:

@@ -84,7 +84,7 @@ def train(
     context: typer.Context,
     model: Annotated[str, typer.Option(help="Folder or hub name of the frozen base.", show_default=False)],
     out: Annotated[Path, typer.Option(help="Folder for the prompts, head and checkpoints.", show_default=False)],
-    task: Annotated[TaskName | None, typer.Option(help="What is learnt.")] = None,
+    task: Annotated[TaskName | None, typer.Option(help="What is learnt; generation by encoder-decoders too.")] = None,
     data: Annotated[Path | None, typer.Option(help="CSV, TSV or JSONL; CoNLL for tagging.")] = None,
     task_mix: Annotated[
         str | None, typer.Option(help="YAML files of several tasks, with commas: trained together.", metavar="FILES")

@@ -77,13 +77,15 @@ def read_labelled(path: Path, columns: Columns = Columns()) -> list[Labelled]:
     return [Labelled(_cell(path, line, row, text), _cell(path, line, row, label).strip()) for line, row in rows]
 
 
-def read_passages(path: Path, columns: Columns = Columns()) -> list[Passage]:
-    """Reads a prompt and a completion column, or a single text column, from a CSV, TSV or JSONL file.
+def read_passages(path: Path, columns: Columns = Columns(), pairs: bool = False) -> list[Passage]:
+    """Reads a prompt and a completion column, or (unless `pairs`) a single text column, from a CSV, TSV or JSONL file.
 
     Raises: DataError for a file, column or line that cannot be used.
     """
     header, rows = _read_table(path)
-    named = columns.prompt or columns.completion
+    if pairs and (columns.text or len(header) == 1):
+        raise DataError(path, None, "expected prompts and completions, for an encoder-decoder, got a text column alone")
+    named = pairs or columns.prompt or columns.completion
     usual = _by_name(header, PROMPT_NAMES) and _by_name(header, COMPLETION_NAMES)
     if columns.text or not (named or usual):
         (text,) = _find_columns(path, header, {"text": (columns.text, TEXT_NAMES)})

@@ -45,8 +45,10 @@ class PromptGeneration:
         if next_sequence_length is not None and past_key_values is not None:
             # a conversation or a draft goes on: what is new was counted as all text less all columns of the cache
             text = input_ids if inputs_embeds is None else inputs_embeds
-            seen = int(past_key_values.get_seq_length())
-            if seen > 0 and next_sequence_length == text.shape[1] - seen:
+            seen = past_key_values.get_seq_length()
+            # a static cache counts in a tensor, which not every step shall wait for: nobody drafts with one
+            read = is_first_iteration or isinstance(seen, int)
+            if read and seen > 0 and next_sequence_length == text.shape[1] - int(seen):
                 next_sequence_length += self.prompt_columns
         return super().prepare_inputs_for_generation(  # type: ignore[misc]
             input_ids,
@@ -87,7 +89,7 @@ class PromptGeneration:
         needed, cache = max_cache_length + self.prompt_columns, model_kwargs.get("past_key_values")
         if self.prompt_columns > 0 and isinstance(cache, Cache) and cache.is_compileable:
             layers: list[Any] = cache.layers
-            room = min((layer.get_max_length() for layer in layers if not layer.is_sliding), default=needed)
+            room = min((layer.max_cache_len for layer in layers if not layer.is_sliding), default=needed)
             if room < needed:
                 raise ValueError(
                     f"past_key_values: expected a static cache of at least {needed} columns, {self.prompt_columns} of "

@@ -12,6 +12,7 @@ from transformers import Cache, PreTrainedModel
 
 from .attention import Attention, attention_of, cache_dtype_of
 from .cache import CastCache, PrefixedCache
+from .quantised import is_quantised
 
 HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 CACHES = HALVES | {"float32": torch.float32}
@@ -83,7 +84,7 @@ def dtypes_of(model: Any) -> dict[str, str | None]:
 
 
 def _check(model: Any, parts: list[Any]) -> None:
-    if getattr(model, "hf_quantizer", None) is not None or getattr(model, "is_quantized", False):
+    if is_quantised(model):
         _refuse(model, "a quantised model decides the dtypes of its own modules")
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and parameter.dtype != torch.float32:

@@ -15,6 +15,7 @@ from . import checkpoint
 from .attention import stock_name
 from .config import take_settings
 from .dropout import FrozenDropout
+from .fit import check_fit
 from .hooks import pool
 from .layout import roll_rows, states_at
 from .loading import saved_labels
@@ -41,7 +42,7 @@ class Heads:
         # the base as it was in training: here nothing can be changed of it any more
         config = saved["base"]["config"] | saved["base"]["overrides"]
         base = saved["base"] | {"config": config, "fingerprint": checkpoint.fingerprint(config)}
-        skeleton._check_fit(saved | {"base": base}, tensors)
+        check_fit(skeleton, saved | {"base": base}, tensors)
         return Head(skeleton, self.runner, {name: tensors[name] for name in saved["head"]})
 
     def of_base(self) -> "Head":

@@ -17,7 +17,7 @@ from ptune_kernels import Placement, overwrite
 from .call import Call, current_call, set_call
 from .concat import ConcatPath, matching
 from .layout import Layout, first_column, ones_and_zeros, positions_of, states_at
-from .mixture import current_mixture
+from .mixture import Mixture, current_mixture
 from .prefix import PrefixPath
 from .support import check_inputs, find_blocks, find_body, position_limit
 
@@ -37,7 +37,6 @@ class PromptHooks:
         self.model_parameters = tuple(inspect.signature(model.forward).parameters)
         self.first_position, self.position_limit = position_limit(body)
         self.num_prompts = model.ptune_config.pre_seq_len
-        self.num_layers = model.config.num_hidden_layers
         self.concat = ConcatPath(model, self.parameters, self.first_position)
         self.prefix = PrefixPath(model, body, self.parameters, self.first_position)
         self.handles = [
@@ -68,36 +67,40 @@ class PromptHooks:
         arguments = named(self.parameters, args, kwargs)
         check_inputs(arguments, self.parameters)
         text = arguments["inputs_embeds"] if arguments.get("input_ids") is None else arguments["input_ids"]
-        past, mask = arguments.get("past_key_values"), arguments.get("attention_mask")
-        if mask is not None:
-            mask = ones_and_zeros(mask)
-        elif mixture is not None:
-            # generate leaves out a mask of ones, and what a row lacks of the longest prompt must still be masked
-            seen = 0 if past is None else int(past.get_seq_length())
-            columns = text.shape[1] + max(0, seen - mixture.max_length)
-            mask = torch.ones(text.shape[0], columns, dtype=torch.long, device=text.device)
-        arguments["attention_mask"] = mask
+        past, length = arguments.get("past_key_values"), text.shape[1]
+        mask = arguments["attention_mask"] = self._mask(arguments, text, mixture)
         of_rows = None if mixture is None else mixture.expanded(text.shape[0])
         layout = Layout(self.num_prompts, text.shape[0], mask, text.device, of_rows)
-        if past is not None and _is_resumed(past, mask, text.shape[1]):
+        if past is not None and _is_resumed(past, mask, length):
             # the prompt is in the cache: only what is said about the text's place changes
-            self._check_resumed(layout, past, mask, text.shape[1])
-            return (), arguments | self._resumed_positions(layout, arguments, text.shape[1])
-        self._check_length(layout, text.shape[1], mask)
+            self._check_resumed(layout, past, mask, length)
+            return (), arguments | self._resumed(layout, mask, arguments.get("position_ids"), length)
+        self._check_length(layout, length, mask)
         if (return_dict := arguments.get("return_dict")) is None:
             return_dict = getattr(body.config, "return_dict", True)
-        shared = mixture.prefix is not None if mixture else self.prefix.serves(arguments, layout, text)
-        path = self.prefix if shared else self.concat
+        path = self.prefix if self.prefix.serves(arguments, layout, text) else self.concat
         call, arguments = path.enter(body, arguments, layout, text)
         call.as_tuple = not return_dict
         set_call(call)
         return (), arguments | {"return_dict": True}
 
+    def _mask(self, arguments: dict[str, Any], text: Tensor, mixture: Mixture | None) -> Tensor | None:
+        """The caller's, of zeros and ones; of a mixture always one, as the prompts of its rows leave room unfilled."""
+        mask, past = arguments.get("attention_mask"), arguments.get("past_key_values")
+        if mask is not None:
+            return ones_and_zeros(mask)
+        if mixture is None:
+            return None
+        # generate leaves out a mask of ones
+        seen = 0 if past is None else int(past.get_seq_length())
+        columns = text.shape[1] + max(0, seen - mixture.max_length)
+        return torch.ones(text.shape[0], columns, dtype=torch.long, device=text.device)
+
     def before_block(
         self, block: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]] | None:
         call = current_call()
-        if call is None and torch._C._current_graph_task_id() != -1 and self.model.prompts_enabled:
+        if call is None and _in_backward() and self.model.prompts_enabled:
             raise NotImplementedError(
                 f"{type(block).__name__}: recomputed by a checkpoint that knows nothing of deep prompts; use "
                 "gradient_checkpointing_enable() in place of a wrapper around the blocks"
@@ -176,12 +179,9 @@ class PromptHooks:
                 f"{type(model).__name__}: its forward goes past the body, where prompts are put in"
             )
 
-    def _resumed_positions(self, layout: Layout, arguments: dict[str, Any], length: int) -> dict[str, Any]:
+    def _resumed(self, layout: Layout, mask: Tensor | None, positions: Tensor | None, length: int) -> dict[str, Any]:
         """Mask and positions of text that follows what the cache holds."""
-        resumed: dict[str, Any] = {}
-        mask, positions = arguments.get("attention_mask"), arguments.get("position_ids")
-        if mask is not None:
-            resumed["attention_mask"] = layout.extend_mask(mask)
+        resumed = {} if mask is None else {"attention_mask": layout.extend_mask(mask)}
         if "position_ids" in self.parameters:
             if positions is None and mask is not None:
                 positions = positions_of(mask)[:, -length:] + self.first_position
@@ -232,6 +232,11 @@ def named(parameters: Iterable[str], args: tuple, kwargs: dict[str, Any]) -> dic
 def note_body(*, reached: bool) -> None:
     """Remember, for `PromptHooks.after_model`, whether the running call of the model came to what bears its prompts."""
     _thread.reached = reached
+
+
+def _in_backward() -> bool:
+    # a decoding step is compiled whole, and its graph would break here
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _end_call(body: nn.Module, args: tuple, output: Any) -> None:

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from transformers import AutoConfig, PrinterCallback, TrainerCallback, TrainingA
 from .bank import PromptBank, check_name
 from .checkpoint import PROMPTS
 from .data import Columns
+from .loading import check_base
 from .runs import CHECKPOINTS, Options, Run, prepare, remove_checkpoints, write_json
 from .tasks import IGNORED, Features
 from .train import EVALUATIONS, ResumableTrainer, evaluate, groups_of, line_of
@@ -59,29 +61,10 @@ def read_mix(paths: Sequence[Path], out: Path, resume: Path | None = None, **sha
         raise ValueError(f"out: {out} holds an unfinished run; --resume it, or --overwrite it")
     options: dict[str, Options] = {}
     for path in paths:
-        try:
-            said = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}: not YAML: {error}") from None
-        if not isinstance(said, dict) or not {"task", "data"} <= said.keys():
-            keys = ", ".join(map(str, said)) if isinstance(said, dict) else type(said).__name__
-            raise ValueError(f"{path}: expected task and data at least, got {keys}")
-        if unknown := [str(key) for key in said if key not in _KEYS]:
-            raise ValueError(f"{path}: expected no keys but {', '.join(_KEYS)}, got {', '.join(unknown)}")
-        said = {key: _of_kind(path, key, value) for key, value in said.items()}
-        name = said.pop("name", path.stem)
-        try:
-            check_name(name)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+        said = _read_task(path)
+        name = said.pop("name")
         if name in options:
             raise ValueError(f"{path}: name: {name!r} is another task's")
-        if name == CHECKPOINTS:
-            raise ValueError(f"{path}: name: {name!r} is the folder of the checkpoints of all")
-        said["columns"] = Columns(*(said.pop(column, None) for column in _COLUMNS))
-        said |= {key: path.parent / said[key] for key in ("data", "eval_data") if key in said}
-        if said.get("tuning_mode") == "none":  # as on the command line
-            said["tuning_mode"] = None
         said.setdefault("batch_size", max(1, _BATCH_SIZE // len(paths)))
         said["resume"] = resume and resume / _PROMPTS / name
         options[name] = Options(**said | shared | {"out": out / name})
@@ -92,6 +75,31 @@ def read_mix(paths: Sequence[Path], out: Path, resume: Path | None = None, **sha
         if began != list(options):
             raise ValueError(f"task_mix: the run to resume has {', '.join(began)}, got {', '.join(options)}")
     return options
+
+
+def _read_task(path: Path) -> dict[str, Any]:
+    """The name of a task, and what else its file says, as `Options` takes it."""
+    try:
+        said = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not YAML: {error}") from None
+    if not isinstance(said, dict) or not {"task", "data"} <= said.keys():
+        keys = ", ".join(map(str, said)) if isinstance(said, dict) else type(said).__name__
+        raise ValueError(f"{path}: expected task and data at least, got {keys}")
+    if unknown := [str(key) for key in said if key not in _KEYS]:
+        raise ValueError(f"{path}: expected no keys but {', '.join(_KEYS)}, got {', '.join(unknown)}")
+    said = {"name": path.stem} | {key: _of_kind(path, key, value) for key, value in said.items()}
+    try:
+        check_name(said["name"])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if said["name"] == CHECKPOINTS:
+        raise ValueError(f"{path}: name: {said['name']!r} is the folder of the checkpoints of all")
+    said["columns"] = Columns(*(said.pop(column, None) for column in _COLUMNS))
+    said |= {key: path.parent / said[key] for key in ("data", "eval_data") if key in said}
+    if said.get("tuning_mode") == "none":  # as on the command line
+        said["tuning_mode"] = None
+    return said
 
 
 def _of_kind(path: Path, key: str, value: Any) -> Any:
@@ -149,6 +157,12 @@ def train_mix(
     Returns: by task, the record that stands in its `train.json`.
     """
     first = next(iter(options.values()))
+    check_base(first.model)
+    if AutoConfig.from_pretrained(first.model).is_encoder_decoder:
+        raise NotImplementedError(
+            f"model: {first.model} is an encoder-decoder, and tasks are trained together in a PromptBank, which takes "
+            "none; train each by itself"
+        )
     runs: dict[str, Run] = {}
     with tempfile.TemporaryDirectory() as scratch:
         for name, its in options.items():
@@ -175,7 +189,7 @@ def train_mix(
         if resume is not None:
             best.load(resume)
         data = _Steps(runs, steps, first.seed)
-        trainer = _Trainer(mix, arguments, train_dataset=data, data_collator=_Collate(runs))
+        trainer = _Trainer(mix, arguments, train_dataset=data, data_collator=partial(_collate, runs))
         trainer.best = best
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(_Clipping(mix))
@@ -299,22 +313,17 @@ def _batches(count: int, size: int, steps: int, chooser: random.Random) -> Itera
         del waiting[:size]
 
 
-class _Collate:
+def _collate(runs: dict[str, Run], steps: Sequence[dict[str, list[Features]]]) -> dict[str, Any]:
     """One step's examples as one padded batch, with the labels of each task apart."""
-
-    def __init__(self, runs: dict[str, Run]) -> None:
-        self.runs = runs
-
-    def __call__(self, steps: Sequence[dict[str, list[Features]]]) -> dict[str, Any]:
-        (step,) = steps
-        parts = {name: self.runs[name].task.collate(features) for name, features in step.items()}
-        width = max(part["input_ids"].shape[1] for part in parts.values())
-        return {
-            "input_ids": torch.cat([_widened(part["input_ids"], width, 0) for part in parts.values()]),
-            "attention_mask": torch.cat([_widened(part["attention_mask"], width, 0) for part in parts.values()]),
-            "prompt_names": [name for name, part in parts.items() for _ in part["input_ids"]],
-            "labels_of": {name: _widened(part["labels"], width, IGNORED) for name, part in parts.items()},
-        }
+    (step,) = steps
+    parts = {name: runs[name].task.collate(features) for name, features in step.items()}
+    width = max(part["input_ids"].shape[1] for part in parts.values())
+    return {
+        "input_ids": torch.cat([_widened(part["input_ids"], width, 0) for part in parts.values()]),
+        "attention_mask": torch.cat([_widened(part["attention_mask"], width, 0) for part in parts.values()]),
+        "prompt_names": [name for name, part in parts.items() for _ in part["input_ids"]],
+        "labels_of": {name: _widened(part["labels"], width, IGNORED) for name, part in parts.items()},
+    }
 
 
 def _widened(tensor: Tensor, width: int, filling: int) -> Tensor:

@@ -142,7 +142,7 @@ def _reach(hooks: Any) -> str | None:
         modules = hooks.prefix.discover()
     except (TypeError, NotImplementedError) as error:
         return f"its forward does not hand the prefix to its attention ({error})"
-    if (reason := disorder(modules, 0, hooks.num_layers)) is not None:
+    if (reason := disorder(modules, 0, hooks.model.config.num_hidden_layers)) is not None:
         return reason
     hooks.prefix.plan.causal = all(getattr(module, "is_causal", True) for module in modules)
     settings = hooks.model.ptune_config

@@ -41,6 +41,8 @@ class PrefixPath:
 
     def serves(self, arguments: dict[str, Any], layout: Layout, text: Tensor) -> bool:
         """Whether this call takes the prefix path."""
+        if layout.mixture is not None:
+            return layout.mixture.prefix is not None
         if (reason := self._hindrance(arguments, layout, text)) is None:
             return True
         if self.model.compiled_prefix is not None:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers.quantizers.auto import AutoQuantizationConfig
 
 # Where torchao rounds activations too, hardly any gradient passes the rounding.
@@ -91,28 +91,6 @@ def rounds_by_batch(config: Any) -> bool:
     """Whether how a row is rounded depends on the rows beside it: LLM.int8 looks for outliers over all of them."""
     quantisation = getattr(config, "quantization_config", None)
     return bool(getattr(quantisation, "load_in_8bit", False) and getattr(quantisation, "llm_int8_threshold", 0.0) > 0)
-
-
-def sharing_memory(parameter: Any) -> nn.Parameter:
-    """A frozen parameter of the same values, in the same memory."""
-    if not hasattr(parameter, "SCB"):
-        return nn.Parameter(parameter.detach(), requires_grad=False)
-    # LLM.int8's scales are on the parameter until its module takes them
-    return type(parameter)(parameter.data, requires_grad=False, CB=parameter.CB, SCB=parameter.SCB)
-
-
-def take_scales(model: Any) -> None:
-    """Let LLM.int8's modules take the scales from their weights, which threads would race for at the first call."""
-    for module in model.modules():
-        if getattr(getattr(module, "weight", None), "CB", None) is not None:
-            module.init_8bit_state()
-
-
-def kept_scales(model: Any) -> Iterable[Tensor]:
-    """What LLM.int8's modules took from their weights."""
-    for module in model.modules():
-        if hasattr(getattr(module, "state", None), "SCB"):
-            yield from (tensor for tensor in (module.state.CB, module.state.SCB) if tensor is not None)
 
 
 def described(config: Any) -> dict[str, Any] | None:

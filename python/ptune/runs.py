@@ -10,7 +10,7 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,14 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from .auto import (
     AutoPTuneModelForCausalLM,
+    AutoPTuneModelForSeq2SeqLM,
     AutoPTuneModelForSequenceClassification,
     AutoPTuneModelForTokenClassification,
 )
 from .checkpoint import WEIGHTS_NAME, fingerprint, is_prompt_folder, read_config, replace_file
 from .data import Columns, DataError, hold_out
 from .loading import check_base
-from .support import position_limit
+from .support import ENCODER_DECODERS, position_limit
 from .tasks import TASKS, Task
 from .train import HEAD_LEARNING_RATE, fit
 
@@ -38,7 +39,9 @@ MODELS = {
     "classification": AutoPTuneModelForSequenceClassification,
     "tagging": AutoPTuneModelForTokenClassification,
     "generation": AutoPTuneModelForCausalLM,
+    "seq2seq": AutoPTuneModelForSeq2SeqLM,
 }
+WRITING = ("generation", "seq2seq")  # one task, without labels, on two kinds of base
 LEARNING_RATES = {None: HEAD_LEARNING_RATE, "ptune": 3e-2, "deep_ptune": 1e-2}
 EPOCHS = 3
 MIN_STEPS = 150
@@ -154,11 +157,12 @@ def prepare(options: Options, say: Callable[[str], None]) -> Run:
     `say` gets a line for each choice that was made for the user. Raises: ValueError (DataError for a file) or OSError.
     """
     _check(options)
+    options = replace(options, task=_task_on(options.model, options.task))
     kind = TASKS[options.task]
     train = kind.read(options.data, options.columns)
     labels = kind.label_names(train)
-    if kind is not TASKS["generation"] and len(labels) < 2:
-        raise DataError(options.data, None, f"expected at least two labels, got {', '.join(labels)}")
+    if len(labels) == 1:  # there are none in generation
+        raise DataError(options.data, None, f"expected at least two labels, got {labels[0]}")
     if options.eval_data:
         evaluation = kind.read(options.eval_data, options.columns)
         check_labels(kind, evaluation, labels, options.eval_data)
@@ -166,7 +170,6 @@ def prepare(options: Options, say: Callable[[str], None]) -> Run:
         train, evaluation = hold_out(train, options.hold_out, kind.stratum, options.seed)
         say(f"No --eval-data: {len(evaluation)} of {len(train) + len(evaluation)} examples are held out for it.")
 
-    _check_base(options.model, options.task)
     tokenizer = load_tokenizer(options.model, options.task)
     set_seed(options.seed)  # the head and random prompts are drawn in loading
     model = new_model(
@@ -186,7 +189,8 @@ def prepare(options: Options, say: Callable[[str], None]) -> Run:
     rate = options.learning_rate or LEARNING_RATES[options.tuning_mode]
     trained = model.num_trainable_parameters()
     say(f"{trained:,} parameters train: {steps} steps of {options.batch_size}, learning rate {rate:g}.")
-    cut = sum(len(task.encode(example)["input_ids"]) == task.max_length for example in train)
+    encoded = map(task.encode, train)
+    cut = sum(task.max_length in (len(its["input_ids"]), len(its["labels"])) for its in encoded)
     if cut:
         why = "--max-length" if task.max_length == options.max_length else "--pre-seq-len leaves no room for more"
         say(f"{cut} of {len(train)} training examples reach {task.max_length} tokens and may be cut ({why}).")
@@ -220,8 +224,10 @@ def load_tokenizer(base: str, task: str) -> PreTrainedTokenizerBase:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if tokenizer.pad_token is None:
         raise ValueError(f"model: the tokenizer of {base} has no token to pad with; save one with a pad_token")
-    if task == "generation" and tokenizer.eos_token_id is None:
+    if task in WRITING and tokenizer.eos_token_id is None:
         raise ValueError(f"model: generation learns where to end, and the tokenizer of {base} has no eos_token")
+    if task == "seq2seq" and getattr(tokenizer, "tgt_lang", "") is None:
+        raise ValueError(f"model: the tokenizer of {base} must be told languages; save one with src_lang and tgt_lang")
     return tokenizer
 
 
@@ -258,7 +264,7 @@ def load_run(folder: Path, base_model: str | None = None) -> tuple[PreTrainedMod
     record = read_record(folder)
     name, base = record["task"], base_model or read_config(folder)["base"]["name"]
     model = MODELS[name].from_pretrained(folder, base_model=base_model)
-    labels = [] if name == "generation" else [model.config.id2label[i] for i in range(model.config.num_labels)]
+    labels = [] if name in WRITING else [model.config.id2label[i] for i in range(model.config.num_labels)]
     tokenizer = load_tokenizer(base, name)
     return model, TASKS[name](tokenizer, record["max_length"], labels)
 
@@ -335,7 +341,7 @@ def remove_checkpoints(folder: Path) -> None:
 def _check(options: Options) -> None:
     if options.task not in TASKS:
         raise ValueError(f"task: expected one of {', '.join(TASKS)}, got {options.task!r}")
-    if options.tuning_mode is None and options.task == "generation":
+    if options.tuning_mode is None and options.task in WRITING:
         raise ValueError("tuning_mode: generation has no head to train, so it needs ptune or deep_ptune")
     if options.tuning_mode not in LEARNING_RATES:
         modes = ", ".join(map(str, LEARNING_RATES))
@@ -376,21 +382,27 @@ def _check_same(saved: dict[str, Any], model: Any, labels: Sequence[str]) -> Non
         raise ValueError(f"data: the run to resume has the labels {', '.join(trained)}; got {', '.join(labels)}")
 
 
-def _check_base(base: str, task: str) -> None:
-    """Raises ValueError for a base that the task cannot be learnt on, though it may have a class that could."""
+def _task_on(base: str, task: str) -> str:
+    """The task itself, or the one of `WRITING` that suits the base.
+
+    Raises ValueError for a base that the task cannot be learnt on, though it may have a class that could.
+    """
     config = AutoConfig.from_pretrained(base)
     kind = config.model_type
+    if task in WRITING and config.is_encoder_decoder and kind in ENCODER_DECODERS:
+        return "seq2seq"
     encoder_alone = task == "tagging" and kind in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES
     if config.is_encoder_decoder and not encoder_alone:
         raise ValueError(
-            f"model: {base} ({kind}) is an encoder-decoder, which the command line does not train on {task}; in "
-            "Python, AutoPTuneModelForSeq2SeqLM with transformers' Seq2SeqTrainer trains it from text to text"
+            f"model: {base} ({kind}) is an encoder-decoder, which cannot be trained on {task}; expected another base, "
+            f"or generation on one of {', '.join(ENCODER_DECODERS)}"
         )
-    if task != "generation":
-        return
+    if task not in WRITING:
+        return task
     encoder = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
     if encoder or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ValueError(f"task: generation needs a decoder, and {base} ({kind}) is none")
+    return "generation"
 
 
 def _room(model: Any, options: Options) -> int:

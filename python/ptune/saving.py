@@ -11,11 +11,12 @@ from torch import Tensor
 
 from . import checkpoint, hub
 from .cache import CompiledPrefix
+from .fit import check_compiled, check_fit
 from .half_attention import dtypes_of
 from .likeness import sample, warn_of_other_weights
 from .loading import Origin
 from .quantised import described
-from .support import evaluating, lack_of_positions
+from .support import evaluating
 
 _PROMPT_MODULES = ("prompt_embeddings", "intermediate_prompt_embeddings", "compiled_prefix")
 
@@ -66,7 +67,7 @@ class PromptSaving:
         saved, tensors = checkpoint.read_config(folder), checkpoint.read_tensors(folder)
         settings = checkpoint.settings_of(saved)
         settings.prefix_sharing = self.ptune_config.prefix_sharing
-        self._check_fit(saved, tensors)
+        check_fit(self, saved, tensors)
         names = checkpoint.compiled_names(settings, self.config.num_hidden_layers)
         compiled = [tensors[name] for name in names if name in tensors]
         self._install(settings, *(tensors.get(name) for name in checkpoint.PROMPTS), compiled, saved["head"])
@@ -168,59 +169,13 @@ class PromptSaving:
             "problem_type": self.config.problem_type if self._head else None,
         }
 
-    def _check_fit(self: Any, saved: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        here = self._description(self.origin)
-        reasons = [
-            f"{name}: expected {saved[name]} (the prompts'), got {here[name]} (the base's)"
-            for name in ("embedding_size", "hidden_size", "num_layers")
-            if saved[name] != here[name]
-        ]
-        if (lack := lack_of_positions(self, saved["pre_seq_len"])) is not None:
-            reasons.append(lack)
-        now = checkpoint.fingerprint(checkpoint.base_config(self.config))
-        if saved["base"]["fingerprint"] not in (here["base"]["fingerprint"], now):
-            reasons += checkpoint.differences(saved["base"]["config"], here["base"]["config"])
-        parameters = dict(self.named_parameters())
-        lacking = [name for name in saved["head"] if name not in parameters]
-        unsaved = [name for name in self._head if name not in saved["head"]]
-        there, kind = (its["model_class"].partition("For")[2] for its in (saved, here))
-        # heads for sequences and for tokens may have the same names and shapes
-        if lacking or unsaved or (saved["head"] and there != kind):
-            reasons.append(
-                f"head: trained on {saved['model_class']}, got {here['model_class']}"
-                f" (only there: {lacking or 'nothing'}, only here: {unsaved or 'nothing'})"
-            )
-        if saved["head"] and self._head and saved["id2label"] != here["id2label"]:
-            reasons.append(f"labels: expected {here['id2label']}, got {saved['id2label']}")
-        count, layers = saved["pre_seq_len"], saved["num_layers"]
-        shapes = {name: parameters[name].shape for name in saved["head"] if name in parameters}
-        names = checkpoint.compiled_names(checkpoint.settings_of(saved), self.config.num_hidden_layers)
-        if any(name in tensors for name in names):
-            for name in names:
-                heads, _, width = tensors[name].shape if name in tensors and tensors[name].dim() == 3 else (1, 1, 1)
-                shapes[name] = torch.Size((heads, count, width))
-        elif saved["tuning_mode"] is not None:
-            shapes[checkpoint.PROMPTS[0]] = torch.Size((count, saved["embedding_size"]))
-        if saved["tuning_mode"] == "deep_ptune" and checkpoint.PROMPTS[0] in shapes:
-            shapes[checkpoint.PROMPTS[1]] = torch.Size((layers * count, saved["hidden_size"]))
-        found = {name: tensor.shape for name, tensor in tensors.items() if name not in lacking}
-        reasons += [
-            f"{name}: expected {_shape(shapes.get(name))}, got {_shape(found.get(name))}"
-            for name in sorted(shapes.keys() | found.keys())
-            if shapes.get(name) != found.get(name)
-        ]
-        if reasons:
-            raise checkpoint.MisfitError("these prompts do not fit this model: " + "; ".join(reasons))
-
     def _check_compiled(self: Any) -> None:
         if self.compiled_prefix is None or self.prefix_plan.path != "prefix":
             return
         with torch.no_grad(), evaluating(self):
             own = self._hooks.prefix._capture(None).prefix().tensors()
         names = checkpoint.compiled_names(self.ptune_config, len(own) // 2)
-        for name, got, expected in zip(names, self.compiled_prefix.tensors(), own, strict=True):
-            if got.shape != expected.shape:
-                raise checkpoint.MisfitError(f"{name}: expected {_shape(expected.shape)}, got {_shape(got.shape)}")
+        check_compiled(names, self.compiled_prefix.tensors(), own)
 
     @contextmanager
     def _as_base(self: Any) -> Iterator[None]:
@@ -239,7 +194,3 @@ class PromptSaving:
             self._keys_to_ignore_on_save = ignored
             self._hf_peft_config_loaded = adapted
             self._set_dropout()
-
-
-def _shape(shape: torch.Size | None) -> str:
-    return "nothing" if shape is None else str(tuple(shape))

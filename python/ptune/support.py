@@ -32,6 +32,7 @@ _TEXT = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_
 # Encoder-decoders that prompts can be put on; the encoders of the first number distances, of the others columns.
 BY_DISTANCE = ("t5", "mt5", "umt5")
 _BY_COLUMN = ("bart", "mbart", "marian", "pegasus", "blenderbot", "blenderbot-small", "m2m_100")
+ENCODER_DECODERS = BY_DISTANCE + _BY_COLUMN
 _POSITION_TABLES = ("position_embeddings", "embed_positions", "wpe", "positions_embed")
 _POOLS_BY_PAD_ID = ("CTRLForSequenceClassification", "ModernBertDecoderForSequenceClassification")
 
@@ -61,10 +62,8 @@ def check_base(model: Any) -> None:
     config, name = model.config, type(model).__name__
     if is_quantised(model) and (reason := quantised_refusal(model)) is not None:
         _refuse(name, reason)
-    if config.is_encoder_decoder and config.model_type not in BY_DISTANCE + _BY_COLUMN:
-        _refuse(
-            name, f"it is an encoder-decoder, and of these only {', '.join(BY_DISTANCE + _BY_COLUMN)} have been tried"
-        )
+    if config.is_encoder_decoder and config.model_type not in ENCODER_DECODERS:
+        _refuse(name, f"it is an encoder-decoder, and of these only {', '.join(ENCODER_DECODERS)} have been tried")
     if config.is_encoder_decoder and not (model.can_generate() or model.base_model is model):
         _refuse(name, "of an encoder-decoder only the model that generates has been tried")
     if model.main_input_name != "input_ids" or config.get_text_config() is not config:

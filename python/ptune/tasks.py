@@ -1,4 +1,4 @@
-"""The three kinds of task: how each reads its data, feeds a model, and scores what comes back.
+"""The kinds of task: how each reads its data, feeds a model, and scores what comes back.
 
 A task turns examples into features (dicts of lists), pads features into a batch, reduces a batch's logits to what its
 metrics need, and scores an evaluation set from that. Gold labels are taken from the examples, not from the padded label
@@ -91,9 +91,9 @@ class Task(ABC, Generic[Example]):
     def encode(self, example: Example) -> Features:
         """The `input_ids` and `labels` of an example (and `first_pieces` in tagging), at most `max_length` long."""
 
-    @abstractmethod
     def reduce(self, logits: Tensor, labels: Tensor) -> Tensor:
         """What `score` needs of a batch's logits [b, …], as a tensor [b, …]: evaluation then keeps no logits."""
+        return logits.argmax(-1)
 
     @abstractmethod
     def score(self, examples: Sequence[Example], features: Sequence[Features], reduced: Any) -> dict[str, float]:
@@ -164,9 +164,6 @@ class Classification(Task[Labelled]):
     def _collate_labels(self, labels: Sequence[list[int]]) -> Tensor:
         return torch.tensor(labels).squeeze(1)
 
-    def reduce(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return logits.argmax(-1)
-
     def score(self, examples: Sequence[Labelled], features: Sequence[Features], reduced: Any) -> dict[str, float]:
         gold = [example.label for example in examples]
         predicted = [self.labels[index] for index in reduced]
@@ -220,9 +217,6 @@ class Tagging(Task[Tagged]):
             if word is not None:
                 first_pieces[word] = position
         return {"input_ids": encoded["input_ids"], "first_pieces": first_pieces}
-
-    def reduce(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return logits.argmax(-1)
 
     def score(self, examples: Sequence[Tagged], features: Sequence[Features], reduced: Any) -> dict[str, float]:
         gold = [list(example.tags) for example in examples]
@@ -286,15 +280,11 @@ class Generation(Task[Passage]):
 
     def reduce(self, logits: Tensor, labels: Tensor) -> Tensor:
         """[b, 2] fp32: the summed negative log-likelihood of each row's labels, and their number."""
-        following = labels[:, 1:]
-        loss = torch.nn.functional.cross_entropy(
-            logits[:, :-1].float().transpose(1, 2), following, ignore_index=IGNORED, reduction="none"
-        )
-        return torch.stack([loss.sum(1), (following != IGNORED).sum(1)], 1)
+        return _summed_loss(logits[:, :-1], labels[:, 1:])
 
     def score(self, examples: Sequence[Passage], features: Sequence[Features], reduced: Any) -> dict[str, float]:
         loss, count = reduced.sum(0, dtype="float64")
-        return {"perplexity": math.exp(loss / count)}
+        return {"perplexity": torch.as_tensor(loss / count).exp().item()}  # of a run that diverged, inf
 
     @torch.inference_mode()
     def predict(
@@ -322,18 +312,63 @@ class Generation(Task[Passage]):
                 yield from ({"prompt": texts[i], "completion": c} for i, c in zip(chosen, completions, strict=True))
 
     def _complete(self, model: Any, prompts: Sequence[list[int]], **options: Any) -> list[str]:
-        batch = {name: tensor.to(model.device) for name, tensor in self._pad(prompts, left=True).items()}
+        apart = model.config.is_encoder_decoder  # prompts, which are not written again
+        batch = {name: tensor.to(model.device) for name, tensor in self._pad(prompts, left=not apart).items()}
         ids = model.generate(**batch, pad_token_id=self.tokenizer.pad_token_id, **{"do_sample": False, **options})
-        return self.tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        first = 0 if apart else batch["input_ids"].shape[1]
+        return self.tokenizer.batch_decode(ids[:, first:], skip_special_tokens=True)
 
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (Classification, Tagging, Generation)}
+class Seq2Seq(Generation):
+    """Generation by an encoder-decoder: its encoder reads the prompt, and its decoder writes the completion.
+
+    Each may be `max_length` tokens long.
+    """
+
+    name = "seq2seq"
+
+    @staticmethod
+    def read(path: Path, columns: Columns) -> list[Passage]:
+        return read_passages(path, columns, pairs=True)
+
+    @staticmethod
+    def text_of(example: Passage) -> str:
+        return example.prompt
+
+    def encode(self, example: Passage) -> Features:
+        completion = self._cut(text_target=example.completion)
+        if self.tokenizer.eos_token_id not in completion:  # a language may follow it
+            completion = [*completion, self.tokenizer.eos_token_id][: self.max_length]
+        return {"input_ids": self._encode_prompt(example.prompt), "labels": completion}
+
+    def _encode_prompt(self, prompt: str) -> list[int]:
+        return self._cut(text=prompt)
+
+    def _cut(self, **text: str) -> list[int]:
+        return self.tokenizer(**text, truncation=True, max_length=self.max_length)["input_ids"]
+
+    def reduce(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return _summed_loss(logits, labels)  # each stands where it is predicted
+
+
+TASKS: dict[str, type[Task]] = {task.name: task for task in (Classification, Tagging, Generation, Seq2Seq)}
+
+
+def _summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    loss = torch.nn.functional.cross_entropy(
+        logits.float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none"
+    )
+    return torch.stack([loss.sum(1), (labels != IGNORED).sum(1)], 1)
 
 
 def _room_after(model: Any, prompt: Sequence[int]) -> float:
     """How many tokens may follow a prompt where the model has a table of positions: the last needs none."""
     _, positions = position_limit(model.base_model)
-    return math.inf if positions is None else positions - getattr(model, "prompt_columns", 0) - len(prompt) + 1
+    if positions is None:
+        return math.inf
+    # a decoder with an encoder begins with a start token alone
+    taken = 1 if model.config.is_encoder_decoder else getattr(model, "prompt_columns", 0) + len(prompt)
+    return positions - taken + 1
 
 
 def _pad(rows: Sequence[list[int]], value: int, left: bool = False) -> Tensor:

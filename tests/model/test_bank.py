@@ -309,7 +309,7 @@ def test_budget_drops_the_least_recently_used(base_of, tmp_path):
     for number in [*range(7), 6, 5, 0, 6]:
         close(bank(ids, mask, prompt_names=[f"p{number}"]).logits[0], expected)
         assert bank.compiled_bytes <= bank.max_bytes
-    kept = {name for name, entry in bank._entries.items() if entry in bank._kept}
+    kept = {name for name, entry in bank._entries.items() if entry in bank._compiled.kept}
     assert kept == {"p0", "p6"}
     everything = bank(ids.expand(7, -1), mask.expand(7, -1), prompt_names=bank.names)
     assert bank.compiled_bytes == 2 * size

@@ -247,7 +247,7 @@ class TestNamesAndFolders:
         bank.add("a", self.folder)
         yield bank
         assert bank.names == ["a"]
-        assert not bank._kept
+        assert not bank.compiled_bytes
 
     @pytest.mark.parametrize("name", ["", "../a", "a/b", "/etc", ".a", "a\\b", "a\n", "x" * 101, 3])
     def test_names(self, bank, name):

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import transformers
+from transformers.generation import CompileConfig
 
 import ptune
 
@@ -128,6 +129,26 @@ def steps_of(model, text, helper):
     model.generate(text, **how, assistant_model=helper)
     handle.remove()
     return len(steps)
+
+
+@pytest.mark.parametrize("sharing", ["auto", False], ids=["shared", "concat"])
+@pytest.mark.parametrize("mode", ["shallow", "overwrite"])
+@torch.no_grad()
+def test_steps_that_transformers_compiles_are_one_graph(base_of, mode, sharing):
+    """As it does by itself on GPUs where the cache is static."""
+    model = base_of("llama").tuned(ptune.AutoPTuneModelForCausalLM, **settings_for(mode))
+    set_prompts(model, mode, prefix_sharing=sharing)
+    ids, mask = pad(texts_for("left"), "left", 0)
+    how = {**GREEDY, "attention_mask": mask, "pad_token_id": 0, "output_logits": True, "return_dict_in_generate": True}
+    expected = model.generate(ids, **how).logits
+    compiled = CompileConfig(mode=None, backend="eager", fullgraph=True)
+    compiled._compile_all_devices = True
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    got = model.generate(ids, **how, cache_implementation="static", compile_config=compiled).logits
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    for step, want in zip(got, expected, strict=True):
+        close(step.index_fill(1, torch.tensor([2]), 0), want.index_fill(1, torch.tensor([2]), 0))
 
 
 def test_chunked_prefill_of_a_padded_batch_is_refused(prompted):

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import random
 import re
 import shutil
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, Trainer
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, MBartTokenizer, Trainer
 from typer.testing import CliRunner
 
 import ptune as package
@@ -20,7 +21,7 @@ from ptune import AutoPTuneModel
 from ptune.cli import app
 from ptune.precision.command import pooling_of
 
-from .tiny import WORDS
+from .tiny import SPECIAL, WORDS
 
 KINDS = {"good": "yes", "bad": "no"}
 TAGS = {"Ann": "B-person", "Bob": "B-person", "Rome": "B-place", "Oslo": "B-place"}
@@ -63,6 +64,9 @@ def generation_file(folder: Path, count: int = 90, seed: int = 0) -> Path:
     rows = [{"prompt": " ".join(words), "completion": "one two three"} for words in sentences(count, seed)]
     path.write_text("\n".join(map(json.dumps, rows)))
     return path
+
+
+FILES = {"classification": classification_file, "tagging": tagging_file, "generation": generation_file}
 
 
 def test_classification_round_trip(tiny_bert, tmp_path):
@@ -152,6 +156,45 @@ def test_generation_round_trip(tiny_llama, tmp_path):
     assert alone == answers[1]
 
 
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_encoder_decoder_round_trip(kind, request, tmp_path):
+    """Scores and completions are the stock model's, one row at a time, with the trained prompt joined by hand."""
+    base, out, held_out = request.getfixturevalue(f"tiny_{kind}"), tmp_path / "out", tmp_path / "held_out.jsonl"
+    rows = [(" ".join(words), " ".join(["one", "two", "three"][: len(words) // 2])) for words in sentences(20, 1)]
+    held_out.write_text("\n".join(json.dumps({"source": text, "target": completion}) for text, completion in rows))
+    arguments = ["--model", base, "--task", "generation", "--data", generation_file(tmp_path), "--out", out]
+    arguments += ["--eval-data", held_out, "--tuning-mode", "ptune", "--pre-seq-len", 8, "--learning-rate", 0.3]
+    succeed("train", *arguments)
+    stock, word = AutoModelForSeq2SeqLM.from_pretrained(base).eval(), (SPECIAL + WORDS).index
+    prompt = load_file(out / "model.safetensors")["prompt_embeddings.weight"]
+    first, last = [word("[CLS]")] * (kind == "bart"), word("[SEP]")
+    likelihoods, without, completions = [], [], []
+    for text, completion in rows:
+        ids = torch.tensor([*first, *map(word, text.split()), last])
+        labels = torch.tensor([*first, *map(word, completion.split()), last])
+        start = torch.tensor([[stock.config.decoder_start_token_id, *labels[:-1]]])
+        embeds = stock.get_input_embeddings()(ids)
+        with torch.no_grad():
+            encoded = stock.get_encoder()(inputs_embeds=torch.cat([prompt, embeds])[None])
+            for found, states in ((likelihoods, encoded), (without, stock.get_encoder()(inputs_embeds=embeds[None]))):
+                logits = stock(encoder_outputs=states, decoder_input_ids=start).logits[0]
+                found.append(logits.double().log_softmax(-1).gather(1, labels[:, None]))
+            written = stock.generate(encoder_outputs=encoded, max_new_tokens=6, do_sample=False)[0].tolist()
+        completions.append(" ".join((SPECIAL + WORDS)[token] for token in written if token >= len(SPECIAL)))
+    perplexity, untuned = ((-torch.cat(found).mean()).exp().item() for found in (likelihoods, without))
+    assert perplexity < 0.5 * untuned
+    assert metrics_of(out)["perplexity"] == pytest.approx(perplexity, rel=1e-5)
+    assert metrics_of(out)["loss"] == pytest.approx(math.log(perplexity), rel=1e-5)
+    shown = succeed("eval", out, "--data", held_out)
+    assert float(re.search(r"perplexity\W+([\d.]+)", shown)[1]) == pytest.approx(perplexity, abs=1e-4)
+    shown = succeed("predict", out, "--max-new-tokens", 6, text="\n".join(text for text, _ in rows))
+    answers = [(answer["prompt"], answer["completion"]) for answer in map(json.loads, shown.splitlines())]
+    assert answers == [(text, written) for (text, _), written in zip(rows, completions, strict=True)]
+    shown = " ".join(succeed("info", out).replace("│", " ").split())
+    assert "task seq2seq" in shown
+    assert "prefix sharing no: prompt rows of an encoder-decoder are read by its decoder" in shown
+
+
 def losses(out: Path) -> list[float]:
     return [entry["loss"] for entry in json.loads((out / "train.json").read_text())["log"] if "loss" in entry]
 
@@ -170,10 +213,11 @@ def interrupt(patch, *arguments, step: int) -> None:
         assert ptune("train", *arguments).exit_code != 0
 
 
-def test_an_interrupted_run_resumes_to_the_same_weights(tiny_bert, tmp_path, monkeypatch):
-    out, whole = tmp_path / "out", tmp_path / "whole"
-    data = classification_file(tmp_path)
-    arguments = ["--model", tiny_bert, "--task", "classification", "--data", data, "--steps", 20]
+@pytest.mark.parametrize(("kind", "task"), [("bert", "classification"), ("t5", "generation")])
+def test_an_interrupted_run_resumes_to_the_same_weights(kind, task, request, tmp_path, monkeypatch):
+    out, whole, base = tmp_path / "out", tmp_path / "whole", request.getfixturevalue(f"tiny_{kind}")
+    data = FILES[task](tmp_path)
+    arguments = ["--model", base, "--task", task, "--data", data, "--steps", 20]
     succeed("train", *arguments, "--out", whole)
     interrupt(monkeypatch, *arguments, "--out", out, step=18)
     assert {path.name for path in out.iterdir()} == {"checkpoints"}
@@ -322,7 +366,7 @@ def test_folders_that_are_no_run(tmp_path):
         (b"\xff", "not JSON"),
         ("[]", "it has no task"),
         ('{"task": "classification"}', "it has no max_length"),
-        ("translation", "task: expected one of classification, tagging, generation, got 'translation'"),
+        ("translation", "task: expected one of classification, tagging, generation, seq2seq, got 'translation'"),
     ],
 )
 def test_a_damaged_record_is_named(tmp_path, content, problem):
@@ -429,17 +473,54 @@ def test_too_long_prompts_take_one_line(tiny_llama, tmp_path):
         assert result.stderr.startswith("Error: max_length: 12 tokens leave no room after the prompt")
 
 
-@pytest.mark.parametrize(
-    ("kind", "task"), [("t5", "generation"), ("t5", "classification"), ("bart", "generation"), ("bart", "tagging")]
-)
-def test_encoder_decoders_are_trained_in_python(tmp_path, kind, task):
+@pytest.mark.parametrize(("kind", "task"), [("t5", "classification"), ("bart", "tagging"), ("led", "generation")])
+def test_encoder_decoders_that_cannot_learn_a_task(tmp_path, kind, task):
     AutoConfig.for_model(kind).save_pretrained(tmp_path / kind)
-    files = {"classification": classification_file, "tagging": tagging_file, "generation": generation_file}
-    arguments = ["--model", tmp_path / kind, "--task", task, "--data", files[task](tmp_path), "--out", tmp_path / "out"]
+    arguments = ["--model", tmp_path / kind, "--task", task, "--data", FILES[task](tmp_path), "--out", tmp_path / "out"]
     result = ptune("train", *arguments)
     assert result.exit_code == 2
-    expected = f"({kind}) is an encoder-decoder, which the command line does not train on {task}; in Python, AutoPTune"
+    expected = (
+        f"({kind}) is an encoder-decoder, which cannot be trained on {task}; expected another base, or generation"
+    )
     assert expected in " ".join(result.stderr.split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_encoder_decoders_read_no_whole_texts(tmp_path):
+    """Known before the weights, of which there are none here."""
+    base, data = tmp_path / "base", tmp_path / "a.csv"
+    AutoConfig.for_model("t5").save_pretrained(base)
+    data.write_text("text\nonce\n")
+    result = ptune("train", "--model", base, "--task", "generation", "--data", data, "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert f"{data}: expected prompts and completions, for an encoder-decoder" in " ".join(result.stderr.split())
+
+
+def test_completions_that_are_cut_are_counted(tiny_t5, tmp_path):
+    data = tmp_path / "a.csv"
+    data.write_text("prompt,completion\n" + "red,one two\n" * 10 + "red,one two three\n" * 10)
+    arguments = ["--model", tiny_t5, "--task", "generation", "--data", data, "--eval-data", data, "--steps", 1]
+    result = ptune("train", *arguments, "--max-length", 4, "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.exception
+    assert "10 of 20 training examples reach 4 tokens and may be cut" in " ".join(result.stderr.split())
+
+
+def test_encoder_decoders_that_must_be_told_languages(tiny_bart, tmp_path):
+    base, arguments = tmp_path / "base", ["--task", "generation", "--data", generation_file(tmp_path), "--steps", 1]
+    shutil.copytree(tiny_bart, base, ignore=shutil.ignore_patterns("token*"))
+    MBartTokenizer().save_pretrained(base)
+    result = ptune("train", "--model", base, *arguments, "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert f"the tokenizer of {base} must be told languages" in " ".join(result.stderr.split())
+
+
+def test_encoder_decoders_are_trained_one_by_one(tmp_path):
+    base = tmp_path / "base"
+    AutoConfig.for_model("t5").save_pretrained(base)
+    mix = mix_of(tmp_path, tale=f"task: generation\ndata: {generation_file(tmp_path).name}\n")
+    result = ptune("train", "--task-mix", mix, "--model", base, "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert f"model: {base} is an encoder-decoder, and tasks are trained together" in " ".join(result.stderr.split())
     assert not (tmp_path / "out").exists()
 
 

@@ -109,6 +109,19 @@ def test_passages_are_pairs_or_whole_texts(tmp_path):
     assert read_passages(pairs, Columns(text="completion")) == [Passage("", " c")]
 
 
+def test_pairs_alone(tmp_path):
+    """For encoder-decoders, which cannot read a whole text."""
+    whole, named = written(tmp_path, "a.csv", "text\nonce\n"), written(tmp_path, "b.csv", "id,text,prompt\n1,a,b\n")
+    for path, columns in ((whole, Columns()), (named, Columns(text="text"))):
+        with pytest.raises(DataError, match=r"expected prompts and completions, .* got a text column alone"):
+            read_passages(path, columns, pairs=True)
+    assert read_passages(named, Columns(completion="text"), pairs=True) == [Passage("b", "a")]
+    unnamed = written(tmp_path, "c.csv", "english,german\none,eins\n")
+    with pytest.raises(DataError, match="which column is the prompt"):
+        read_passages(unnamed, pairs=True)
+    assert read_passages(unnamed, Columns(prompt="english"), pairs=True) == [Passage("one", "eins")]
+
+
 def test_conll(tmp_path):
     content = "-DOCSTART- -X- O\n\nNew NNP B-place\nYork NNP I-place\n\n\n# O\nwith space\tX\tS-odd\r\n"
     content += "10\u00a0000  O\n\u3000\tO\n"

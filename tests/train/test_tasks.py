@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from ptune import AutoPTuneModelForCausalLM
+from ptune import AutoPTuneModelForCausalLM, AutoPTuneModelForSeq2SeqLM
 from ptune.data import Labelled, Passage, Tagged
-from ptune.tasks import IGNORED, Classification, Generation, Tagging, accuracy, macro_f1
+from ptune.tasks import IGNORED, Classification, Generation, Seq2Seq, Tagging, accuracy, macro_f1
 
 from .tiny import SPECIAL, WORDS, word_tokenizer
 
@@ -109,6 +109,44 @@ def test_completions_end_where_positions_do(tiny_gpt2, caplog, rows):
     ]
     for text, answer in zip(texts, answers, strict=True):
         assert next(task.predict(model, [text], 12, **words_only)) == answer
+
+
+def test_an_encoder_reads_the_prompt_and_a_decoder_writes_the_completion():
+    task = Seq2Seq(word_tokenizer("$A [SEP]"), 4)
+    pairs = [Passage("the red", "is good"), Passage("one two three red", "a"), Passage("bad", "two bad one red")]
+    batch = task.collate([task.encode(pair) for pair in pairs])
+    assert batch["input_ids"].tolist() == [
+        [WORD["the"], WORD["red"], SEP, PAD],
+        [WORD["one"], WORD["two"], WORD["three"], SEP],
+        [WORD["bad"], SEP, PAD, PAD],
+    ]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 0, 0]]
+    assert batch["labels"].tolist() == [
+        [WORD["is"], WORD["good"], SEP, IGNORED],
+        [WORD["a"], SEP, IGNORED, IGNORED],
+        [WORD["two"], WORD["bad"], WORD["one"], SEP],
+    ]
+    open_ended = Seq2Seq(word_tokenizer("[CLS] $A"), 3)  # its tokenizer closes no text
+    assert open_ended.encode(Passage("red", "is")) == {
+        "input_ids": [CLS, WORD["red"]],
+        "labels": [CLS, WORD["is"], SEP],
+    }
+    assert open_ended.encode(Passage("red", "is good"))["labels"] == [CLS, WORD["is"], WORD["good"]]
+    assert task.text_of(pairs[0]) == "the red"  # prompts start from what the encoder reads
+
+
+def test_a_decoder_writes_up_to_its_last_position(tiny_bart, caplog):
+    """However long the prompt, which takes the encoder's positions."""
+    model = AutoPTuneModelForSeq2SeqLM.from_pretrained(tiny_bart, tuning_mode="ptune", pre_seq_len=4)
+    task, texts = Seq2Seq(word_tokenizer(), 20), ["red", " ".join(["bad"] * 18)]
+    caplog.clear()
+    answers = list(task.predict(model, texts, 30, suppress_tokens=[PAD, UNK, CLS, SEP]))
+    assert [len(answer["completion"].split()) for answer in answers] == [24, 24]
+    assert "leave room for fewer than 30 after 2 of 2 prompts" in caplog.text
+
+
+def test_perplexity_of_a_run_that_diverged():
+    assert Generation.score(None, [], [], np.array([[1500.0, 2.0], [750.0, 1.0]])) == {"perplexity": math.inf}
 
 
 def test_perplexity_weighs_every_token_alike():
