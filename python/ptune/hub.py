@@ -193,7 +193,8 @@ def _folder_name(base: str) -> str | None:
 
     ``None`` where ``base`` is no path: the name of a repository, or nothing.
     """
-    return PureWindowsPath(base).name or None if not _is_valid(base) else None  # whose separators are those of all
+    # a path of Windows may have the separators of any system
+    return None if _is_valid(base) else PureWindowsPath(base).name or None
 
 
 def _is_valid(repo_id: str) -> bool:
