@@ -114,9 +114,9 @@ class PromptSaving:
                 hub.upload(save_directory, **kwargs)
 
     def _check_adapters(self: Any) -> None:
-        if self._hf_peft_config_loaded:
+        if adapters := getattr(self, "peft_config", None):
             raise ValueError(
-                f"adapters: expected none, got {', '.join(self.peft_config)}, which neither a folder of prompts nor "
+                f"adapters: expected none, got {', '.join(adapters)}, which neither a folder of prompts nor "
                 "its base would hold; peft's get_peft_model(model, config) saves its own beside the prompts, and "
                 "delete_adapter takes one away"
             )
