@@ -1,8 +1,9 @@
 """``python -m bench.gpu``: the ops, a training step and generation on a GPU, as a dated JSON file and a picture.
 
 Every op from a few KB to a GB on both of our backends, beside PEFT's and Petals' chains, these compiled, and a copy of
-the output; a training step and generation of Llamas of 1B and 8B parameters (random weights, bfloat16) beside PEFT.
-Timed by events with a cold L2 cache; every figure is the median of rounds in which all ways took their turn.
+the output, timed by events with a cold L2 cache; at the smallest size also what a call costs the host. A training step
+and generation of Llamas of 1B and 8B parameters (random weights, bfloat16) beside PEFT, and which share of a step's GPU
+time goes into our kernels. Every figure is the median of rounds in which all ways took their turn.
 
 ``--rehearse`` goes the same way on the CPU, with tiny sizes, and writes nothing.
 """
@@ -12,7 +13,9 @@ import copy
 import datetime
 import gc
 import json
+import re
 import statistics
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -22,6 +25,9 @@ import matplotlib
 import peft
 import torch
 import transformers
+import triton
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 import ptune
 import ptune_kernels
@@ -38,6 +44,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 ROUNDS = 5
+OUR_KERNELS = re.compile("_(prepend|strip|cast|overwrite|sum).*_kernel|(Assemble|Strip|Overwrite|Sum)Rows")
 SIZES = (
     Sizes(batch=1, length=1, prompt=4, width=1024, heads=8),
     Sizes(batch=4, length=64, prompt=16, width=2048, heads=16),
@@ -53,17 +60,46 @@ LLAMAS = {
 TINY_LLAMA = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 8}
 
 
-def seconds_of(ways: dict[Any, Callable[[], Any]], device: str) -> dict[Any, float]:
-    """Medians; on a GPU of launches that find the L2 cache cold."""
+def kernel_seconds(ways: dict[str, Callable[[], Any]], device: str) -> dict[str, float]:
+    """Medians; on a GPU of launches that find the L2 cache cold, by events."""
     if device == "cpu":
         return interleaved(ways, ROUNDS)
     from triton.testing import do_bench
 
-    times: dict[Any, list[float]] = {way: [] for way in ways}
+    times: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(ROUNDS):
         for way, run in ways.items():
-            times[way].append(do_bench(run, warmup=5, rep=20, return_mode="median") / 1e3)
+            times[way].append(do_bench(run, warmup=3, rep=12, return_mode="median") / 1e3)
     return {way: statistics.median(taken) for way, taken in times.items()}
+
+
+def host_seconds(ways: dict[str, Callable[[], Any]], device: str) -> dict[str, float]:
+    """What a call costs the host where nothing waits for it: medians."""
+    calls = 1 if device == "cpu" else 200
+    times: dict[str, list[float]] = {way: [] for way in ways}
+    for _ in range(ROUNDS):
+        for way, run in ways.items():
+            synchronise(device)
+            begin = time.perf_counter()
+            for _ in range(calls):
+                run()
+            times[way].append((time.perf_counter() - begin) / calls)
+    return {way: statistics.median(taken) for way, taken in times.items()}
+
+
+def synchronise(device: str) -> None:
+    if device != "cpu":
+        torch.cuda.synchronize()
+
+
+def wall_seconds(ways: dict[Any, Callable[[], Any]], device: str) -> dict[Any, float]:
+    """Medians of calls that are waited for."""
+
+    def waited(run: Callable[[], Any]) -> None:
+        run()
+        synchronise(device)
+
+    return interleaved({way: partial(waited, run) for way, run in ways.items()}, ROUNDS)
 
 
 def backends(device: str) -> list[str]:
@@ -82,17 +118,21 @@ def ops(device: str, tiny: bool) -> Iterator[dict[str, Any]]:
     for sizes in TINY if tiny else SIZES:
         making = cases(sizes)
         while (case := next_on(device, making)) is not None:
+            torch.compiler.reset()  # every case compiles for its own sizes, as the first would
             ways: dict[str, Callable[[], Any]] = {f"ours, {b}": on_backend(case, b) for b in backends(device)}
             ways |= {way: partial(case.run, way) for way in case.ways if way != OURS}
             for backend in backends(device):
                 with ptune_kernels.use_backend(backend):
                     case.check()
-            seconds = seconds_of(ways, device)
-            yield {
+            seconds = kernel_seconds(ways, device)
+            row = {
                 "case": case.name, "output bytes": case.output_bytes, **vars(sizes),
                 "us": {way: taken * 1e6 for way, taken in seconds.items()},
                 "floor us": work_of(case).floor(2 * case.output_bytes / seconds[COPY]) * 1e6,
             }  # fmt: skip
+            if sizes in (SIZES[0], *TINY):
+                row["host us"] = {way: taken * 1e6 for way, taken in host_seconds(ways, device).items()}
+            yield row
 
 
 def next_on(device: str, making: Iterator[Case]) -> Case | None:
@@ -109,10 +149,10 @@ def llama(sizes: dict[str, int], device: str) -> Any:
         return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
 
 
-def pair(mode: str, rows: int, sizes: dict[str, int], device: str) -> dict[str, Any]:
-    """A model with prompts of ours and one with PEFT's, on the same weights."""
-    ours = llama(sizes, device)
-    theirs = copy.deepcopy(ours, {id(p): p for p in ours.parameters()})
+def pair(base: Any, mode: str, rows: int, device: str) -> dict[str, Any]:
+    """A model with prompts of ours and one with PEFT's, on the weights of ``base``."""
+    gc.collect()  # what the last pair held
+    ours, theirs = (copy.deepcopy(base, {id(p): p for p in base.parameters()}) for _ in range(2))
     ours.__class__ = ptune_class(type(ours))
     ours.adopt([])
     ours.init_prompts(ptune.PTuneConfig(tuning_mode=mode, pre_seq_len=rows))
@@ -135,43 +175,54 @@ def peak(run: Callable[[], Any], device: str) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def training(name: str, sizes: dict[str, int], points: Any, device: str) -> Iterator[dict[str, Any]]:
+def share_of_ours(run: Callable[[], Any], device: str) -> float:
+    """Which part of the GPU's time goes into our kernels."""
+    with profile(activities=[ProfilerActivity.CPU if device == "cpu" else ProfilerActivity.CUDA]) as profiled:
+        run()
+        synchronise(device)
+    kernels = [event for event in profiled.key_averages() if event.device_type == DeviceType.CUDA]
+    total = sum(event.self_device_time_total for event in kernels)
+    mine = sum(event.self_device_time_total for event in kernels if OUR_KERNELS.search(event.key))
+    return mine / total if total else 0.0
+
+
+def training(name: str, base: Any, points: Any, device: str) -> Iterator[dict[str, Any]]:
     for mode, beside in PAIRS.items():
         for rows, length, size in points:
             with torch.device(device):
                 inputs = batch(length, size)
-            models = pair(mode, rows, sizes, device)
+            models = pair(base, mode, rows, device)
             steps = {side: step(model.train(), inputs) for side, model in models.items()}
             memory = {side: peak(run, device) for side, run in steps.items()}
-            seconds = seconds_of(steps, device)
+            seconds = wall_seconds(steps, device)
             yield {
                 "model": name, "beside": beside, "m": rows, "n": length, "b": size,
                 "B": size * (rows + length) / (rows + size * length),
+                "ms": {side: taken * 1e3 for side, taken in seconds.items()},
                 "time, peft / ours": seconds["peft"] / seconds["ours"],
                 "peak memory, peft / ours": memory["peft"] / memory["ours"],
+                "our kernels / all": share_of_ours(steps["ours"], device),
             }  # fmt: skip
-            del models, steps
-            gc.collect()
 
 
-def generation(name: str, sizes: dict[str, int], points: Any, device: str) -> Iterator[dict[str, Any]]:
+def generation(name: str, base: Any, points: Any, device: str) -> Iterator[dict[str, Any]]:
     new = 17
     for rows, length, size in points:
         ids = torch.randint(3, 2048, (size, length), device=device)
-        models = pair("ptune", rows, sizes, device)
+        models = pair(base, "ptune", rows, device)
         models["ours"].compile_prompts()
         ways = {
             (side, n): partial(generate, model.eval(), ids, n) for side, model in models.items() for n in (1, new)
         }  # fmt: skip
-        seconds = seconds_of(ways, device)
-        each = {side: seconds[side, new] - seconds[side, 1] for side in models}
+        seconds = wall_seconds(ways, device)
+        each = {side: (seconds[side, new] - seconds[side, 1]) / (new - 1) for side in models}
         yield {
             "model": name, "m": rows, "n": length, "b": size,
+            "first token ms": {side: seconds[side, 1] * 1e3 for side in models},
             "first token, peft / ours": seconds["peft", 1] / seconds["ours", 1],
+            "each token ms": {side: taken * 1e3 for side, taken in each.items()},
             "each token, peft / ours": each["peft"] / each["ours"],
         }  # fmt: skip
-        del models, ways
-        gc.collect()
 
 
 def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
@@ -191,10 +242,10 @@ def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
 
 def about(device: str) -> str:
     where = "CPU" if device == "cpu" else torch.cuda.get_device_name()
-    return (
-        f"{where}, torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}, "
-        f"medians of {ROUNDS} interleaved rounds, {datetime.date.today().isoformat()}"
+    libraries = ", ".join(
+        f"{library.__name__} {library.__version__}" for library in (torch, triton, transformers, peft)
     )
+    return f"{where}, {libraries}, medians of {ROUNDS} interleaved rounds, {datetime.date.today().isoformat()}"
 
 
 def main() -> None:
@@ -224,9 +275,10 @@ def main() -> None:
     if not chosen.rehearse:
         draw(found["ops"], path.with_suffix(".png"), found["about"])
     for name, sizes in llamas.items():
-        for row in training(name, sizes, points, device):
+        base = llama(sizes, device)
+        for row in training(name, base, points, device):
             note("training", row)
-        for row in generation(name, sizes, points, device):
+        for row in generation(name, base, points, device):
             note("generation", row)
     print(found["about"])
 

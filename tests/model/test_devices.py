@@ -66,11 +66,12 @@ def test_a_step(base_of, device, name, mode, padding, implementation):
 
 @pytest.mark.parametrize("checkpointed", [False, True], ids=["kept", "checkpointed"])
 @pytest.mark.parametrize("how", ["bfloat16", "autocast", "hybrid"])
+@pytest.mark.parametrize("padding", ["none", "left"])
 @pytest.mark.parametrize("mode", MODES)
-def test_half_precision(base_of, device, mode, how, checkpointed):
+def test_half_precision(base_of, device, mode, padding, how, checkpointed):
     """The shared path errs no more than twice what the concat path does."""
     exact = causal(base_of("llama"), mode)
-    ids, mask = pad(texts_for("left"), "left", 0)
+    ids, mask = pad(texts_for(padding), padding, 0)
     truth = step(exact, ids, mask, "concat")
     half = {"bfloat16": {"dtype": torch.bfloat16}, "autocast": {}, "hybrid": {"attn_dtype": "bfloat16"}}
     model = causal(base_of("llama"), mode, **half[how])
