@@ -69,7 +69,7 @@ def kernel_seconds(ways: dict[str, Callable[[], Any]], device: str) -> dict[str,
     times: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(ROUNDS):
         for way, run in ways.items():
-            times[way].append(do_bench(run, warmup=3, rep=12, return_mode="median") / 1e3)
+            times[way].append(do_bench(run, warmup=2, rep=8, return_mode="median") / 1e3)
     return {way: statistics.median(taken) for way, taken in times.items()}
 
 

@@ -25,11 +25,18 @@ from typing import Any, NamedTuple
 from .timing import RESULTS
 
 ROOT = Path(__file__).resolve().parents[1]
-PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-rf"]
+MODELS = ["tests/model/test_devices.py"]
+PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--disable-warnings", "--tb=short"]
+
+
 # compilers, Triton's among them, have more cores there than one process of tests keeps busy
-WORKERS = ["-n", "5"] if importlib.util.find_spec("xdist") else []
-# enough to pass every kernel once: the sanitizers slow them down a hundred times
-SANITIZED = ["tests/ops", "-m", "cuda", "-k", "(equals_oracle or equals_autograd) and (2x3x5x7 or 2x5x3x123)"]
+def workers(count: int) -> list[str]:
+    return ["-n", str(count)] if importlib.util.find_spec("xdist") else []
+
+
+# enough to pass every kernel once, in packs and element by element: the sanitizers slow them down a hundred times
+def sanitized(sizes: str) -> list[str]:
+    return ["tests/ops", "-m", "cuda", "-k", f"equals_autograd and ({sizes})"]
 
 
 class Step(NamedTuple):
@@ -41,23 +48,23 @@ class Step(NamedTuple):
 
 
 def steps(out: Path) -> list[Step]:
-    sanitizer = shutil.which("compute-sanitizer") or "compute-sanitizer"
+    sanitizer = [shutil.which("compute-sanitizer") or "compute-sanitizer", "--error-exitcode", "9", "--tool"]
     python = sys.executable
     return [
         Step("libraries", [python, "-m", "ptune_kernels"], 30, needs_gpu=False),
         Step(
             "collect",
-            [*PYTEST, "tests/ops", "tests/model/test_devices.py", "-m", "cuda", "--collect-only"],
+            [*PYTEST, "tests/ops", *MODELS, "-m", "cuda", "--collect-only"],
             60,
             needs_gpu=False,
         ),
         Step("compile", [python, "-m", "bench.aot", "--out", str(out)], 300, needs_gpu=False),
         Step("rehearse", [python, "-m", "bench.gpu", "--rehearse"], 120, needs_gpu=False),
-        Step("tests", [*PYTEST, *WORKERS, "tests/ops", "-m", "cuda"], 150),
-        Step("models", [*PYTEST, *WORKERS, "tests/model/test_devices.py", "-m", "cuda"], 150),
-        Step("memcheck", [sanitizer, "--tool", "memcheck", "--error-exitcode", "9", *PYTEST, *SANITIZED], 150),
-        Step("racecheck", [sanitizer, "--tool", "racecheck", "--error-exitcode", "9", *PYTEST, *SANITIZED], 150),
-        Step("benchmarks", [python, "-m", "bench.gpu", "--out", str(out)], 360, alone=True),
+        Step("tests", [*PYTEST, *workers(8), "tests/ops", "-m", "cuda"], 190),
+        Step("models", [*PYTEST, *workers(4), *MODELS, "-m", "cuda"], 190),
+        Step("memcheck", [*sanitizer, "memcheck", *PYTEST, *sanitized("2x1x2x384 or 2x5x3x123")], 190),
+        Step("racecheck", [*sanitizer, "racecheck", *PYTEST, *sanitized("2x5x3x123")], 190),
+        Step("benchmarks", [python, "-m", "bench.gpu", "--out", str(out)], 330, alone=True),
     ]
 
 
@@ -89,7 +96,11 @@ def has_gpu(environment: dict[str, str]) -> bool:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_check", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
-    out = parser.parse_args().out.absolute()
+    parser.add_argument("--only", nargs="+", metavar="STEP", help="the steps to run, by name; default: all")
+    options = parser.parse_args()
+    out, names = options.out.absolute(), [step.name for step in steps(options.out)]
+    if unknown := set(options.only or ()) - set(names):
+        parser.error(f"--only: expected some of {', '.join(names)}, got {', '.join(sorted(unknown))}")
     wheels = sorted((ROOT / "dist").glob("*.whl"), key=lambda wheel: wheel.stat().st_mtime)
     if not wheels:
         parser.error("expected a wheel in dist/, got none; `make wheel` builds it")
@@ -114,6 +125,7 @@ def main() -> int:
 
         # on a GPU machine the time is the GPU's
         chosen = [step for step in steps(out) if step.needs_gpu == gpu or step.name == "libraries"]
+        chosen = [step for step in chosen if not options.only or step.name in options.only]
         with ThreadPoolExecutor() as pool:
             list(pool.map(note, [step for step in chosen if not step.alone]))
         for step in chosen:

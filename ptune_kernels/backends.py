@@ -46,8 +46,8 @@ def _serving_type(device_type: str) -> Ops:
 
 
 def backend_for(device: torch.device | str) -> str:
-    """The name of the backend that serves ``device``: CPU → native, else reference; GPU → Triton, else native, else
-    reference."""
+    """The name of the backend that serves ``device``: native where its library holds code for it; else a GPU → Triton;
+    else reference."""
     return (_forced or _serving_type(torch.device(device).type)).backend
 
 
@@ -66,9 +66,9 @@ def use_backend(backend: str | None) -> Iterator[None]:
 
 
 def _default_backend(device_type: str) -> str:
-    if device_type == "cuda" and find_spec("triton"):
-        return "triton"
-    return "native" if native.loaded(device_type) else "reference"
+    if native.loaded(device_type) and (device_type != "cuda" or native.serves_gpus()):
+        return "native"
+    return "triton" if device_type == "cuda" and find_spec("triton") else "reference"
 
 
 def _ready(backend: str) -> str:

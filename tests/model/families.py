@@ -53,6 +53,8 @@ FAMILIES = {
     family.name: family
     for family in [
         _family("llama", hf.LlamaConfig, _GROUPED, "layers"),
+        # flex_attention on a GPU wants heads of 16 at least
+        _family("llama-wide", hf.LlamaConfig, _GROUPED | {"head_dim": 16}, "layers", core=False),
         _family("qwen3", hf.Qwen3Config, _GROUPED | {"tie_word_embeddings": True}, "layers"),
         _family("mistral", hf.MistralConfig, _GROUPED | {"sliding_window": 5}, "layers"),
         _family(

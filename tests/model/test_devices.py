@@ -16,7 +16,6 @@ from .test_bank import batch, tuned
 
 # Without a GPU it is left out, not skipped a hundred times; tests/ops/test_cuda.py skips aloud.
 GPU = [pytest.param("cuda", marks=pytest.mark.cuda)] if torch.cuda.is_available() else []
-IMPLEMENTATIONS = ["sdpa", "eager", *(["flex_attention"] if GPU else [])]  # the last has no backward on a CPU
 
 
 @pytest.fixture(params=["cpu", *GPU])
@@ -44,17 +43,24 @@ def step(model, ids, mask, path):
 
 
 def error(got, truth):
-    return torch.cat([(a - b).flatten() for a, b in zip(got, truth, strict=True)]).square().mean().sqrt()
+    """Squared, of each tensor by its scale, so that no tensor counts for all."""
+    return sum(((a - b) / b.std()).square().mean() for a, b in zip(got, truth, strict=True))
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("padding", PADDINGS)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma3", "gpt2"])
 def test_a_step(base_of, device, name, mode, padding, implementation):
-    if implementation == "flex_attention" and (device, name, mode, padding) != ("cuda", "llama", "overwrite", "left"):
-        pytest.skip("it compiles for long")
-    model = causal(base_of(name), mode)
+    check_a_step(causal(base_of(name), mode), device, padding, implementation)
+
+
+@pytest.mark.parametrize("device", GPU)  # it has no backward on a CPU, and compiles for long
+def test_a_step_of_flex_attention(base_of, device):
+    check_a_step(causal(base_of("llama-wide"), "overwrite"), device, "left", "flex_attention")
+
+
+def check_a_step(model, device, padding, implementation):
     ids, mask = pad(texts_for(padding), padding, 0)
     truth = step(model, ids, mask, "concat")
     model.set_attn_implementation(implementation)
@@ -71,17 +77,20 @@ def test_a_step(base_of, device, name, mode, padding, implementation):
 def test_half_precision(base_of, device, mode, padding, how, checkpointed):
     """The shared path errs no more than twice what the concat path does."""
     exact = causal(base_of("llama"), mode)
-    ids, mask = pad(texts_for(padding), padding, 0)
-    truth = step(exact, ids, mask, "concat")
     half = {"bfloat16": {"dtype": torch.bfloat16}, "autocast": {}, "hybrid": {"attn_dtype": "bfloat16"}}
     model = causal(base_of("llama"), mode, **half[how])
     model.load_state_dict({name: tensor.clone() for name, tensor in exact.state_dict().items()})
     model.to(device)
     if checkpointed:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    with torch.autocast(device, torch.bfloat16, enabled=how == "autocast"):
-        shared, whole = (step(model, ids, mask, path) for path in ("prefix", "concat"))
-    assert 0 < error(shared, truth) <= 2 * error(whole, truth)
+    errors = {"prefix": 0.0, "concat": 0.0}
+    for _ in range(4):  # one text's luck is not another's
+        ids, mask = pad(texts_for(padding), padding, 0)
+        truth = step(exact, ids, mask, "concat")
+        for path in errors:
+            with torch.autocast(device, torch.bfloat16, enabled=how == "autocast"):
+                errors[path] += error(step(model, ids, mask, path), truth).item()
+    assert 0 < errors["prefix"] <= 2**2 * errors["concat"]
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import ptune_kernels
-from ptune_kernels import backend_for, native, use_backend
+from ptune_kernels import backend_for, backends, native, use_backend
 
 from .cases import OPS, TARGETS
 
@@ -23,6 +23,28 @@ def test_the_compiled_library_serves_the_cpu():
 
 def test_an_unknown_device_gets_the_reference():
     assert backend_for("meta") == "reference"
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "backend"),
+    [
+        ([], "native"),
+        ([(8, 6)], "native"),
+        ([(9, 0), (10, 3)], "native"),
+        ([(12, 1)], "native"),
+        ([(13, 0)], "native"),
+        ([(7, 5)], "triton"),
+        ([(11, 0)], "triton"),
+        ([(9, 0), (7, 5)], "triton"),
+    ],
+)
+def test_gpus_are_served_by_the_compiled_library_where_it_holds_code_for_them(monkeypatch, capabilities, backend):
+    library = native.Library(Path("libptune_cuda.so"), "80-real 90-real 100-real 120")
+    monkeypatch.setitem(native.libraries, "cuda", library)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capabilities[index])
+    monkeypatch.setattr(backends, "_serving", {})
+    assert backend_for("cuda") == backend
 
 
 def test_use_backend_nests_and_restores():
