@@ -26,7 +26,7 @@ from .timing import RESULTS
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = ["tests/model/test_devices.py"]
-PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--disable-warnings", "--tb=short"]
+PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--disable-warnings", "--tb=short", "--show-capture=no"]
 
 
 # compilers, Triton's among them, have more cores there than one process of tests keeps busy
@@ -84,6 +84,7 @@ def run(step: Step, folder: Path, environment: dict[str, str]) -> dict[str, Any]
     except OSError as missing:
         passed, said = False, str(missing)
     seconds = round(time.monotonic() - begin, 1)
+    said = said.replace(f"{folder}/", "")
     print(f"{step.name}: {'passed' if passed else 'FAILED'} in {seconds} s\n{said[-2000:]}", flush=True)
     return {"step": step.name, "passed": passed, "seconds": seconds, "output": said[-4000:]}
 
