@@ -26,7 +26,7 @@ from .timing import RESULTS
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = ["tests/model/test_devices.py"]
-PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--disable-warnings", "--tb=short", "--show-capture=no"]
+PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--disable-warnings", "--tb=line"]
 
 
 # compilers, Triton's among them, have more cores there than one process of tests keeps busy
