@@ -21,7 +21,7 @@ from triton.runtime import JITFunction
 from . import schema
 
 _TILE = 2048  # elements: with 4 warps, two to four accesses of 128 bits for each thread
-_SUM_TILE = 256  # with 1 warp: a sum has few output rows, and small tiles spread them over more of the GPU
+_SUM_TILE = 512  # with 1 warp: a sum has few output rows, and small tiles spread them over more of the GPU
 OPTIONS = {"enable_fp_fusion": False}  # a * b + c is rounded twice, as the other backends do
 
 
