@@ -28,6 +28,7 @@ import transformers
 import triton
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
+from triton.testing import do_bench
 
 import ptune
 import ptune_kernels
@@ -60,31 +61,31 @@ LLAMAS = {
 TINY_LLAMA = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 8}
 
 
+def medians(ways: dict[str, Callable[[], Any]], seconds: Callable[[Callable[[], Any]], float]) -> dict[str, float]:
+    """Of what ``seconds`` says of each way, in interleaved rounds."""
+    rounds = [{way: seconds(run) for way, run in ways.items()} for _ in range(ROUNDS)]
+    return {way: statistics.median(taken[way] for taken in rounds) for way in ways}
+
+
 def kernel_seconds(ways: dict[str, Callable[[], Any]], device: str) -> dict[str, float]:
-    """Medians; on a GPU of launches that find the L2 cache cold, by events."""
+    """On a GPU of launches that find the L2 cache cold, by events."""
     if device == "cpu":
         return interleaved(ways, ROUNDS)
-    from triton.testing import do_bench
-
-    times: dict[str, list[float]] = {way: [] for way in ways}
-    for _ in range(ROUNDS):
-        for way, run in ways.items():
-            times[way].append(do_bench(run, warmup=2, rep=8, return_mode="median") / 1e3)
-    return {way: statistics.median(taken) for way, taken in times.items()}
+    return medians(ways, lambda run: do_bench(run, warmup=2, rep=8, return_mode="median") / 1e3)
 
 
 def host_seconds(ways: dict[str, Callable[[], Any]], device: str) -> dict[str, float]:
-    """What a call costs the host where nothing waits for it: medians."""
+    """What a call costs the host where nothing waits for it."""
     calls = 1 if device == "cpu" else 200
-    times: dict[str, list[float]] = {way: [] for way in ways}
-    for _ in range(ROUNDS):
-        for way, run in ways.items():
-            synchronise(device)
-            begin = time.perf_counter()
-            for _ in range(calls):
-                run()
-            times[way].append((time.perf_counter() - begin) / calls)
-    return {way: statistics.median(taken) for way, taken in times.items()}
+
+    def seconds(run: Callable[[], Any]) -> float:
+        synchronise(device)
+        begin = time.perf_counter()
+        for _ in range(calls):
+            run()
+        return (time.perf_counter() - begin) / calls
+
+    return medians(ways, seconds)
 
 
 def synchronise(device: str) -> None:

@@ -29,13 +29,13 @@ MODELS = ["tests/model/test_devices.py"]
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--disable-warnings", "--tb=line"]
 
 
-# compilers, Triton's among them, have more cores there than one process of tests keeps busy
 def workers(count: int) -> list[str]:
+    """Compilers, Triton's among them, have more cores there than one process of tests keeps busy."""
     return ["-n", str(count)] if importlib.util.find_spec("xdist") else []
 
 
-# enough to pass every kernel once, in packs and element by element: the sanitizers slow them down a hundred times
 def sanitized(sizes: str) -> list[str]:
+    """Enough to pass every kernel once: the sanitizers slow them down a hundred times."""
     return ["tests/ops", "-m", "cuda", "-k", f"equals_autograd and ({sizes})"]
 
 

@@ -21,8 +21,12 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import increment_version
+from torch.torch_version import TorchVersion
 
 from .backends import Ops, ops_for
+
+# Through what a Function wrote in place, where the caller goes on with its own name for it.
+_COMPILER_LOSES_GRADIENTS = TorchVersion(torch.__version__) < "2.13"
 
 
 class Placement(NamedTuple):
@@ -143,6 +147,8 @@ def overwrite_(hidden: Tensor, prompts: Tensor, placement: Placement | None = No
         ops.overwrite_(hidden, prompts, *arguments)
         increment_version(hidden)
         return hidden
+    if _COMPILER_LOSES_GRADIENTS and torch.compiler.is_compiling():
+        return hidden.copy_(overwrite(hidden, prompts, placement, mode))
     return _OverwriteInPlace.apply(ops, hidden, prompts, *arguments)
 
 

@@ -46,19 +46,15 @@ def loaded(device_type: str) -> bool:
 
 
 def serves_gpus() -> bool:
-    """Whether the CUDA library holds code for every GPU here.
+    """Whether the CUDA library, which is loaded, holds code for every GPU here.
 
     An architecture's own runs on later ones of the same major version; the newest's, from PTX, on all that are newer.
     """
-    if not loaded("cuda"):
-        return False
     built = [int(architecture.removesuffix("-real")) for architecture in libraries["cuda"].build.split()]
-    found = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
-    return all(
-        10 * major + minor >= max(built)
-        or any(divmod(low, 10)[0] == major and divmod(low, 10)[1] <= minor for low in built)
-        for major, minor in found
-    )
+    found = [
+        10 * major + minor for major, minor in map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))
+    ]
+    return all(here >= max(built) or any(one // 10 == here // 10 and one <= here for one in built) for here in found)
 
 
 def absence(device_type: str) -> str:

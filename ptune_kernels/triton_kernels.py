@@ -9,6 +9,7 @@ Triton compiles a variant for pointers and strides that are multiples of 16, whi
 one moves 128 bits at a time, as ``python -m bench.aot`` shows. The other is scalar.
 """
 
+import math
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -120,12 +121,13 @@ def _assemble(
     pool_rows,
     width,
     SCALE: tl.constexpr,
+    SIGN: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
     """out[i] = [zeros(max_length - length) ; text[i, :column] ; prompts[start : start + length] ; text[i, column:]].
 
-    With ``ids``, text row r is SCALE * text[ids[i, r]].
+    With ``ids``, text row r is SIGN * SCALE * text[ids[i, r]].
     """
     rows = tl.cast(max_length, tl.int64) + text_rows
     i, head, row, col = _tile(rows, heads, ROWS, COLS)
@@ -144,8 +146,8 @@ def _assemble(
 
     in_width = (col < width)[None, :]
     value = tl.load(_at(text, i, head, source, col), mask=is_text[:, None] & in_width, other=0.0)
-    if SCALE != 1.0:
-        value = _wide(value) * SCALE
+    if SCALE != 1.0 or SIGN != 1.0:
+        value = _wide(value) * SCALE * SIGN
     value = value.to(out.data.dtype.element_ty)
     prompt = tl.load(_at(prompts, i, head, start + place - column, col), mask=is_prompt[:, None] & in_width, other=0.0)
     value = tl.where(is_prompt[:, None], prompt.to(value.dtype), value)
@@ -164,10 +166,11 @@ def _prepend_kernel(
     pool_rows,
     width,
     SCALE: tl.constexpr,
+    SIGN: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    _assemble(out, prompts, text, ids, placement, max_length, 1, text_rows, pool_rows, width, SCALE, ROWS, COLS)
+    _assemble(out, prompts, text, ids, placement, max_length, 1, text_rows, pool_rows, width, SCALE, SIGN, ROWS, COLS)
 
 
 @triton.jit(do_not_specialize=["max_length", "text_rows", "pool_rows"])
@@ -190,11 +193,37 @@ def _prepend_kv_kernel(
 ):
     if tl.program_id(2) == 0:
         _assemble(
-            out_k, prefix_k, key, None, placement, max_length, heads, text_rows, pool_rows, width_k, 1.0, ROWS, COLS
+            out_k,
+            prefix_k,
+            key,
+            None,
+            placement,
+            max_length,
+            heads,
+            text_rows,
+            pool_rows,
+            width_k,
+            1.0,
+            1.0,
+            ROWS,
+            COLS,
         )
     else:
         _assemble(
-            out_v, prefix_v, value, None, placement, max_length, heads, text_rows, pool_rows, width_v, 1.0, ROWS, COLS
+            out_v,
+            prefix_v,
+            value,
+            None,
+            placement,
+            max_length,
+            heads,
+            text_rows,
+            pool_rows,
+            width_v,
+            1.0,
+            1.0,
+            ROWS,
+            COLS,
         )
 
 
@@ -381,8 +410,10 @@ def _prepend(out, prompts, text, ids, text_rows, start, length, column, max_leng
     if start is None:
         max_length = pool_rows
     views = _batched(out), _pool(prompts), text, ids, _placement(start, length, column)
-    # The scale is a constant, because a float argument would reach the kernel in fp32 only.
-    _run(_prepend_kernel, [_sizes_of(out)], *views, max_length, text_rows, pool_rows, width, SCALE=scale)
+    # The scale is a constant, because a float argument would reach the kernel in fp32 only; its sign is another, because
+    # Triton 3.6 takes -0.0 for 0.0.
+    constants = {"SCALE": abs(scale), "SIGN": math.copysign(1.0, scale)}
+    _run(_prepend_kernel, [_sizes_of(out)], *views, max_length, text_rows, pool_rows, width, **constants)
 
 
 def prepend_kv(prefix_k, prefix_v, key, value, start=None, length=None, column=None, max_length=0, dtype=None):

@@ -18,8 +18,8 @@ constexpr int kMaxParts = 3;
 // Packs that a thread loads before it waits for the first. More would keep more bytes under way, but fewer threads.
 template <class T, int N>
 constexpr int kAhead = N == 1 ? 4 : 2 * kBytes / int(sizeof(Pack<T, N>));
-// Blocks that an SM holds at once, which bounds the registers of a thread. Measured on an H200, 12 move short rows 1.2 times as
-// fast as 8; the newer architectures, whose compiler unrolls further, and float64 would spill.
+// Blocks that an SM holds at once, which bounds the registers of a thread. On Hopper short rows need 12 to be as fast as a copy;
+// for the newer architectures, whose compiler unrolls further, and for float64 that would spill.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
 template <class T>
 constexpr int kBlocks = std::is_same_v<T, double> ? 8 : 12;
@@ -250,7 +250,7 @@ struct SumRows {
   }
 
   // The N elements of pool row j from column c on, summed over the batch. Without a placement all rows of the batch have them in
-  // the same place: to find it for each takes ten times as long as to load from it.
+  // the same place: to find it for each would take longer than to load from it.
   template <int N, bool kPlaced>
   PTUNE_BOTH void sum(int64_t h, int64_t j, int64_t c) const {
     const int64_t max_length = p.placement.max_length;

@@ -254,9 +254,6 @@ def _sdpa(
     """Stock sdpa, where no mask means causal with the triangle at the lower right, and heads are grouped natively."""
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     device = query.device.type
-    if torch.is_autocast_enabled(device):
-        # a bias of torch's own class reaches its kernels before autocast would have cast
-        query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
     bias: Any = mask
     if mask is None and causal and query.shape[2] > 1:
         size = query.shape[2], key.shape[2]
@@ -264,6 +261,8 @@ def _sdpa(
             bias = torch.ones(size, dtype=torch.bool, device=query.device).tril(size[1] - size[0])
         else:
             bias = causal_lower_right(*size)
+            if torch.is_autocast_enabled(device):  # which comes too late: the bias calls the kernels itself
+                query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
     shape, groups = query.shape, query.shape[1] // key.shape[1]
     if groups > 1 and device == "cpu":
         # one product per key head serves all its query heads: a CPU does grouped heads one by one
