@@ -64,7 +64,7 @@ def steps(out: Path) -> list[Step]:
         Step("models", [*PYTEST, *workers(4), *MODELS, "-m", "cuda"], 190),
         Step("memcheck", [*sanitizer, "memcheck", *PYTEST, *sanitized("2x1x2x384 or 2x5x3x123")], 190),
         Step("racecheck", [*sanitizer, "racecheck", *PYTEST, *sanitized("2x5x3x123")], 190),
-        Step("benchmarks", [python, "-m", "bench.gpu", "--out", str(out)], 330, alone=True),
+        Step("benchmarks", [python, "-m", "bench.gpu", "--out", str(out)], 310, alone=True),
     ]
 
 

@@ -410,7 +410,7 @@ def _prepend(out, prompts, text, ids, text_rows, start, length, column, max_leng
     if start is None:
         max_length = pool_rows
     views = _batched(out), _pool(prompts), text, ids, _placement(start, length, column)
-    # The scale is a constant, because a float argument would reach the kernel in fp32 only; its sign is another, because
+    # The scale is a constant, because a float argument would reach the kernel in fp32 only; its sign is another one, as
     # Triton 3.6 takes -0.0 for 0.0.
     constants = {"SCALE": abs(scale), "SIGN": math.copysign(1.0, scale)}
     _run(_prepend_kernel, [_sizes_of(out)], *views, max_length, text_rows, pool_rows, width, **constants)
