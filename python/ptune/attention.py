@@ -215,9 +215,11 @@ class Prefix:
         key: Tensor,
         value: Tensor,
         mask: Any,
+        *,
+        depth: int | None = None,
         **kwargs: Any,
     ) -> Any:
-        key, value = self.before(module.ptune_depth, key, value, attention.dtype)
+        key, value = self.before(module.ptune_depth if depth is None else depth, key, value, attention.dtype)
         function = _sdpa if attention.stock == "sdpa" else attention.function(module)
         return attention.run(function, module, query, key, value, mask, **kwargs)
 
@@ -290,8 +292,17 @@ def _mask(
 ) -> Any:
     """The stock mask, and in a call that injects a prefix, its rows of text over prefix and text."""
     stock = ALL_MASK_ATTENTION_FUNCTIONS[attention.stock]
+    in_dtype = (lambda mask: mask) if attention.dtype is None else partial(_additive_in, attention.dtype)
     call = current_call()
+    if call is not None and call.capture is not None:
+        call.capture.note_window(kwargs.get("local_size"))
     if call is not None and call.injected:
+        if (packed := call.packed) is not None:
+            if packed.own_mask is None and not packed.overwritten:
+                own = {"batch_size": 1, "q_length": packed.num_prompts, "kv_length": packed.num_prompts}
+                packed.own_mask = in_dtype(stock(**own, mask_function=mask_function, **kwargs))
+            batch_size, q_length, kv_length = packed.batch_size, packed.length, packed.mask.shape[1]
+            attention_mask = packed.mask.to(kwargs["device"], torch.bool)
         q_offset, columns = q_offset + call.injected, call.columns
         if columns is not None:
             mask_function = partial(_by_column, mask_function, columns)
@@ -301,17 +312,18 @@ def _mask(
             if skip and (window is None or kv_length < window):
                 return None
         kwargs |= {"allow_is_causal_skip": False}
-    mask = stock(
-        batch_size=batch_size,
-        q_length=q_length,
-        kv_length=kv_length,
-        q_offset=q_offset,
-        kv_offset=kv_offset,
-        mask_function=mask_function,
-        attention_mask=attention_mask,
-        **kwargs,
+    return in_dtype(
+        stock(
+            batch_size=batch_size,
+            q_length=q_length,
+            kv_length=kv_length,
+            q_offset=q_offset,
+            kv_offset=kv_offset,
+            mask_function=mask_function,
+            attention_mask=attention_mask,
+            **kwargs,
+        )
     )
-    return mask if attention.dtype is None else _additive_in(attention.dtype, mask)
 
 
 def _by_column(mask_function: Any, columns: Tensor, batch: Any, head: Any, query: Any, key: Any) -> Any:

@@ -31,6 +31,7 @@ class Call:
         padded: whether there is padding among the injected call's text.
         columns: [b, m + n], the column of ``[pad ; prompt ; text]`` of each key in ``[prefix ; text]``, where these
             differ.
+        packed: what takes prompt rows and text apart, where they run as one sequence.
         cache: the cache that the caller gave, where a `PrefixedCache` stands in for it.
         depth: how many blocks have had their deep prompts.
     """
@@ -44,6 +45,7 @@ class Call:
     injected: int = 0
     padded: bool = False
     columns: Tensor | None = None
+    packed: Any = None
     cache: Any = None
     depth: int = 0
 

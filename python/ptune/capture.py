@@ -32,6 +32,12 @@ class Capture:
         self.products: list[tuple[Tensor, Tensor]] | None = None
         self.marked = False
         self.lost = False
+        self.window: int | None = None
+
+    def note_window(self, window: int | None) -> None:
+        """Keep the narrowest sliding window of the attentions."""
+        if window is not None:
+            self.window = window if self.window is None else min(window, self.window)
 
     def prefix(self) -> Prefix:
         return Prefix(self.layers)

@@ -39,17 +39,7 @@ class ConcatPath:
 
     def _embed(self, body: Any, arguments: dict[str, Any], layout: Layout, placement: Placement | None) -> Tensor:
         prompts = self.model.prompt_embeddings.weight if layout.mixture is None else layout.mixture.prompts
-        if (embeds := arguments.get("inputs_embeds")) is not None:
-            return prepend(matching(prompts, embeds), embeds, placement)
-        embedding = body.get_input_embeddings()
-        scale = fusible_scale(embedding)
-        if scale is None:
-            embeds = embedding(arguments["input_ids"])
-            return prepend(matching(prompts, embeds), embeds, placement)
-        weight = embedding.weight
-        return embed_and_prepend(
-            matching(prompts, weight), arguments["input_ids"].to(weight.device), weight, placement, scale
-        )
+        return embed_behind(prompts, body, arguments.get("input_ids"), arguments.get("inputs_embeds"), placement)
 
     def _extended(self, layout: Layout, arguments: dict[str, Any], text: Tensor) -> dict[str, Any]:
         """Mask, positions and token types of ``[prompt ; text]``, where the body's own defaults would not give them."""
@@ -84,6 +74,19 @@ class ConcatPath:
             return self._text_rows(call, state)
         # attentions: a text token stands m rows below its column, and what padding before it attends to means nothing
         return state.narrow(2, call.layout.num_prompts, call.length)
+
+
+def embed_behind(
+    prompts: Tensor, body: Any, ids: Tensor | None, embeds: Tensor | None, placement: Placement | None = None
+) -> Tensor:
+    """[b, m + n, d]: ``prompts`` [m, d], and the text of ``ids`` [b, n] or of ``embeds`` [b, n, d] behind them."""
+    embedding = body.get_input_embeddings()
+    if embeds is None and (scale := fusible_scale(embedding)) is not None:
+        weight = embedding.weight
+        return embed_and_prepend(matching(prompts, weight), ids.to(weight.device), weight, placement, scale)
+    if embeds is None:
+        embeds = embedding(ids)
+    return prepend(matching(prompts, embeds), embeds, placement)
 
 
 def fusible_scale(embedding: Any) -> float | None:

@@ -105,10 +105,12 @@ class PromptHooks:
                 f"{type(block).__name__}: recomputed by a checkpoint that knows nothing of deep prompts; use "
                 "gradient_checkpointing_enable() in place of a wrapper around the blocks"
             )
-        if call is None or call.prefix or not self._is_deep(call):
+        if call is None or (call.prefix and call.packed is None) or not self._is_deep(call):
             return None
         hidden = args[0] if args else kwargs["hidden_states"]
         expected = (call.layout.column.shape[0], call.layout.num_prompts + call.length)
+        if call.packed is not None:
+            expected = (1, call.packed.rows)
         if hidden.dim() != 3 or hidden.shape[:2] != expected:
             raise NotImplementedError(
                 f"{type(block).__name__}: deep prompts need block inputs of shape [{expected[0]}, {expected[1]}, d], "

@@ -35,12 +35,14 @@ class Plan:
         reason: why.
         causal: whether text is read from left to right.
         limit: how many positions, prompt and text together, the path serves; longer calls take the concat path.
+        packs: whether prompt rows and text may run in one pass, where keys and values need not be kept.
     """
 
     path: str
     reason: str
     causal: bool = True
     limit: int | None = None
+    packs: bool = True
 
     def holds_for(self, body: Any) -> bool:
         """Whether the model still has the attention that the plan was made with."""

@@ -18,8 +18,9 @@ from .bridge import bridge, unshard_for_backward
 from .cache import PrefixedCache
 from .call import Call, current_call, set_call
 from .capture import Capture
-from .concat import matching
+from .concat import embed_behind, matching
 from .layout import Layout, positions_of
+from .packed import Packed
 from .plan import Plan
 from .support import device_of
 
@@ -70,13 +71,21 @@ class PrefixPath:
 
     def enter(self, body: Any, arguments: dict[str, Any], layout: Layout, text: Tensor) -> tuple[Call, dict[str, Any]]:
         """The call, and the body's arguments for the text alone."""
-        mixture = layout.mixture
-        prefix = self.prefix(self._type(arguments, layout)) if mixture is None else mixture.prefix
+        mixture, token_type = layout.mixture, self._type(arguments, layout)
         arguments = arguments | self._placed(layout, arguments, text)
         mask = arguments["attention_mask"]
         recomputing = [m for m in self.recomputing if m.gradient_checkpointing and m.training]
         recomputing = recomputing if torch.is_grad_enabled() else []
-        if (cache := None if recomputing else self._cache(body, arguments)) is not None:
+        cache = None if recomputing else self._cache(body, arguments)
+        if cache is None:
+            if "past_key_values" in self.parameters:
+                arguments["past_key_values"] = None
+            if "use_cache" in self.parameters:
+                arguments["use_cache"] = False
+            if self._packs(layout, text):
+                return self._pack(body, arguments, layout, text, token_type)
+        prefix = self.prefix(token_type) if mixture is None else mixture.prefix
+        if cache is not None:
             call = Call(layout, text.shape[1], layout.placement(), prefix=True, cache=cache)
             dtype = cache_dtype_of(body.config._attn_implementation)
             cached = PrefixedCache(cache, prefix.placed(call.placement), dtype)
@@ -87,17 +96,21 @@ class PrefixPath:
                 embeds = body.get_input_embeddings()(arguments["input_ids"])
             embeds, prefix = bridge(embeds, prefix)
             arguments |= {"input_ids": None, "inputs_embeds": embeds}
-        if "past_key_values" in self.parameters:
-            arguments["past_key_values"] = None
-        if "use_cache" in self.parameters:
-            arguments["use_cache"] = False
         call, mask = injected_call(layout, mask)
         if mixture is not None:
             prefix = prefix.placed(layout.placement())
         return call, arguments | {"attention_mask": mask, KEYWORD: prefix}
 
     def leave(self, call: Call, output: Any) -> None:
-        """Give the caller the cache that was given, and attentions by the columns that the concat path has."""
+        """Give the caller the cache that was given, states of the text alone, and attentions by the columns that the
+        concat path has.
+        """
+        if (packed := call.packed) is not None:
+            output["last_hidden_state"] = packed.text_of(output["last_hidden_state"])
+            if (states := output.get("hidden_states")) is not None:
+                output["hidden_states"] = tuple(packed.text_of(state) for state in states)
+            if (logits := output.get("router_logits")) is not None:
+                output["router_logits"] = tuple(each[..., self.num_prompts :, :] for each in logits)
         if call.cache is not None and output.get("past_key_values") is not None:
             output["past_key_values"] = call.cache
         if call.columns is not None and (attentions := output.get("attentions")) is not None:
@@ -107,11 +120,9 @@ class PrefixPath:
         """The keys and values of the prompt rows: compiled ones where these are kept and nothing trains, else anew."""
         if self.model.compiled_prefix is not None:
             return self.model.compiled_prefix.prefix(self.body.get_input_embeddings().weight.dtype)
-        if not self.keep_compiled or torch.compiler.is_compiling():
+        if self._runs_anew():
             return self._capture(token_type).prefix()
-        watched = [*self.model.prompt_parameters(), *_parameters(self.body)]
-        if torch.is_grad_enabled() and any(weight.requires_grad for weight in watched):
-            return self._capture(token_type).prefix()
+        watched = self._watched()
         device = watched[0].device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         how = token_type, autocast, self.body.config._attn_implementation
@@ -123,6 +134,45 @@ class PrefixPath:
             with torch.inference_mode(False), torch.no_grad():
                 kept = self._compiled = state, self._capture(token_type).prefix()
         return kept[1]
+
+    def _runs_anew(self) -> bool:
+        """Whether prompt rows are run in every call: unless keys and values are compiled and nothing trains."""
+        if self.model.compiled_prefix is not None:
+            return False
+        if not self.keep_compiled or torch.compiler.is_compiling():
+            return True
+        return torch.is_grad_enabled() and any(weight.requires_grad for weight in self._watched())
+
+    def _watched(self) -> list[Tensor]:
+        return [*self.model.prompt_parameters(), *_parameters(self.body)]
+
+    def _packs(self, layout: Layout, text: Tensor) -> bool:
+        """Whether this call, which keeps no keys and values, runs prompt rows and text in one pass."""
+        return self.plan.packs and layout.mixture is None and self._runs_anew()
+
+    def _pack(
+        self, body: Any, arguments: dict[str, Any], layout: Layout, text: Tensor, token_type: int | None
+    ) -> tuple[Call, dict[str, Any]]:
+        count, (batch_size, length) = self.num_prompts, text.shape[:2]
+        mask, positions = arguments["attention_mask"], arguments["position_ids"]
+        call, all_keys = injected_call(layout, mask)
+        overwritten = self.model.ptune_config.deep and self.model.ptune_config.deep_prompt_mode == "overwrite"
+        call.packed = packed = Packed(count, batch_size, length, all_keys, overwritten)
+        ids, embeds = (
+            None if each is None else each.flatten(0, 1)[None]
+            for each in (arguments.get("input_ids"), arguments.get("inputs_embeds"))
+        )
+        arguments |= {
+            "input_ids": None,
+            "inputs_embeds": embed_behind(self.model.prompt_embeddings.weight, body, ids, embeds),
+            "attention_mask": packed.join(mask.new_ones(count), mask),
+            "position_ids": packed.join(torch.arange(count, device=positions.device) + self.first_position, positions),
+            KEYWORD: packed,
+        }
+        if token_type is not None:
+            types = arguments["token_type_ids"].to(text.device)
+            arguments["token_type_ids"] = packed.join(types.new_full((count,), token_type), types)
+        return call, arguments
 
     def keep_anew(self) -> None:
         """From the next call on, keep the keys and values until they change."""
