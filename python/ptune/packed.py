@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
 
 from .attention import Attention, Prefix
 
@@ -54,17 +55,48 @@ class Packed:
         **kwargs: Any,
     ) -> Any:
         kwargs.pop("position_ids", None)  # they restart where a text begins, which flash attention would act on
-        (own_query, query), (own_key, key), (own_value, value) = map(self._parts, (query, key, value))
-        prefix = Prefix([(own_key.squeeze(0), own_value.squeeze(0))])
-        output, weights = prefix.attend(attention, module, query, key, value, mask, depth=0, **kwargs)
-        output = output.flatten(0, 1)[None]
+        own, text = self._parts(query, key, value)
+        prefix = Prefix([(own[1].squeeze(0), own[2].squeeze(0))])
+        output, weights = prefix.attend(attention, module, *text, mask, depth=0, **kwargs)
+        output = output.reshape(1, -1, *output.shape[2:])
         if self.overwritten:
             return nn.functional.pad(output, (0, 0, 0, 0, self.num_prompts, 0)), weights
-        function = attention.function(module)
-        own, _ = attention.run(function, module, own_query, own_key, own_value, self.own_mask, **kwargs)
-        return torch.cat([own, output], 1), weights
+        own_output, _ = attention.run(attention.function(module), module, *own, self.own_mask, **kwargs)
+        return torch.cat([own_output, output], 1), weights
 
-    def _parts(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """[1, h, m + b·n, head_dim] → [1, h, m, head_dim] and [b, h, n, head_dim]."""
-        prompt, text = states.split([self.num_prompts, self.batch_size * self.length], 2)
-        return prompt, text.squeeze(0).unflatten(1, (self.batch_size, self.length)).transpose(0, 1)
+    def _parts(self, *states: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Of each [1, h, m + b·n, head_dim] the prompt's [1, h, m, head_dim], and the texts' [b, h, n, head_dim]."""
+        parts = _Part.apply(self.num_prompts, self.batch_size, *states)
+        return parts[::2], parts[1::2]
+
+
+class _Part(Function):
+    """One node of the graph for a dozen, whose gradients are in the order of rows, as projections read them."""
+
+    @staticmethod
+    def forward(ctx: Any, num_prompts: int, batch_size: int, *states: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.num_prompts, ctx.rows = num_prompts, states[0].shape[2]
+        parts: list[Tensor] = []
+        for each in states:
+            own, text = each.split([num_prompts, ctx.rows - num_prompts], 2)
+            parts += [own, text.squeeze(0).unflatten(1, (batch_size, -1)).transpose(0, 1)]
+        return tuple(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return None, None, *(_Part.joined(ctx, *pair) for pair in zip(grads[::2], grads[1::2], strict=True))
+
+    @staticmethod
+    def joined(ctx: Any, own: Tensor | None, text: Tensor | None) -> Tensor | None:
+        if text is None:
+            return None  # a prompt without a text to read it is read by nobody
+        batch_size, heads, length, head_dim = text.shape
+        grad = text.new_empty(1, ctx.rows, heads, head_dim)
+        prompt = grad[:, : ctx.num_prompts]
+        if own is None:
+            prompt.zero_()
+        else:
+            prompt.copy_(own.transpose(1, 2))
+        grad[:, ctx.num_prompts :].view(batch_size, length, heads, head_dim).copy_(text.transpose(1, 2))
+        return grad.transpose(1, 2)

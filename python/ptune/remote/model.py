@@ -62,6 +62,9 @@ class _SharedPath(PrefixPath):
             return "hooks on its blocks watch what each is given"
         return super()._hindrance(arguments, layout, text)
 
+    def _packs(self, layout: Layout, text: Tensor) -> bool:
+        return False  # servers are sent prompt rows once, and keep their keys and values for a session
+
     def _cache(self, body: Any, arguments: dict[str, Any]) -> Any:
         embeds = arguments.get("inputs_embeds")
         given = [*self.model.prompt_parameters(), *([] if embeds is None else [embeds])]
