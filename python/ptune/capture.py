@@ -36,7 +36,7 @@ class Capture:
 
     def note_window(self, window: int | None) -> None:
         """Keep the narrowest sliding window of the attentions."""
-        if window is not None:
+        if window:  # 0 says that no block has one
             self.window = window if self.window is None else min(window, self.window)
 
     def prefix(self) -> Prefix:

@@ -77,7 +77,7 @@ class ConcatPath:
 
 
 def embed_behind(
-    prompts: Tensor, body: Any, ids: Tensor | None, embeds: Tensor | None, placement: Placement | None = None
+    prompts: Tensor, body: Any, ids: Any, embeds: Tensor | None, placement: Placement | None = None
 ) -> Tensor:
     """[b, m + n, d]: ``prompts`` [m, d], and the text of ``ids`` [b, n] or of ``embeds`` [b, n, d] behind them."""
     embedding = body.get_input_embeddings()

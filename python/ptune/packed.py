@@ -55,37 +55,37 @@ class Packed:
         **kwargs: Any,
     ) -> Any:
         kwargs.pop("position_ids", None)  # they restart where a text begins, which flash attention would act on
-        own, text = self._parts(query, key, value)
-        prefix = Prefix([(own[1].squeeze(0), own[2].squeeze(0))])
-        output, weights = prefix.attend(attention, module, *text, mask, depth=0, **kwargs)
+        own_query, query, own_key, key, own_value, value = _Part.apply(self, query, key, value)
+        prefix = Prefix([(own_key.squeeze(0), own_value.squeeze(0))])
+        output, weights = prefix.attend(attention, module, query, key, value, mask, depth=0, **kwargs)
         output = output.reshape(1, -1, *output.shape[2:])
         if self.overwritten:
             return nn.functional.pad(output, (0, 0, 0, 0, self.num_prompts, 0)), weights
-        own_output, _ = attention.run(attention.function(module), module, *own, self.own_mask, **kwargs)
+        own_output, _ = attention.run(
+            attention.function(module), module, own_query, own_key, own_value, self.own_mask, **kwargs
+        )
         return torch.cat([own_output, output], 1), weights
-
-    def _parts(self, *states: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Of each [1, h, m + b·n, head_dim] the prompt's [1, h, m, head_dim], and the texts' [b, h, n, head_dim]."""
-        parts = _Part.apply(self.num_prompts, self.batch_size, *states)
-        return parts[::2], parts[1::2]
 
 
 class _Part(Function):
     """One node of the graph for a dozen, whose gradients are in the order of rows, as projections read them."""
 
     @staticmethod
-    def forward(ctx: Any, num_prompts: int, batch_size: int, *states: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, packed: Packed, *states: Tensor) -> tuple[Tensor, ...]:
+        """Of each [1, h, m + b·n, head_dim] the prompt's [1, h, m, head_dim] and the texts' [b, h, n, head_dim]."""
         ctx.set_materialize_grads(False)
-        ctx.num_prompts, ctx.rows = num_prompts, states[0].shape[2]
+        ctx.num_prompts, ctx.rows = packed.num_prompts, packed.rows
         parts: list[Tensor] = []
         for each in states:
-            own, text = each.split([num_prompts, ctx.rows - num_prompts], 2)
-            parts += [own, text.squeeze(0).unflatten(1, (batch_size, -1)).transpose(0, 1)]
+            own, text = each.split([packed.num_prompts, packed.rows - packed.num_prompts], 2)
+            # attention keeps what it is given for its backward, and a view would keep the text's rows too
+            own = own if packed.overwritten else own.clone()
+            parts += [own, text.squeeze(0).unflatten(1, (packed.batch_size, packed.length)).transpose(0, 1)]
         return tuple(parts)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return None, None, *(_Part.joined(ctx, *pair) for pair in zip(grads[::2], grads[1::2], strict=True))
+        return None, *(_Part.joined(ctx, *pair) for pair in zip(grads[::2], grads[1::2], strict=True))
 
     @staticmethod
     def joined(ctx: Any, own: Tensor | None, text: Tensor | None) -> Tensor | None:

@@ -1,6 +1,6 @@
 """Which path prompts take through a model, and why: the prefix path where it is known, and found, to be exact."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,14 +35,15 @@ class Plan:
         reason: why.
         causal: whether text is read from left to right.
         limit: how many positions, prompt and text together, the path serves; longer calls take the concat path.
-        packs: whether prompt rows and text may run in one pass, where keys and values need not be kept.
+        packs: whether prompt rows and text run in one pass, where keys and values need not be kept; ``None`` for where
+            that is thought to pay.
     """
 
     path: str
     reason: str
     causal: bool = True
     limit: int | None = None
-    packs: bool = True
+    packs: bool | None = None
 
     def holds_for(self, body: Any) -> bool:
         """Whether the model still has the attention that the plan was made with."""
@@ -91,7 +92,7 @@ def _set_attention(model: Any, name: str | None) -> None:
     model.base_class.set_attn_implementation(model, name)  # the mixin's own would plan again
 
 
-_checked: dict[tuple, str | None] = {}
+_checked: dict[tuple, tuple[str | None, bool]] = {}
 
 
 def make_plan(hooks: Any) -> Plan:
@@ -176,35 +177,51 @@ def _agree(hooks: Any) -> str | None:
     )  # fmt: skip
     if key not in _checked:
         length = min(6, (hooks.position_limit or 6 + hooks.num_prompts) - hooks.num_prompts)
-        _checked[key] = _compare(hooks, length, weight) if length > 1 else None
-    return _checked[key]
+        _checked[key] = _compare(hooks, length, weight) if length > 1 else (None, True)
+    reason, may_pack = _checked[key]
+    if not may_pack:
+        hooks.prefix.plan.packs = False
+    return reason
 
 
-def _compare(hooks: Any, length: int, weight: Tensor) -> str | None:
-    path, plan = hooks.prefix, hooks.prefix.plan
+def _compare(hooks: Any, length: int, weight: Tensor) -> tuple[str | None, bool]:
+    """Why prompt rows that run apart from the text disagree with the concat path, and whether those packed agree."""
+    plan = hooks.prefix.plan
     ids = torch.randint(weight.shape[0], (2, length), generator=torch.Generator().manual_seed(0)).to(weight.device)
     mask = torch.ones_like(ids)
     mask[1, 0 if plan.causal else -1] = 0
+    bound = 1e-3 if {weight.dtype, hooks.model.blocks_dtype} <= {torch.float32, torch.float64} else 0.1
 
-    def run() -> Tensor:
-        states = hooks.body(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-        if not plan.causal:
-            return states[mask.bool()].float()
-        past = hooks.body(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], use_cache=True).past_key_values
-        last = hooks.body(input_ids=ids[:, -1:], attention_mask=mask, past_key_values=past).last_hidden_state
-        return torch.cat([states[mask.bool()], last[:, 0]]).float()
+    def error(states: Tensor) -> float:
+        expected = whole[: len(states)]
+        return ((states - expected).norm(dim=-1) / expected.norm(dim=-1)).max().item()
 
     try:
-        shared = run()
-        path.plan = Plan("concat", "for comparison")
-        whole = run()
+        whole = _states(hooks, replace(plan, path="concat"), ids, mask)
+        apart = _states(hooks, replace(plan, packs=False), ids, mask)
+        if not (off := error(apart)) <= bound:
+            return f"a check on random rows found it {off:.1e} off the concat path", False
     except ConnectionError:
         raise  # blocks on servers that cannot be reached say nothing of the paths
     except Exception as failure:
         first_line = str(failure).partition("\n")[0]
-        return f"a check on random rows failed with {type(failure).__name__}: {first_line}"
+        return f"a check on random rows failed with {type(failure).__name__}: {first_line}", False
     finally:
-        path.plan = plan
-    error = ((shared - whole).norm(dim=-1) / whole.norm(dim=-1)).max().item()
-    bound = 1e-3 if {weight.dtype, hooks.model.blocks_dtype} <= {torch.float32, torch.float64} else 0.1
-    return None if error <= bound else f"a check on random rows found it {error:.1e} off the concat path"
+        hooks.prefix.plan = plan
+    try:
+        return None, plan.packs is None and error(_states(hooks, replace(plan, packs=True), ids, mask)) <= bound
+    except Exception:
+        return None, False
+    finally:
+        hooks.prefix.plan = plan
+
+
+def _states(hooks: Any, plan: Plan, ids: Tensor, mask: Tensor) -> Tensor:
+    """The text's, under ``plan``, and those of a last token that a cache resumes."""
+    hooks.prefix.plan = plan
+    states = hooks.body(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[mask.bool()]
+    if not plan.causal or plan.packs:
+        return states.float()
+    past = hooks.body(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], use_cache=True).past_key_values
+    last = hooks.body(input_ids=ids[:, -1:], attention_mask=mask, past_key_values=past).last_hidden_state
+    return torch.cat([states, last[:, 0]]).float()

@@ -148,16 +148,29 @@ class PrefixPath:
 
     def _packs(self, layout: Layout, text: Tensor) -> bool:
         """Whether this call, which keeps no keys and values, runs prompt rows and text in one pass."""
-        return self.plan.packs and layout.mixture is None and self._runs_anew()
+        packs = self.plan.packs
+        if packs is None:
+            packs = pays(self._overwrites, self.num_prompts, text.shape[0] * text.shape[1], text.device)
+        return (
+            packs
+            and layout.mixture is None
+            and self._runs_anew()
+            and (torch.compiler.is_compiling() or not any(map(_is_watched, self.body.children())))
+        )
+
+    @property
+    def _overwrites(self) -> bool:
+        settings = self.model.ptune_config
+        return settings.deep and settings.deep_prompt_mode == "overwrite"
 
     def _pack(
         self, body: Any, arguments: dict[str, Any], layout: Layout, text: Tensor, token_type: int | None
     ) -> tuple[Call, dict[str, Any]]:
+        """The call, and the body's arguments for prompt rows and text as one sequence."""
         count, (batch_size, length) = self.num_prompts, text.shape[:2]
         mask, positions = arguments["attention_mask"], arguments["position_ids"]
         call, all_keys = injected_call(layout, mask)
-        overwritten = self.model.ptune_config.deep and self.model.ptune_config.deep_prompt_mode == "overwrite"
-        call.packed = packed = Packed(count, batch_size, length, all_keys, overwritten)
+        call.packed = packed = Packed(count, batch_size, length, all_keys, self._overwrites)
         ids, embeds = (
             None if each is None else each.flatten(0, 1)[None]
             for each in (arguments.get("input_ids"), arguments.get("inputs_embeds"))
@@ -189,6 +202,10 @@ class PrefixPath:
             capture = self._capture(None, probing=True)
             capture.mark_unread()
         self._products = [(m, m.weight) for m in self.body.modules() if isinstance(m, nn.Linear)]
+        chunked = getattr(self.body.config, "chunk_size_feed_forward", 0)  # which divides the length
+        # prompt rows have one mask in all blocks
+        narrow = capture.window is not None and capture.window < self.num_prompts and not capture.overwritten
+        self.plan.packs = False if chunked or narrow else None
         modules = capture.modules
         for depth, module in enumerate(modules):
             vars(module)["ptune_depth"] = depth
@@ -280,6 +297,15 @@ class PrefixPath:
         return DynamicCache(config=body.config) if wanted and self.plan.causal else None
 
 
+def pays(overwritten: bool, num_prompts: int, num_texts: int, device: torch.device) -> bool:
+    """Whether running prompt rows with the ``num_texts`` rows of text is thought to take less time than before them.
+
+    Rows that are overwritten need but keys and values where they run by themselves; a GPU waits for what each pass
+    launches, and a CPU computes.
+    """
+    return not overwritten or (device.type != "cpu" and 8 * num_prompts <= num_texts)
+
+
 def injected_call(layout: Layout, mask: Tensor) -> tuple[Call, Tensor]:
     """The call of a text under ``mask`` [b, n], before which attentions set the prompts, and its mask of all keys.
 
@@ -316,6 +342,20 @@ def _parameters(module: nn.Module) -> list[nn.Parameter]:
         if child is not None:
             found += _parameters(child)
     return found
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether a user's hooks, which expect a row of states for each row of the batch, are on ``module`` or within."""
+    for hooks in (module._forward_pre_hooks, module._forward_hooks, module._backward_hooks, module._backward_pre_hooks):
+        for hook in hooks.values():
+            if (getattr(hook, "__module__", None) or "").partition(".")[0] not in (
+                "torch",
+                "transformers",
+                "accelerate",
+                "ptune",
+            ):
+                return True
+    return any(_is_watched(child) for child in module._modules.values() if child is not None)
 
 
 def _is_reentrant(module: Any) -> bool:

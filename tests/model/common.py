@@ -12,6 +12,7 @@ import ptune
 from .families import LAYERS, VOCABULARY
 from .oracle import Prompt
 
+SHARED = ("apart", "packed")
 MODES = ("shallow", "overwrite", "add")
 PADDINGS = ("none", "right", "left")
 COUNT = 4
@@ -69,3 +70,12 @@ def set_prompts(model: Any, mode: str, **rest: Any) -> Prompt:
         return Prompt(shallow)
     deep = model.intermediate_prompt_embeddings.weight.detach().clone().view(LAYERS, COUNT, -1).requires_grad_()
     return Prompt(shallow, deep, mode)
+
+
+def take(model, path):
+    """Have calls take ``"concat"``, ``"apart"`` (prompt rows run before the text), ``"packed"`` (they run with it), or
+    ``"prefix"``, which is the one of the last two that is thought to pay.
+    """
+    plan = model._hooks.prefix.plan
+    plan.path = "concat" if path == "concat" else "prefix"
+    plan.packs = {"apart": False, "packed": True}.get(path)

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 import ptune
 
-from .common import MODES, PADDINGS, close, set_prompts, settings_for, texts_for
+from .common import MODES, PADDINGS, SHARED, close, set_prompts, settings_for, take, texts_for
 from .families import VOCABULARY
 from .oracle import pad
 from .test_bank import batch, tuned
@@ -31,7 +31,7 @@ def causal(base, mode, **rest):
 
 def step(model, ids, mask, path):
     """Logits of real tokens, and prompt gradients, on the CPU in float32."""
-    model._hooks.prefix.plan.path = path
+    take(model, path)
     model.zero_grad()
     where = model.device
     labels = ids if mask is None else ids.masked_fill(mask == 0, -100)
@@ -65,7 +65,7 @@ def check_a_step(model, device, padding, implementation):
     truth = step(model, ids, mask, "concat")
     model.set_attn_implementation(implementation)
     model.to(device)
-    for path in ("prefix", "concat"):
+    for path in (*SHARED, "concat"):
         for got, expected in zip(step(model, ids, mask, path), truth, strict=True):
             close(got, expected, 1e-4)
 
@@ -83,14 +83,15 @@ def test_half_precision(base_of, device, mode, padding, how, checkpointed):
     model.to(device)
     if checkpointed:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    errors = {"prefix": 0.0, "concat": 0.0}
+    errors = dict.fromkeys((*SHARED, "concat"), 0.0)
     for _ in range(4):  # one text's luck is not another's
         ids, mask = pad(texts_for(padding), padding, 0)
         truth = step(exact, ids, mask, "concat")
         for path in errors:
             with torch.autocast(device, torch.bfloat16, enabled=how == "autocast"):
                 errors[path] += error(step(model, ids, mask, path), truth).item()
-    assert 0 < errors["prefix"] <= 2**2 * errors["concat"]
+    for path in SHARED:
+        assert 0 < errors[path] <= 2**2 * errors["concat"]
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -12,7 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 import ptune
 
-from .common import close, set_prompts, settings_for, texts_for
+from .common import COUNT, SHARED, close, set_prompts, settings_for, take, texts_for
 from .families import FAMILIES
 from .oracle import pad
 
@@ -50,22 +50,29 @@ def whole_call_checkpoints(monkeypatch):
     monkeypatch.setattr(GradientCheckpointingLayer, "__call__", checkpointing)
 
 
+@pytest.mark.parametrize("path", SHARED)
 @pytest.mark.parametrize("reentrant", [False, True], ids=["not reentrant", "reentrant"])
 @pytest.mark.parametrize("where", ["as this transformers does", "whole call"])
 @pytest.mark.parametrize("mode", ["shallow", "overwrite", "add"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "modernbert"])
-def test_checkpointed_gradients_are_the_same(base_of, name, mode, where, reentrant, request):
+def test_checkpointed_gradients_are_the_same(base_of, name, mode, where, reentrant, path, request):
     if where == "whole call":
         request.getfixturevalue("whole_call_checkpoints")
     model = base_of(name).tuned(**settings_for("shallow"))
     set_prompts(model, mode)
     model.train()
+    if model.prefix_plan.path == "prefix":
+        take(model, path)
     ids, mask = pad(texts_for("left"), "left", 0)
     expected = gradients(model, ids, mask)
     runs: list[int] = []
     blocks = FAMILIES[name].blocks(model)
-    # of the batch, not of the prompt rows that run once
-    counting = blocks[1].register_forward_pre_hook(lambda _, args: runs.extend([1] * (args[0].shape[0] > 1)))
+
+    def count(_, args):
+        runs.extend([1] * (args[0].shape[:2].numel() > COUNT))  # of the batch, not of prompt rows that run before it
+
+    count.__module__ = "ptune"  # a user's hook would be given the batch alone
+    counting = blocks[1].register_forward_pre_hook(count)
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     assert all(block.gradient_checkpointing for block in blocks)
     got = gradients(model, ids, mask)

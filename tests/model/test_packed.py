@@ -1,0 +1,166 @@
+"""Prompt rows and text in one pass: what goes in, what comes out, and where two passes are taken."""
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+import ptune
+
+from .common import COUNT, LAYERS, PADDINGS, SHARED, close, set_prompts, settings_for, take, texts_for
+from .families import FAMILIES, VOCABULARY
+from .oracle import pad
+
+
+@pytest.fixture
+def shapes(monkeypatch):
+    """The rows that each attention of Llama is given from now on."""
+    from transformers.models.llama.modeling_llama import LlamaAttention
+
+    seen, forward = [], LlamaAttention.forward
+
+    def noting(self, hidden_states, *args, **kwargs):
+        seen.append(tuple(hidden_states.shape[:2]))
+        return forward(self, hidden_states, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaAttention, "forward", noting)
+    return seen
+
+
+@pytest.mark.parametrize("mode", ["shallow", "overwrite", "add"])
+def test_a_step_is_one_pass_unless_rows_are_overwritten(base_of, shapes, mode):
+    model = base_of("llama").tuned(**settings_for(mode)).train()
+    shapes.clear()
+    model(torch.randint(3, VOCABULARY, (3, 7))).last_hidden_state.sum().backward()
+    layers = model.config.num_hidden_layers
+    if mode == "overwrite":  # on a CPU
+        assert shapes == [(1, COUNT)] * layers + [(3, 7)] * layers
+    else:
+        assert shapes == [(1, COUNT + 3 * 7)] * layers
+
+
+def test_compiled_prompts_are_not_run_again(base_of, shapes):
+    model = base_of("llama").tuned(**settings_for("shallow")).train()
+    model.compile_prompts()
+    ids = torch.randint(3, VOCABULARY, (3, 7))
+    with torch.no_grad():
+        model(ids)
+        shapes.clear()
+        model(ids)
+    assert set(shapes) == {(3, 7)}
+    shapes.clear()
+    model(ids)
+    assert set(shapes) == {(1, COUNT + 3 * 7)}
+
+
+def test_hooks_of_users_are_given_the_batch(base_of, shapes):
+    model = base_of("llama").tuned(**settings_for("shallow")).train()
+    ids = torch.randint(3, VOCABULARY, (3, 7))
+    expected = model(ids).last_hidden_state
+    for register in ("register_forward_hook", "register_full_backward_hook"):
+        handle = getattr(model.layers[1].mlp, register)(lambda *_: None)
+        shapes.clear()
+        close(model(ids).last_hidden_state, expected)
+        handle.remove()
+        assert set(shapes) == {(1, COUNT), (3, 7)}
+    shapes.clear()
+    model.enable_input_require_grads()  # a hook of transformers'
+    close(model(ids).last_hidden_state, expected)
+    assert set(shapes) == {(1, COUNT + 3 * 7)}
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize(("name", "mode"), [("llama", "add"), ("gemma3", "overwrite"), ("bert", "overwrite")])
+def test_recorded_outputs_are_the_texts(base_of, name, mode, padding):
+    model = base_of(name).tuned(**settings_for(mode))
+    model.set_attn_implementation("eager")
+    set_prompts(model, mode)
+    ids, mask = pad(texts_for(padding), padding, 0)
+    real = torch.ones_like(ids).bool() if mask is None else mask.bool()
+    given = {"input_ids": ids, "attention_mask": mask, "output_hidden_states": True, "output_attentions": True}
+    if FAMILIES[name].causal:
+        given["use_cache"] = False
+    outputs = {}
+    for path in ("packed", "concat"):
+        take(model, path)
+        outputs[path] = model(**given)
+    packed, whole = outputs["packed"], outputs["concat"]
+    assert packed.keys() == whole.keys()
+    for got, expected in zip(packed.hidden_states, whole.hidden_states, strict=True):
+        close(got[real], expected[real])
+    for got, expected in zip(packed.attentions, whole.attentions, strict=True):
+        close(got.transpose(1, 2)[real], expected.transpose(1, 2)[real])
+
+
+@pytest.mark.parametrize("mode", ["shallow", "add"])
+def test_routing_is_reported_for_the_text(mode):
+    config = AutoConfig.for_model(
+        "mixtral", vocab_size=VOCABULARY, hidden_size=32, intermediate_size=40, num_hidden_layers=LAYERS,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, num_local_experts=4,
+    )  # fmt: skip
+    model = ptune.AutoPTuneModelForCausalLM.from_config(config, **settings_for(mode)).train()
+    set_prompts(model, mode)
+    ids, mask = pad(texts_for("left"), "left", 0)
+    losses = []
+    for path in ("packed", "concat"):
+        take(model, path)
+        output = model(ids, attention_mask=mask, labels=ids, output_router_logits=True)
+        assert all(logits.shape == (ids.numel(), 4) for logits in output.router_logits)
+        losses.append(output.aux_loss)
+    close(*losses)
+
+
+@pytest.mark.parametrize("path", SHARED)
+def test_given_embeddings_get_their_gradients(base_of, path):
+    model = base_of("gpt2").tuned(**settings_for("add")).train()
+    set_prompts(model, "add")
+    ids, mask = pad(texts_for("left"), "left", 0)
+    weights = torch.randn(*ids.shape, 24) * mask[..., None]
+    # rows of every other column of a wider batch: strided
+    wide = model.get_input_embeddings()(ids.repeat_interleave(2, 1)).detach()
+    gradients = []
+    for each in (path, "concat"):
+        take(model, each)
+        embeds = wide.clone().requires_grad_()
+        output = model(inputs_embeds=embeds[:, ::2], attention_mask=mask).last_hidden_state
+        (output * weights).sum().backward()
+        gradients.append(embeds.grad)
+    close(*gradients, 1e-5)
+
+
+def test_a_window_narrower_than_the_prompt_is_run_apart(base_of, shapes):
+    base = base_of("mistral")
+    for count, packs in ((5, None), (6, False)):  # the window is 5
+        model = base.tuned(**settings_for("add") | {"pre_seq_len": count})
+        assert (model.prefix_plan.path, model.prefix_plan.packs) == ("prefix", packs)
+        set_prompts(model, "add")
+        ids = torch.randint(3, VOCABULARY, (3, 9))
+        shared = model(ids, use_cache=False).last_hidden_state
+        take(model, "concat")
+        close(shared, model(ids, use_cache=False).last_hidden_state)
+
+
+def test_feed_forwards_in_chunks_are_run_apart(base_of):
+    config = base_of("bert").stock().config
+    config.chunk_size_feed_forward = 2
+    model = ptune.AutoPTuneModel.from_config(config, **settings_for("overwrite"))
+    assert (model.prefix_plan.path, model.prefix_plan.packs) == ("prefix", False)
+
+
+def test_what_fails_packed_alone_is_run_apart(base_of, monkeypatch, shapes):
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    base, forward = base_of("llama"), LlamaMLP.forward
+    longest = COUNT + 6  # of the rows that the check has
+
+    def refusing(self, states):
+        if states.shape[1] > longest:
+            raise ValueError("too long")
+        return forward(self, states)
+
+    monkeypatch.setattr(LlamaMLP, "forward", refusing)
+    monkeypatch.setattr("ptune.plan._checked", {})
+    model = base.tuned(**settings_for("shallow"))
+    assert (model.prefix_plan.path, model.prefix_plan.packs) == ("prefix", False)
+    shapes.clear()
+    model(torch.randint(3, VOCABULARY, (3, 5)), use_cache=False)
+    assert set(shapes) == {(1, COUNT), (3, 5)}
