@@ -2,8 +2,9 @@
 
 Every op from a few KB to a GB on both of our backends, beside PEFT's and Petals' chains, these compiled, and a copy of
 the output, timed by events with a cold L2 cache; at the smallest size also what a call costs the host. A training step
-and generation of Llamas of 1B and 8B parameters (random weights, bfloat16) beside PEFT, and which share of a step's GPU
-time goes into our kernels. Every figure is the median of rounds in which all ways took their turn.
+and generation of Llamas of 1B and 8B parameters (random weights, bfloat16) beside PEFT, the step with prompt rows
+packed with the text and apart from it too, and which share of a step's GPU time goes into our kernels. Every figure is
+the median of rounds in which all ways took their turn.
 
 ``--rehearse`` goes the same way on the CPU, with tiny sizes, and writes nothing.
 """
@@ -58,6 +59,7 @@ LLAMAS = {
     "1B": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32},
     "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
 }
+PASSES = {"packed": True, "apart": False}
 TINY_LLAMA = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 8}
 
 
@@ -187,6 +189,13 @@ def share_of_ours(run: Callable[[], Any], device: str) -> float:
     return mine / total if total else 0.0
 
 
+def in_passes(model: Any, run: Callable[[], Any], packs: bool) -> None:
+    """A step with the prompt rows packed with the text in one pass, or in a pass of their own before it."""
+    model.prefix_plan.packs = packs
+    run()
+    model.prefix_plan.packs = None
+
+
 def training(name: str, base: Any, points: Any, device: str) -> Iterator[dict[str, Any]]:
     for mode, beside in PAIRS.items():
         for rows, length, size in points:
@@ -194,6 +203,7 @@ def training(name: str, base: Any, points: Any, device: str) -> Iterator[dict[st
                 inputs = batch(length, size)
             models = pair(base, mode, rows, device)
             steps = {side: step(model.train(), inputs) for side, model in models.items()}
+            steps |= {name: partial(in_passes, models["ours"], steps["ours"], packs) for name, packs in PASSES.items()}
             memory = {side: peak(run, device) for side, run in steps.items()}
             seconds = wall_seconds(steps, device)
             yield {
@@ -201,6 +211,7 @@ def training(name: str, base: Any, points: Any, device: str) -> Iterator[dict[st
                 "B": size * (rows + length) / (rows + size * length),
                 "ms": {side: taken * 1e3 for side, taken in seconds.items()},
                 "time, peft / ours": seconds["peft"] / seconds["ours"],
+                "time, apart / packed": seconds["apart"] / seconds["packed"],
                 "peak memory, peft / ours": memory["peft"] / memory["ours"],
                 "our kernels / all": share_of_ours(steps["ours"], device),
             }  # fmt: skip

@@ -303,7 +303,7 @@ def _mask(
                 own = {"batch_size": 1, "q_length": packed.num_prompts, "kv_length": packed.num_prompts}
                 packed.own_mask = in_dtype(stock(**(kwargs | own | {"local_size": None})))
             batch_size, q_length, kv_length = packed.batch_size, packed.length, packed.mask.shape[1]
-            attention_mask = packed.mask.to(kwargs["device"], torch.bool)
+            attention_mask = packed.mask.to(None if attention_mask is None else attention_mask.device, torch.bool)
         q_offset, columns = q_offset + call.injected, call.columns
         if columns is not None:
             mask_function = partial(_by_column, mask_function, columns)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from .attention import Attention, Prefix
+from .attention import KEYWORD, Attention, Prefix
+from .concat import embed_behind
 
 
 class Packed:
@@ -36,13 +37,43 @@ class Packed:
     def rows(self) -> int:
         return self.num_prompts + self.batch_size * self.length
 
-    def join(self, prompt: Tensor, text: Tensor) -> Tensor:
+    def arguments(
+        self, body: Any, given: dict[str, Any], prompts: Tensor, first_position: int, token_type: int | None
+    ) -> dict[str, Any]:
+        """Those of a call of ``body`` for the text, with prompts [m, d] before it."""
+        count, mask, positions = self.num_prompts, given["attention_mask"], given["position_ids"]
+        ids, embeds = (
+            None if each is None else each.flatten(0, 1)[None]
+            for each in (given.get("input_ids"), given.get("inputs_embeds"))
+        )
+        own_positions = torch.arange(count, device=positions.device) + first_position
+        packed = {
+            "input_ids": None,
+            "inputs_embeds": embed_behind(prompts, body, ids, embeds),
+            "attention_mask": self._join(mask.new_ones(count), mask),  # or positions would be read as packed texts
+            "position_ids": self._join(own_positions, positions),
+            KEYWORD: self,
+        }
+        if token_type is not None:
+            types = given["token_type_ids"].to(mask.device)
+            packed["token_type_ids"] = self._join(types.new_full((count,), token_type), types)
+        return given | packed
+
+    def leave(self, output: Any) -> None:
+        """Make the states in ``output`` the text's."""
+        output["last_hidden_state"] = self._text_of(output["last_hidden_state"])
+        if (states := output.get("hidden_states")) is not None:
+            output["hidden_states"] = tuple(map(self._text_of, states))
+        if (routings := output.get("router_logits")) is not None:
+            output["router_logits"] = tuple(logits[..., self.num_prompts :, :] for logits in routings)
+
+    def _join(self, prompt: Tensor, text: Tensor) -> Tensor:
         """[m] and [b, n] or [1, n] → [1, m + b·n]."""
         return torch.cat([prompt, text.expand(self.batch_size, -1).flatten()])[None]
 
-    def text_of(self, states: Tensor) -> Tensor:
-        """[1, m + b·n, …] → [b, n, …]."""
-        return states[:, self.num_prompts :].reshape(self.batch_size, self.length, *states.shape[2:])
+    def _text_of(self, states: Tensor) -> Tensor:
+        """[1, m + b·n, d] → [b, n, d]."""
+        return states[:, self.num_prompts :].reshape(self.batch_size, self.length, -1)
 
     def attend(
         self,
@@ -74,7 +105,7 @@ class _Part(Function):
     def forward(ctx: Any, packed: Packed, *states: Tensor) -> tuple[Tensor, ...]:
         """Of each [1, h, m + b·n, head_dim] the prompt's [1, h, m, head_dim] and the texts' [b, h, n, head_dim]."""
         ctx.set_materialize_grads(False)
-        ctx.num_prompts, ctx.rows = packed.num_prompts, packed.rows
+        ctx.packed = packed
         parts: list[Tensor] = []
         for each in states:
             own, text = each.split([packed.num_prompts, packed.rows - packed.num_prompts], 2)
@@ -85,18 +116,20 @@ class _Part(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return None, *(_Part.joined(ctx, *pair) for pair in zip(grads[::2], grads[1::2], strict=True))
+        return None, *(_joined(ctx.packed, *pair) for pair in zip(grads[::2], grads[1::2], strict=True))
 
-    @staticmethod
-    def joined(ctx: Any, own: Tensor | None, text: Tensor | None) -> Tensor | None:
-        if text is None:
-            return None  # a prompt without a text to read it is read by nobody
-        batch_size, heads, length, head_dim = text.shape
-        grad = text.new_empty(1, ctx.rows, heads, head_dim)
-        prompt = grad[:, : ctx.num_prompts]
-        if own is None:
-            prompt.zero_()
+
+def _joined(packed: Packed, *parts: Tensor | None) -> Tensor | None:
+    """[1, h, m + b·n, head_dim], of gradients [1, h, m, head_dim] and [b, h, n, head_dim], where there are any."""
+    given = next((part for part in parts if part is not None), None)
+    if given is None:
+        return None
+    heads, head_dim = given.shape[1], given.shape[3]
+    joined = given.new_empty(1, packed.rows, heads, head_dim)
+    prompt, text = joined[:, : packed.num_prompts], joined[:, packed.num_prompts :]
+    for rows, part in zip((prompt, text.view(packed.batch_size, packed.length, heads, head_dim)), parts, strict=True):
+        if part is None:
+            rows.zero_()
         else:
-            prompt.copy_(own.transpose(1, 2))
-        grad[:, ctx.num_prompts :].view(batch_size, length, heads, head_dim).copy_(text.transpose(1, 2))
-        return grad.transpose(1, 2)
+            rows.copy_(part.transpose(1, 2))
+    return joined.transpose(1, 2)

@@ -1,7 +1,7 @@
-"""The prefix path: prompt rows run once for the whole batch, and the text alone attends to their keys and values.
+"""The prefix path: prompt rows run once for the whole batch, and all texts attend to their keys and values.
 
-It equals the concat path where prompt rows never read the text: in a causal model, and where every block overwrites
-them (see `plan`).
+They run packed with the text, in one pass (see `Packed`), or apart, before it (see `Capture`). That is what the concat
+path computes where prompt rows never read the text: in a causal model, and where every block overwrites them.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from .bridge import bridge, unshard_for_backward
 from .cache import PrefixedCache
 from .call import Call, current_call, set_call
 from .capture import Capture
-from .concat import embed_behind, matching
+from .concat import matching
 from .layout import Layout, positions_of
 from .packed import Packed
 from .plan import Plan
@@ -102,15 +102,9 @@ class PrefixPath:
         return call, arguments | {"attention_mask": mask, KEYWORD: prefix}
 
     def leave(self, call: Call, output: Any) -> None:
-        """Give the caller the cache that was given, states of the text alone, and attentions by the columns that the
-        concat path has.
-        """
-        if (packed := call.packed) is not None:
-            output["last_hidden_state"] = packed.text_of(output["last_hidden_state"])
-            if (states := output.get("hidden_states")) is not None:
-                output["hidden_states"] = tuple(packed.text_of(state) for state in states)
-            if (logits := output.get("router_logits")) is not None:
-                output["router_logits"] = tuple(each[..., self.num_prompts :, :] for each in logits)
+        """Give the caller the text's states, the cache that was given, and attentions by the concat path's columns."""
+        if call.packed is not None:
+            call.packed.leave(output)
         if call.cache is not None and output.get("past_key_values") is not None:
             output["past_key_values"] = call.cache
         if call.columns is not None and (attentions := output.get("attentions")) is not None:
@@ -167,25 +161,10 @@ class PrefixPath:
         self, body: Any, arguments: dict[str, Any], layout: Layout, text: Tensor, token_type: int | None
     ) -> tuple[Call, dict[str, Any]]:
         """The call, and the body's arguments for prompt rows and text as one sequence."""
-        count, (batch_size, length) = self.num_prompts, text.shape[:2]
-        mask, positions = arguments["attention_mask"], arguments["position_ids"]
-        call, all_keys = injected_call(layout, mask)
-        call.packed = packed = Packed(count, batch_size, length, all_keys, self._overwrites)
-        ids, embeds = (
-            None if each is None else each.flatten(0, 1)[None]
-            for each in (arguments.get("input_ids"), arguments.get("inputs_embeds"))
-        )
-        arguments |= {
-            "input_ids": None,
-            "inputs_embeds": embed_behind(self.model.prompt_embeddings.weight, body, ids, embeds),
-            "attention_mask": packed.join(mask.new_ones(count), mask),
-            "position_ids": packed.join(torch.arange(count, device=positions.device) + self.first_position, positions),
-            KEYWORD: packed,
-        }
-        if token_type is not None:
-            types = arguments["token_type_ids"].to(text.device)
-            arguments["token_type_ids"] = packed.join(types.new_full((count,), token_type), types)
-        return call, arguments
+        call, keys = injected_call(layout, arguments["attention_mask"])
+        call.packed = Packed(self.num_prompts, text.shape[0], text.shape[1], keys, self._overwrites)
+        prompts = self.model.prompt_embeddings.weight
+        return call, call.packed.arguments(body, arguments, prompts, self.first_position, token_type)
 
     def keep_anew(self) -> None:
         """From the next call on, keep the keys and values until they change."""
@@ -300,8 +279,8 @@ class PrefixPath:
 def pays(overwritten: bool, num_prompts: int, num_texts: int, device: torch.device) -> bool:
     """Whether running prompt rows with the ``num_texts`` rows of text is thought to take less time than before them.
 
-    Rows that are overwritten need but keys and values where they run by themselves; a GPU waits for what each pass
-    launches, and a CPU computes.
+    Of rows that are overwritten, and run by themselves, only keys and values are computed: less work, which a CPU
+    notices, in two passes to launch, which a GPU waits for.
     """
     return not overwritten or (device.type != "cpu" and 8 * num_prompts <= num_texts)
 
@@ -318,6 +297,10 @@ def injected_call(layout: Layout, mask: Tensor) -> tuple[Call, Tensor]:
     call.padded = layout.padded and _holds_padding(mask)
     call.columns = layout.columns_of_keys(mask.shape[1]) if call.padded else None
     return call, torch.cat([mask.new_ones(mask.shape[0], layout.num_prompts), mask], 1)
+
+
+# Whose hooks may be given prompt rows and text as one sequence.
+_LIBRARIES = {"torch", "transformers", "accelerate", "ptune"}
 
 
 @dataclass
@@ -348,12 +331,7 @@ def _is_watched(module: nn.Module) -> bool:
     """Whether a user's hooks, which expect a row of states for each row of the batch, are on ``module`` or within."""
     for hooks in (module._forward_pre_hooks, module._forward_hooks, module._backward_hooks, module._backward_pre_hooks):
         for hook in hooks.values():
-            if (getattr(hook, "__module__", None) or "").partition(".")[0] not in (
-                "torch",
-                "transformers",
-                "accelerate",
-                "ptune",
-            ):
+            if (getattr(hook, "__module__", None) or "").partition(".")[0] not in _LIBRARIES:
                 return True
     return any(_is_watched(child) for child in module._modules.values() if child is not None)
 
