@@ -329,11 +329,12 @@ def _parameters(module: nn.Module) -> list[nn.Parameter]:
 
 def _is_watched(module: nn.Module) -> bool:
     """Whether a user's hooks, which expect a row of states for each row of the batch, are on ``module`` or within."""
-    for hooks in (module._forward_pre_hooks, module._forward_hooks, module._backward_hooks, module._backward_pre_hooks):
-        for hook in hooks.values():
-            if (getattr(hook, "__module__", None) or "").partition(".")[0] not in _LIBRARIES:
-                return True
-    return any(_is_watched(child) for child in module._modules.values() if child is not None)
+    kinds = module._forward_pre_hooks, module._forward_hooks, module._backward_hooks, module._backward_pre_hooks
+    if any(kinds):
+        hooks = [hook for kind in kinds for hook in kind.values()]
+        if any((getattr(hook, "__module__", None) or "").partition(".")[0] not in _LIBRARIES for hook in hooks):
+            return True
+    return any(child is not None and _is_watched(child) for child in module._modules.values())
 
 
 def _is_reentrant(module: Any) -> bool:
