@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache
 
 from ptune_kernels import prepend
@@ -39,6 +40,7 @@ class PrefixPath:
         self.keep_compiled = False
         self._compiled: tuple[_State, Prefix] | None = None
         self._products: list[tuple[nn.Module, Any]] = []
+        self._unwatched: int | None = None
 
     def serves(self, arguments: dict[str, Any], layout: Layout, text: Tensor) -> bool:
         """Whether this call takes the prefix path."""
@@ -145,12 +147,16 @@ class PrefixPath:
         packs = self.plan.packs
         if packs is None:
             packs = pays(self._overwrites, self.num_prompts, text.shape[0] * text.shape[1], text.device)
-        return (
-            packs
-            and layout.mixture is None
-            and self._runs_anew()
-            and (torch.compiler.is_compiling() or not any(map(_is_watched, self.body.children())))
-        )
+        return packs and layout.mixture is None and self._runs_anew() and not self._is_watched()
+
+    def _is_watched(self) -> bool:
+        """Whether hooks of a user's are on inner modules."""
+        # a compiler would guard every module; the number of the next hook says whether any came since the last look
+        if torch.compiler.is_compiling() or self._unwatched == (newest := RemovableHandle.next_id):
+            return False
+        watched = any(map(_is_watched, self.body.children()))
+        self._unwatched = None if watched else newest
+        return watched
 
     @property
     def _overwrites(self) -> bool:
