@@ -301,7 +301,7 @@ def _mask(
             if packed.own_mask is None and not packed.overwritten:
                 # causal, as no window is narrower (see `PrefixPath.discover`)
                 own = {"batch_size": 1, "q_length": packed.num_prompts, "kv_length": packed.num_prompts}
-                packed.own_mask = in_dtype(stock(**(kwargs | own | {"local_size": None})))
+                packed.own_mask = in_dtype(stock(**(kwargs | own)))
             batch_size, q_length, kv_length = packed.batch_size, packed.length, packed.mask.shape[1]
             attention_mask = packed.mask.to(None if attention_mask is None else attention_mask.device, torch.bool)
         q_offset, columns = q_offset + call.injected, call.columns
