@@ -20,10 +20,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import ptune
 from ptune import attention
 
-from .common import MODES, PADDINGS, close, set_prompts, settings_for, texts_for
+from .common import MODES, PADDINGS, SHARED, close, set_prompts, settings_for, take, texts_for
 from .families import FAMILIES, VOCABULARY
 from .oracle import pad
-from .test_prefix import batch, plan
+from .test_prefix import batch
 
 NAMES = ("llama", "qwen3", "gemma3", "gpt2", "bert", "modernbert")
 CAUSAL = [name for name in NAMES if FAMILIES[name].causal]
@@ -131,18 +131,18 @@ def test_prompts(base_of, launches, oracle, name, mode, padding):
     assert model.prefix_plan.path == plan_before
     assert model.config._attn_implementation == "ptune_torch_bf16"
     got = {}
-    for path in {plan_before, "concat"}:
-        plan(model, path)
+    for path in (*SHARED * (plan_before == "prefix"), "concat"):
+        take(model, path)
         launches.update(cast_qkv=0, prepend_kv=0)
         got[path] = outcome(model, inputs)
         captured = 0 if mode == "overwrite" else 3
-        if path == "prefix":  # prompt rows that run alone are cast too, where they attend
+        if path in SHARED:  # prompt rows are cast too, where they attend
             assert launches == {"cast_qkv": captured, "prepend_kv": 3}
         else:
             assert launches == {"cast_qkv": 3, "prepend_kv": 0}
     ptune.hybrid(model, None)
     oracle(torch.bfloat16)
-    plan(model, "concat")
+    take(model, "concat")
     model.config._attn_implementation = "sdpa"
     least, least_grads = outcome(model, inputs)
     for logits, gradients in got.values():

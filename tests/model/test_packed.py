@@ -80,10 +80,11 @@ def test_hooks_of_users_are_given_the_batch(base_of, shapes):
     expected = model(ids).last_hidden_state
     for register in ("register_forward_hook", "register_full_backward_hook"):
         handle = getattr(model.layers[1].mlp, register)(lambda *_: None)
-        shapes.clear()
-        close(model(ids).last_hidden_state, expected)
+        for _ in range(2):
+            shapes.clear()
+            close(model(ids).last_hidden_state, expected)
+            assert set(shapes) == {(1, COUNT), (3, 7)}
         handle.remove()
-        assert set(shapes) == {(1, COUNT), (3, 7)}
     shapes.clear()
     model.enable_input_require_grads()  # a hook of transformers'
     close(model(ids).last_hidden_state, expected)
@@ -149,8 +150,9 @@ def test_given_embeddings_get_their_gradients(base_of, path):
     close(*gradients, 1e-5)
 
 
-def test_a_window_narrower_than_the_prompt_is_run_apart(base_of, shapes):
+def test_a_window_narrower_than_the_prompt_is_run_apart(base_of, monkeypatch):
     base = base_of("mistral")
+    monkeypatch.setattr("ptune.plan._agree", lambda hooks: None)  # which would notice too, in float32
     for count, packs in ((5, None), (6, False)):  # the window is 5
         model = base.tuned(**settings_for("add") | {"pre_seq_len": count})
         assert (model.prefix_plan.path, model.prefix_plan.packs) == ("prefix", packs)
