@@ -154,9 +154,9 @@ class PromptHooks:
 
     def _is_deep(self, call: Call) -> bool:
         if call.capture is not None:
-            return bool(call.capture.deep)
+            return len(call.capture.deep) > 0
         if call.layout.mixture is not None:
-            return bool(call.layout.mixture.deep)
+            return len(call.layout.mixture.deep) > 0
         return self.model.intermediate_prompt_embeddings is not None
 
     def before_model(self, model: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:

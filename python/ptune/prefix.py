@@ -215,7 +215,7 @@ class PrefixPath:
         if "forward" in vars(embedding) and not hasattr(embedding, "_hf_hook"):  # it may cast (see `keep_fp32`)
             none = none.to(embedding(torch.empty(1, 0, dtype=torch.long, device=device)).dtype)
         blocks = () if deep is None else deep.view(-1, count, deep.shape[1]).unbind(0)
-        capture = Capture(blocks, bool(blocks) and mode == "overwrite")
+        capture = Capture(blocks, len(blocks) > 0 and mode == "overwrite")
         if probing:
             capture.products = []
         # a weight that was tied to another since it was marked may be read by now

@@ -9,6 +9,7 @@ import ptune
 from .common import COUNT, LAYERS, PADDINGS, SHARED, close, set_prompts, settings_for, take, texts_for
 from .families import FAMILIES, VOCABULARY
 from .oracle import pad
+from .test_plan import tiny
 
 
 @pytest.fixture
@@ -161,6 +162,23 @@ def test_a_window_narrower_than_the_prompt_is_run_apart(base_of, monkeypatch):
         shared = model(ids, use_cache=False).last_hidden_state
         take(model, "concat")
         close(shared, model(ids, use_cache=False).last_hidden_state)
+
+
+def test_a_window_that_no_block_has_is_none():
+    assert tiny("qwen2_moe", "add").prefix_plan.packs is None  # its config says 0
+
+
+def test_prompt_rows_have_the_type_of_the_text(base_of):
+    model = base_of("bert").tuned(**settings_for("overwrite"))
+    set_prompts(model, "overwrite")
+    ids, mask = pad(texts_for("left"), "left", 0)
+    for kind in (0, 1):
+        states = []
+        for path in ("packed", "concat"):
+            take(model, path)
+            given = {"attention_mask": mask, "token_type_ids": torch.full_like(ids, kind)}
+            states.append(model(ids, **given).last_hidden_state[mask.bool()])
+        close(*states)
 
 
 def test_feed_forwards_in_chunks_are_run_apart(base_of):
