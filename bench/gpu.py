@@ -40,7 +40,7 @@ from .cases import COPY, OURS, Case, Sizes, cases
 from .generate import run as generate
 from .roofline import work_of
 from .timing import RESULTS, interleaved
-from .train_step import PAIRS, batch, step
+from .train_step import PAIRS, batch, in_passes, step
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -187,13 +187,6 @@ def share_of_ours(run: Callable[[], Any], device: str) -> float:
     total = sum(event.self_device_time_total for event in kernels)
     mine = sum(event.self_device_time_total for event in kernels if OUR_KERNELS.search(event.key))
     return mine / total if total else 0.0
-
-
-def in_passes(model: Any, run: Callable[[], Any], packs: bool) -> None:
-    """A step with the prompt rows packed with the text in one pass, or in a pass of their own before it."""
-    model.prefix_plan.packs = packs
-    run()
-    model.prefix_plan.packs = None
 
 
 def training(name: str, base: Any, points: Any, device: str) -> Iterator[dict[str, Any]]:
