@@ -115,6 +115,30 @@ def test_recorded_outputs_are_the_texts(base_of, name, mode, padding):
         close(got.transpose(1, 2)[real], expected.transpose(1, 2)[real])
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (1, 9), (3, 1), (5, 12)], ids=str)
+@pytest.mark.parametrize(("name", "mode"), [("mistral", "add"), ("gpt2", "shallow"), ("distilbert", "overwrite")])
+def test_batches_of_odd_shapes(base_of, name, mode, shape, dtype):
+    model = base_of(name).tuned(**settings_for(mode)).train()
+    set_prompts(model, mode)
+    ids = torch.randint(3, VOCABULARY, shape, dtype=torch.int32)
+    mask = torch.ones(shape, dtype=dtype)
+    mask[0, : shape[1] // 3] = 0
+    if shape[0] > 1:
+        mask[-1] = 0  # a row without a text
+    real = mask.bool()
+    runs = []
+    for path in ("packed", "concat"):
+        take(model, path)
+        model.zero_grad()
+        states = model(ids, attention_mask=mask, return_dict=False)[0][real]
+        torch.manual_seed(0)
+        (states * torch.randn_like(states)).sum().backward()
+        runs.append([states.detach(), *(p.grad.clone() for p in model.prompt_parameters())])
+    for got, expected in zip(*runs, strict=True):
+        close(got, expected, 2e-5)
+
+
 @pytest.mark.parametrize("mode", ["shallow", "add"])
 def test_routing_is_reported_for_the_text(mode):
     config = AutoConfig.for_model(
