@@ -126,8 +126,10 @@ def _joined(packed: Packed, *parts: Tensor | None) -> Tensor | None:
         return None
     heads, head_dim = given.shape[1], given.shape[3]
     joined = given.new_empty(1, packed.rows, heads, head_dim)
-    prompt, text = joined[:, : packed.num_prompts], joined[:, packed.num_prompts :]
-    for rows, part in zip((prompt, text.view(packed.batch_size, packed.length, heads, head_dim)), parts, strict=True):
+    for first, batch_size, part in zip((0, packed.num_prompts), (1, packed.batch_size), parts, strict=True):
+        length = packed.length if first else packed.num_prompts
+        # a view for each write: where a graph of gradients is made, the last view is stale after the first write
+        rows = joined[:, first : first + batch_size * length].view(batch_size, length, heads, head_dim)
         if part is None:
             rows.zero_()
         else:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_modules
 from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache
 
@@ -42,6 +43,9 @@ class PrefixPath:
         self._products: list[tuple[nn.Module, Any]] = []
         self._unwatched: int | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_unwatched": None}  # another process numbers its hooks anew
+
     def serves(self, arguments: dict[str, Any], layout: Layout, text: Tensor) -> bool:
         """Whether this call takes the prefix path."""
         if layout.mixture is not None:
@@ -58,6 +62,8 @@ class PrefixPath:
             return plan.reason
         if not plan.holds_for(self.body):
             return "the attention implementation was changed on the config; call set_attn_implementation"
+        if arguments.get("encoder_hidden_states") is not None:
+            return "its cross-attention gives every row other keys"
         if plan.limit is not None:
             positions = arguments.get("position_ids")
             length = text.shape[1] if positions is None else max(text.shape[1], int(positions.max()) + 1)
@@ -154,7 +160,7 @@ class PrefixPath:
         # a compiler would guard every module; the number of the next hook says whether any came since the last look
         if torch.compiler.is_compiling() or self._unwatched == (newest := RemovableHandle.next_id):
             return False
-        watched = any(map(_is_watched, self.body.children()))
+        watched = any(_GLOBAL_HOOKS) or any(map(_is_watched, self.body.children()))
         self._unwatched = None if watched else newest
         return watched
 
@@ -305,6 +311,12 @@ def injected_call(layout: Layout, mask: Tensor) -> tuple[Call, Tensor]:
     return call, torch.cat([mask.new_ones(mask.shape[0], layout.num_prompts), mask], 1)
 
 
+_GLOBAL_HOOKS = (
+    torch_modules._global_forward_pre_hooks,
+    torch_modules._global_forward_hooks,
+    torch_modules._global_backward_hooks,
+    torch_modules._global_backward_pre_hooks,
+)
 # Whose hooks may be given prompt rows and text as one sequence.
 _LIBRARIES = {"torch", "transformers", "accelerate", "ptune"}
 

@@ -1,5 +1,7 @@
 """Prompt rows and text in one pass: what goes in, what comes out, and where two passes are taken."""
 
+import pickle
+
 import pytest
 import torch
 from transformers import AutoConfig
@@ -90,6 +92,54 @@ def test_hooks_of_users_are_given_the_batch(base_of, shapes):
     model.enable_input_require_grads()  # a hook of transformers'
     close(model(ids).last_hidden_state, expected)
     assert set(shapes) == {(1, COUNT + 3 * 7)}
+
+
+def test_hooks_on_all_modules_are_given_the_batch(base_of, shapes):
+    model = base_of("llama").tuned(**settings_for("shallow")).train()
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        shapes.clear()
+        model(torch.randint(3, VOCABULARY, (3, 7)))
+        assert set(shapes) == {(1, COUNT), (3, 7)}
+    finally:
+        handle.remove()
+
+
+def test_what_was_seen_of_hooks_is_not_pickled(base_of):
+    model = base_of("llama").tuned(**settings_for("shallow")).train()
+    model(torch.randint(3, VOCABULARY, (3, 7)))
+    assert model._hooks.prefix._unwatched is not None
+    assert pickle.loads(pickle.dumps(model))._hooks.prefix._unwatched is None
+
+
+@pytest.mark.parametrize(("name", "mode"), [("llama", "add"), ("gpt2", "shallow"), ("bert", "overwrite")])
+def test_a_graph_of_gradients_can_be_made(base_of, name, mode):
+    model = base_of(name).tuned(**settings_for(mode)).train()
+    model.set_attn_implementation("eager")
+    set_prompts(model, mode)
+    ids = torch.randint(3, VOCABULARY, (3, 7))
+    runs = []
+    for path in ("packed", "concat"):
+        take(model, path)
+        states = model(ids).last_hidden_state
+        torch.manual_seed(0)
+        loss = (states * torch.randn_like(states)).sum()
+        runs.append(torch.autograd.grad(loss, list(model.prompt_parameters()), create_graph=True))
+    for got, expected in zip(*runs, strict=True):
+        close(got.detach(), expected.detach(), 2e-5)
+
+
+@pytest.mark.parametrize("mode", ["shallow", "add"])
+def test_cross_attention_takes_the_concat_path(mode):
+    config = AutoConfig.for_model("gpt2", n_embd=32, n_layer=LAYERS, n_head=4, vocab_size=VOCABULARY, n_positions=64)
+    config.add_cross_attention = True
+    model = ptune.AutoPTuneModel.from_config(config, **settings_for(mode)).eval()
+    set_prompts(model, mode)
+    ids, states = torch.randint(3, VOCABULARY, (3, 7)), torch.randn(3, 5, 32)
+    given = {"encoder_hidden_states": states, "use_cache": False}
+    got = model(ids, **given).last_hidden_state
+    take(model, "concat")
+    close(got, model(ids, **given).last_hidden_state)
 
 
 @pytest.mark.parametrize("padding", PADDINGS)
