@@ -104,9 +104,12 @@ def cast_kv(key: Tensor, value: Tensor, dtype: torch.dtype) -> tuple[Tensor, Ten
     return prepend_kv(no_k, no_v, key, value, dtype=dtype)
 
 
-def _additive_in(dtype: torch.dtype, mask: Any) -> Any:
-    """An additive mask in ``dtype``; its least number leaves room, or float16 scores added to it would be infinite."""
-    if not isinstance(mask, Tensor) or not mask.is_floating_point() or mask.dtype == dtype:
+def _additive_in(dtype: torch.dtype | None, mask: Any) -> Any:
+    """An additive mask in ``dtype``, if there is one.
+
+    Its least number leaves room, or float16 scores added to it would be infinite.
+    """
+    if dtype is None or not isinstance(mask, Tensor) or not mask.is_floating_point() or mask.dtype == dtype:
         return mask
     least = torch.finfo(dtype).min / 2
     hidden = mask <= max(least, torch.finfo(mask.dtype).min / 2)  # a float16 mask's least would not hide from bfloat16
@@ -292,7 +295,6 @@ def _mask(
 ) -> Any:
     """The stock mask, and in a call that injects a prefix, its rows of text over prefix and text."""
     stock = ALL_MASK_ATTENTION_FUNCTIONS[attention.stock]
-    in_dtype = (lambda mask: mask) if attention.dtype is None else partial(_additive_in, attention.dtype)
     call = current_call()
     if call is not None and call.capture is not None:
         call.capture.note_window(kwargs.get("local_size"))
@@ -301,9 +303,9 @@ def _mask(
             if packed.own_mask is None and not packed.overwritten:
                 # causal, as no window is narrower (see `PrefixPath.discover`)
                 own = {"batch_size": 1, "q_length": packed.num_prompts, "kv_length": packed.num_prompts}
-                packed.own_mask = in_dtype(stock(**(kwargs | own)))
+                packed.own_mask = _additive_in(attention.dtype, stock(**(kwargs | own)))
             batch_size, q_length, kv_length = packed.batch_size, packed.length, packed.mask.shape[1]
-            attention_mask = packed.mask.to(None if attention_mask is None else attention_mask.device, torch.bool)
+            attention_mask = packed.mask if attention_mask is None else packed.mask.to(attention_mask.device)
         q_offset, columns = q_offset + call.injected, call.columns
         if columns is not None:
             mask_function = partial(_by_column, mask_function, columns)
@@ -313,18 +315,17 @@ def _mask(
             if skip and (window is None or kv_length < window):
                 return None
         kwargs |= {"allow_is_causal_skip": False}
-    return in_dtype(
-        stock(
-            batch_size=batch_size,
-            q_length=q_length,
-            kv_length=kv_length,
-            q_offset=q_offset,
-            kv_offset=kv_offset,
-            mask_function=mask_function,
-            attention_mask=attention_mask,
-            **kwargs,
-        )
+    mask = stock(
+        batch_size=batch_size,
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        **kwargs,
     )
+    return _additive_in(attention.dtype, mask)
 
 
 def _by_column(mask_function: Any, columns: Tensor, batch: Any, head: Any, query: Any, key: Any) -> Any:

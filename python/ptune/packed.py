@@ -29,7 +29,7 @@ class Packed:
         self.num_prompts = num_prompts
         self.batch_size = batch_size
         self.length = length
-        self.mask = mask
+        self.mask = mask.bool()
         self.overwritten = overwritten
         self.own_mask: Any = None
 

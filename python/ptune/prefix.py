@@ -9,8 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_modules
-from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache
 
 from ptune_kernels import prepend
@@ -25,6 +23,7 @@ from .layout import Layout, positions_of
 from .packed import Packed
 from .plan import Plan
 from .support import device_of
+from .userhooks import UserHooks
 
 
 class PrefixPath:
@@ -41,10 +40,7 @@ class PrefixPath:
         self.keep_compiled = False
         self._compiled: tuple[_State, Prefix] | None = None
         self._products: list[tuple[nn.Module, Any]] = []
-        self._unwatched: int | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_unwatched": None}  # another process numbers its hooks anew
+        self.user_hooks = UserHooks(body)
 
     def serves(self, arguments: dict[str, Any], layout: Layout, text: Tensor) -> bool:
         """Whether this call takes the prefix path."""
@@ -153,16 +149,7 @@ class PrefixPath:
         packs = self.plan.packs
         if packs is None:
             packs = pays(self._overwrites, self.num_prompts, text.shape[0] * text.shape[1], text.device)
-        return packs and layout.mixture is None and self._runs_anew() and not self._is_watched()
-
-    def _is_watched(self) -> bool:
-        """Whether hooks of a user's are on inner modules."""
-        # a compiler would guard every module; the number of the next hook says whether any came since the last look
-        if torch.compiler.is_compiling() or self._unwatched == (newest := RemovableHandle.next_id):
-            return False
-        watched = any(_GLOBAL_HOOKS) or any(map(_is_watched, self.body.children()))
-        self._unwatched = None if watched else newest
-        return watched
+        return packs and layout.mixture is None and self._runs_anew() and not self.user_hooks.present()
 
     @property
     def _overwrites(self) -> bool:
@@ -311,16 +298,6 @@ def injected_call(layout: Layout, mask: Tensor) -> tuple[Call, Tensor]:
     return call, torch.cat([mask.new_ones(mask.shape[0], layout.num_prompts), mask], 1)
 
 
-_GLOBAL_HOOKS = (
-    torch_modules._global_forward_pre_hooks,
-    torch_modules._global_forward_hooks,
-    torch_modules._global_backward_hooks,
-    torch_modules._global_backward_pre_hooks,
-)
-# Whose hooks may be given prompt rows and text as one sequence.
-_LIBRARIES = {"torch", "transformers", "accelerate", "ptune"}
-
-
 @dataclass
 class _State:
     """What compiled keys and values were computed from: how, and weights with their dtypes and versions."""
@@ -343,16 +320,6 @@ def _parameters(module: nn.Module) -> list[nn.Parameter]:
         if child is not None:
             found += _parameters(child)
     return found
-
-
-def _is_watched(module: nn.Module) -> bool:
-    """Whether a user's hooks, which expect a row of states for each row of the batch, are on ``module`` or within."""
-    kinds = module._forward_pre_hooks, module._forward_hooks, module._backward_hooks, module._backward_pre_hooks
-    if any(kinds):
-        hooks = [hook for kind in kinds for hook in kind.values()]
-        if any((getattr(hook, "__module__", None) or "").partition(".")[0] not in _LIBRARIES for hook in hooks):
-            return True
-    return any(child is not None and _is_watched(child) for child in module._modules.values())
 
 
 def _is_reentrant(module: Any) -> bool:

@@ -67,11 +67,12 @@ def test_compiled_prompts_are_not_run_again(base_of, shapes):
     model = base_of("llama").tuned(**settings_for("shallow")).train()
     model.compile_prompts()
     ids = torch.randint(3, VOCABULARY, (3, 7))
-    with torch.no_grad():
-        model(ids)
-        shapes.clear()
-        model(ids)
-    assert set(shapes) == {(3, 7)}
+    for use_cache in (True, False):
+        with torch.no_grad():
+            model(ids)
+            shapes.clear()
+            model(ids, use_cache=use_cache)
+        assert set(shapes) == {(3, 7)}
     shapes.clear()
     model(ids)
     assert set(shapes) == {(1, COUNT + 3 * 7)}
@@ -108,8 +109,8 @@ def test_hooks_on_all_modules_are_given_the_batch(base_of, shapes):
 def test_what_was_seen_of_hooks_is_not_pickled(base_of):
     model = base_of("llama").tuned(**settings_for("shallow")).train()
     model(torch.randint(3, VOCABULARY, (3, 7)))
-    assert model._hooks.prefix._unwatched is not None
-    assert pickle.loads(pickle.dumps(model))._hooks.prefix._unwatched is None
+    assert model._hooks.prefix.user_hooks._none_before is not None
+    assert pickle.loads(pickle.dumps(model))._hooks.prefix.user_hooks._none_before is None
 
 
 @pytest.mark.parametrize(("name", "mode"), [("llama", "add"), ("gpt2", "shallow"), ("bert", "overwrite")])
