@@ -93,16 +93,18 @@ def _calls() -> Iterator[tuple[str, object, tuple]]:
         yield "sum_prompts" + suffix, ops.sum_prompts, (longer, m, *where, True, torch.float32)
         yield "sum_prompts, heads" + suffix, ops.sum_prompts, (heads(m + n), m, *where, True, torch.float32)
     yield "cast_qkv", ops.cast_qkv, (*(heads(n, torch.float32) for _ in range(3)), torch.bfloat16)
+    texts, prompts = (heads(n), heads(m + n), heads(m + n)), (heads(m)[:1] for _ in range(3))
+    yield "join_qkv", ops.join_qkv, (*texts, *prompts, m, torch.bfloat16)
 
 
 def triton_binaries(targets: Iterable[str]) -> Iterator[Kernel]:
-    """Compiles each op for each target as a launch on that GPU would; for a process that launches nothing."""
-    compiled: list[dict] = []
+    """Compiles each op for each target as its launches on that GPU would; for a process that launches nothing."""
+    compiled: dict[str, dict] = {}
 
     def compile_only(kernel, grid, *arguments, **constants):
         kernel.device_caches.clear()  # it knows the last target's binaries under the same device
-        kernel = kernel.warmup(*arguments, grid=grid, **triton_kernels.OPTIONS, **constants)
-        compiled.append(kernel.asm)
+        binary = kernel.warmup(*arguments, grid=grid, **triton_kernels.OPTIONS, **constants)
+        compiled[kernel.__name__] = binary.asm
 
     triton_kernels._launch = compile_only
     for name in targets:
@@ -111,11 +113,12 @@ def triton_binaries(targets: Iterable[str]) -> Iterator[Kernel]:
         for op, call, arguments in _calls():
             compiled.clear()
             call(*arguments)
-            (asm,) = compiled
-            binary = _of_cubin(asm["cubin"]) if target.backend == "cuda" else _of_amdgcn(asm["amdgcn"])
             ids = {("load", 64)} if op.startswith("embed") else set()
             placements = {("load", 32)} if "placed" in op else set()
-            yield Kernel(f"triton {op}", name, binary, ids | placements)
+            for function, asm in compiled.items():
+                binary = _of_cubin(asm["cubin"]) if target.backend == "cuda" else _of_amdgcn(asm["amdgcn"])
+                which = f"{op}, {function.strip('_')}" if len(compiled) > 1 else op
+                yield Kernel(f"triton {which}", name, binary, ids | placements)
 
 
 def cuda_binaries(targets: Iterable[str]) -> Iterator[Kernel]:
@@ -133,8 +136,8 @@ def cuda_binaries(targets: Iterable[str]) -> Iterator[Kernel]:
         narrow = {("load", bits), ("load", 16), ("load", 32), ("store", bits)}
         if entry == "Assemble":
             narrow |= {("load", 64)}
-        if entry == "Sum":  # float32 sums may become half, of which a pack has 64 bits
-            narrow |= {("store", 16), ("store", 32), ("store", 64)}
+        if entry == "Sum":  # float32 sums may become half, or have it added, of which a pack has 64 bits
+            narrow |= {("load", 64), ("store", 16), ("store", 32), ("store", 64)}
         yield Kernel(f"cuda {entry.lower()} {dtype}", target, binary, narrow)
 
 

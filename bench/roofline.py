@@ -1,8 +1,9 @@
 """``python -m bench.roofline BANDWIDTH``: the least that each op must move, and how long that takes at so many GB/s.
 
 An op reads each element that it needs once and writes each of its outputs once, in one launch; in a training step its
-backward reads the gradients of the prompt rows and writes their sum (the text's gradient is a view). No op can be
-faster on a device whose memory moves that much, and whose caches do not hold it.
+backward reads the gradients of the prompt rows and writes their sum (the text's gradient is a view; ``part_qkv`` reads
+and writes the gradients of all rows). No op can be faster on a device whose memory moves that much, and whose caches do
+not hold it.
 """
 
 import argparse
@@ -38,9 +39,13 @@ def work(op: str, s: Sizes, train: bool = False) -> Work:
         "prepend_kv": Work(2 * (prompt * FLOAT + text * HALF), 2 * (prompt_rows + text) * HALF),
         "cast_qkv": Work(3 * text * FLOAT, 3 * text * HALF),
         "overwrite_": Work(prompt * FLOAT, prompt_rows * HALF),
+        "part_qkv": Work(2 * (prompt + text) * HALF, 2 * (prompt_rows + text) * HALF),
     }[op]
     if not train:
         return forward
+    if op == "part_qkv":  # the gradients of all rows, in one launch for the texts' and one for the prompt's
+        read = 3 * prompt + 2 * prompt_rows + 3 * text
+        return forward.and_then(Work(read * HALF, 3 * (prompt + text) * HALF, 2))
     pools = 2 if op == "prepend_kv" else 1
     return forward.and_then(Work(pools * prompt_rows * HALF, pools * prompt * FLOAT, pools))
 
@@ -57,8 +62,8 @@ def main() -> None:
     chosen = parser.parse_args()
     sizes = Sizes()
     print(sizes)
-    for op in ("embed_and_prepend", "prepend", "overwrite", "prepend_kv", "cast_qkv", "overwrite_"):
-        for train in (False, True) if op in TRAINED else (False,):
+    for op in ("embed_and_prepend", "prepend", "overwrite", "prepend_kv", "cast_qkv", "part_qkv", "overwrite_"):
+        for train in (False, True) if op in TRAINED else (op == "part_qkv",):
             w, name = work(op, sizes, train), op + (", forward + backward" if train else "")
             print(
                 f"{name:<38} {w.read:>12,} bytes read {w.written:>12,} written "

@@ -73,8 +73,9 @@ struct Overwrite {
 // out[h, j] = the sum over i, ascending, in fp32 (fp64 for fp64), of the row of grad[i, h] that holds pool row j. The rounding
 // error of every addition is kept, and added at the end (Neumaier's summation, with Knuth's TwoSum); `prepended`: the prompt of row i begins at max_length - length[i] + column[i], else at column[i].
 struct SumPrompts {
-  View out;   // [heads, pool_rows, width], contiguous
+  View out;   // [heads, pool_rows, width]
   View grad;  // [batch, heads, rows, width]
+  View last;  // [heads, pool_rows, width], added after the batch; data == nullptr: nothing is
   bool prepended;
   Placement placement;
   int64_t batch, heads, rows, pool_rows, width;
@@ -82,7 +83,7 @@ struct SumPrompts {
 
 // out = in, converted, for a [batch, heads, rows, width] view.
 struct Cast {
-  View out;  // contiguous
+  View out;
   View in;
   int64_t batch, heads, rows, width;
 };
@@ -92,7 +93,7 @@ struct Cast {
 int assemble(const Assemble* params, int count, void* stream);
 int strip(const Strip& params, void* stream);
 int overwrite(const Overwrite& params, void* stream);
-int sum_prompts(const SumPrompts& params, void* stream);
+int sum_prompts(const SumPrompts* params, int count, void* stream);
 int cast(const Cast* params, int count, void* stream);
 
 }  // namespace ptune

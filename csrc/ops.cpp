@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <tuple>
+#include <utility>
 
 #include "tensors.h"
 
@@ -63,6 +64,11 @@ void check_ids(const Ids& ids, int64_t batch, int64_t rows, int64_t vocabulary) 
       check_range("input_ids", i, 0, vocabulary - 1, id);
     }
 #endif
+}
+
+void* after(const View& v, int64_t elements) {
+  const int64_t size = v.dtype == DType::f64 ? 8 : v.dtype == DType::f32 ? 4 : 2;
+  return static_cast<char*>(v.data) + elements * size;
 }
 
 double rounded(double value, ScalarType dtype) {
@@ -258,7 +264,7 @@ Tensor sum_prompts(const Tensor& grad, int64_t num_prompts, Optional start, Opti
       has_heads ? empty(grad, dtype, {s.heads, num_prompts, s.width}) : empty(grad, dtype, {num_prompts, s.width});
   s.out = pool_view("out", out);
   s.grad = view("grad", grad);
-  launch(out, [&](void* stream) { return ptune::sum_prompts(s, stream); });
+  launch(out, [&](void* stream) { return ptune::sum_prompts(&s, 1, stream); });
   return out;
 }
 
@@ -283,6 +289,63 @@ std::tuple<Tensor, Tensor, Tensor> cast_qkv(const Tensor& query, const Tensor& k
   return {outs[0], outs[1], outs[2]};
 }
 
+std::tuple<Tensor, Tensor, Tensor> join_qkv(const Tensor& query, const Tensor& key, const Tensor& value,
+                                            Optional prompt_query, Optional prompt_key, Optional prompt_value,
+                                            int64_t num_prompts, ScalarType dtype) {
+  const Tensor* texts[] = {&query, &key, &value};
+  const std::optional<Tensor>* prompts[] = {&prompt_query, &prompt_key, &prompt_value};
+  const char* names[] = {"query", "key", "value", "prompt_query", "prompt_key", "prompt_value"};
+  PTUNE_CHECK(num_prompts >= 0, "num_prompts: expected at least 0, got ", num_prompts);
+  for (int k = 0; k < 3; ++k) {
+    const Tensor& t = *texts[k];
+    check_rank(names[k], t, 4);
+    check_device(names[k], t, "query", query);
+    float_dtype(names[k], t.scalar_type());
+    check_converts("dtype", dtype, t.scalar_type());
+    check_size(names[k], t, 0, query.size(0), "the batch of query");
+    if (k > 0) check_size(names[k], t, 2, num_prompts + query.size(2), "num_prompts and the rows of query");
+    if (!*prompts[k]) continue;
+    const Tensor& prompt = **prompts[k];
+    const char* name = names[3 + k];
+    check_rank(name, prompt, 4);
+    check_device(name, prompt, "query", query);
+    float_dtype(name, prompt.scalar_type());
+    check_converts(name, prompt.scalar_type(), t.scalar_type());
+    check_size(name, prompt, 0, 1, "one prompt");
+    check_size(name, prompt, 1, t.size(1), "the heads of its text");
+    check_size(name, prompt, 2, num_prompts, "num_prompts");
+    check_size(name, prompt, 3, t.size(3), "the head width of its text");
+  }
+  check_dtype("value", value.scalar_type(), key.scalar_type());
+
+  const int64_t batch = query.size(0), rows = query.size(2);
+  Tensor outs[3];
+  Cast casts[3];
+  SumPrompts sums[3];
+  for (int k = 0; k < 3; ++k) {
+    const Tensor& t = *texts[k];
+    const int64_t heads = t.size(1), width = t.size(3), skip = k == 0 ? 0 : num_prompts;
+    outs[k] = empty(t, dtype, {num_prompts + batch * rows, heads, width});
+    View out{outs[k].mutable_data_ptr(), float_dtype("out", dtype), {rows * heads * width, width, heads * width, 1}};
+    SumPrompts s{};
+    s.out = out, s.grad = view(names[k], t);
+    if (*prompts[k]) s.last = view(names[3 + k], **prompts[k]);
+    s.placement.max_length = num_prompts, s.prepended = true;
+    s.batch = k == 0 ? 0 : batch, s.heads = heads, s.rows = skip + rows, s.pool_rows = num_prompts, s.width = width;
+    sums[k] = s;
+    out.data = after(out, num_prompts * heads * width);
+    View text = view(names[k], t);
+    text.data = after(text, skip * text.stride[2]);
+    casts[k] = {out, text, batch, heads, rows, width};
+  }
+  std::swap(sums[0], sums[2]);  // whose gradients are summed in the dtype of the first
+  launch(query, [&](void* stream) {
+    const int status = cast(casts, 3, stream);
+    return status != 0 ? status : ptune::sum_prompts(sums, 3, stream);
+  });
+  return {outs[0], outs[1], outs[2]};
+}
+
 }  // namespace
 }  // namespace ptune::ops
 
@@ -299,4 +362,5 @@ STABLE_TORCH_LIBRARY_IMPL(ptune_native, CPU, m) {
   m.impl("prepend_kv", TORCH_BOX(&ptune::ops::prepend_kv));
   m.impl("sum_prompts", TORCH_BOX(&ptune::ops::sum_prompts));
   m.impl("cast_qkv", TORCH_BOX(&ptune::ops::cast_qkv));
+  m.impl("join_qkv", TORCH_BOX(&ptune::ops::join_qkv));
 }

@@ -5,7 +5,8 @@ width, ``h`` heads. ``placement=None`` puts the whole pool at column 0 of every 
 
 Dtypes: prompts are float32 over float32, float16 or bfloat16 text (float64 over float64). Arithmetic is in float32 and
 is rounded once, to nearest even; prompt gradients are summed over the batch in float32, in a fixed order, compensated
-(Neumaier 1974). Inputs may have any strides and are never copied first; outputs are contiguous and never alias inputs.
+(Neumaier 1974). Inputs may have any strides and are never copied first; outputs are contiguous and never alias inputs,
+but for the views that `part_qkv` returns.
 
 Errors: `ValueError` (shapes, dtypes, devices, layouts), `IndexError` (values) or `TypeError` (another class)
 names the argument, what was expected and what came, before anything is written. The values of a placement and of
@@ -13,6 +14,7 @@ names the argument, what was expected and what came, before anything is written.
 and comes out as NaN (`Placement.of` checks on the host, before the copy).
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -184,6 +186,58 @@ def cast_qkv(query: Tensor, key: Tensor, value: Tensor, dtype: torch.dtype) -> t
     if _needs_grad(query, key, value):
         return _CastQKV.apply(ops, query, key, value, dtype)
     return ops.cast_qkv(query, key, value, dtype)
+
+
+def part_qkv(
+    query: Tensor, key: Tensor, value: Tensor, num_prompts: int, batch_size: int, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What attentions need of one sequence that holds a prompt of m rows and then b texts of n, which share it.
+
+    query [1, h, m + b·n, hd_k], key [1, h_kv, m + b·n, hd_k], value [1, h_kv, m + b·n, hd_v] → query, key and value of
+    the prompt, [1, ·, m, ·]; query of the texts, [b, h, n, hd_k], and their keys and values behind the prompt's,
+    [b, h_kv, m + n, ·]. Keys and values are written in one launch, cast to ``dtype`` if given; the prompt's are views
+    of the first text's. Queries are views of ``query``.
+
+    In backward one op joins the six gradients, those of prompt rows summed over the texts and the prompt itself, in the
+    order of rows: as [m + b·n, h, hd], which is how projections read them.
+    """
+    if dtype is not None:
+        _check_dtype(dtype)
+    _check_packed(query, key, value, num_prompts, batch_size)
+    ops = ops_for(query)
+    if _needs_grad(query, key, value):
+        return _PartQKV.apply(ops, query, key, value, num_prompts, batch_size, dtype)
+    return _part(ops, query, key, value, num_prompts, batch_size, dtype)
+
+
+def _check_packed(query: Tensor, key: Tensor, value: Tensor, num_prompts: int, batch_size: int) -> None:
+    for name, t in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(t).__name__}")
+        if t.dim() != 4 or t.shape[0] != 1:
+            raise ValueError(f"{name}: expected 4 dimensions, the first of size 1, got shape {list(t.shape)}")
+        if t.shape[2] != query.shape[2]:
+            raise ValueError(f"{name}: expected {query.shape[2]} rows (those of query), got {t.shape[2]}")
+    rows = query.shape[2]
+    if not 0 <= num_prompts <= rows:
+        raise ValueError(f"num_prompts: expected 0 to {rows} (the rows of query), got {num_prompts}")
+    if batch_size < 1 or (rows - num_prompts) % batch_size:
+        raise ValueError(f"batch_size: expected a divisor of {rows - num_prompts} rows of text, got {batch_size}")
+
+
+def _part(ops: Ops, query: Tensor, key: Tensor, value: Tensor, m: int, b: int, dtype: torch.dtype | None) -> tuple:
+    prompt_query, query = _split(query, m, b)
+    prompt_key, key = _split(key, m, b)
+    prompt_value, value = _split(value, m, b)
+    where = () if dtype is None else (None, None, None, 0, dtype)
+    key, value = ops.prepend_kv(prompt_key[0], prompt_value[0], key, value, *where)
+    return prompt_query, key[:1, :, :m], value[:1, :, :m], query, key, value
+
+
+def _split(packed: Tensor, m: int, b: int) -> tuple[Tensor, Tensor]:
+    """[1, h, m, hd] and [b, h, n, hd], views of [1, h, m + b·n, hd]."""
+    _, heads, rows, width = packed.shape
+    return packed[:, :, :m], packed[0, :, m:].view(heads, b, (rows - m) // b, width).transpose(0, 1)
 
 
 def _needs_grad(*tensors: Tensor) -> bool:
@@ -362,3 +416,26 @@ class _CastQKV(Function):
         if len(set(ctx.dtypes)) == 1:
             return None, *ctx.ops.cast_qkv(*grads, ctx.dtypes[0]), None
         return None, *(grad.to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True)), None
+
+
+class _PartQKV(Function):
+    @staticmethod
+    def forward(ctx, ops: Ops, query, key, value, num_prompts, batch_size, dtype):
+        ctx.set_materialize_grads(False)
+        ctx.ops, ctx.num_prompts, ctx.dtypes = ops, num_prompts, (query.dtype, key.dtype, value.dtype)
+        prompt_query, prompt_key, prompt_value, *texts = _part(ops, query, key, value, num_prompts, batch_size, dtype)
+        ctx.like = [(t.shape, t.dtype, t.device) for t in texts]
+        # detached, or writing into the keys would be thought to change their prompt's graph
+        return prompt_query, prompt_key.detach(), prompt_value.detach(), *texts
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        texts = [
+            torch.zeros(shape, dtype=dtype, device=device) if grad is None else grad
+            for grad, (shape, dtype, device) in zip(grads[3:], ctx.like, strict=True)
+        ]
+        wide = functools.reduce(torch.promote_types, ctx.dtypes)
+        joined = ctx.ops.join_qkv(*texts, *grads[:3], ctx.num_prompts, wide)
+        packed = (t.to(dtype).transpose(0, 1)[None] for t, dtype in zip(joined, ctx.dtypes, strict=True))
+        return None, *packed, None, None, None

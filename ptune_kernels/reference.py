@@ -84,24 +84,45 @@ def sum_prompts(grad, num_prompts, start, length, column, max_length, prepended,
     out = schema.sum_prompts(grad, num_prompts, start, length, column, max_length, prepended, dtype)
     last = grad.shape[-2] - max_length if prepended else grad.shape[-2]
     schema.check_values(start, length, column, max_length, num_prompts, last, ends_within=not prepended)
-    # The exact error of every addition (Knuth's TwoSum) is kept, so the result does not get worse with the batch.
     total = torch.zeros_like(out, dtype=torch.float64 if grad.dtype == torch.float64 else torch.float32)
     lost = torch.zeros_like(total)
     for i, s, m, c in _rows(start, length, column, max_length, len(grad), num_prompts):
         first = c + max_length - m if prepended and start is not None else c
-        addend = grad[i, ..., first : first + m, :].to(total.dtype)
-        partial = total[..., s : s + m, :]
-        raised = partial + addend
-        added = raised - partial
-        error = (partial - (raised - added)) + (addend - added)
-        lost[..., s : s + m, :] += torch.where(error.isnan(), 0, error)  # inf - inf: an infinite sum stays infinite
-        total[..., s : s + m, :] = raised
+        _add(total[..., s : s + m, :], lost[..., s : s + m, :], grad[i, ..., first : first + m, :])
     return out.copy_(total + lost)
+
+
+def _add(total, lost, addend):
+    """Adds to ``total``, and the exact error of that (Knuth's TwoSum) to ``lost``: no sum gets worse with the batch."""
+    addend = addend.to(total.dtype)
+    raised = total + addend
+    added = raised - total
+    error = (total - (raised - added)) + (addend - added)
+    lost += torch.where(error.isnan(), 0, error)  # inf - inf: an infinite sum stays infinite
+    total.copy_(raised)
 
 
 def cast_qkv(query, key, value, dtype):
     outs = schema.cast_qkv(query, key, value, dtype)
     return tuple(out.copy_(t) for out, t in zip(outs, (query, key, value), strict=True))
+
+
+def join_qkv(query, key, value, prompt_query, prompt_key, prompt_value, num_prompts, dtype):
+    outs = schema.join_qkv(query, key, value, prompt_query, prompt_key, prompt_value, num_prompts, dtype)
+    prompts = prompt_query, prompt_key, prompt_value
+    for out, text, prompt in zip(outs, (query, key, value), prompts, strict=True):
+        own = out[:num_prompts].transpose(0, 1)
+        total = torch.zeros_like(own, dtype=torch.float64 if text.dtype == torch.float64 else torch.float32)
+        lost = torch.zeros_like(total)
+        if text is not query:
+            for row in text:
+                _add(total, lost, row[:, :num_prompts])
+            text = text[:, :, num_prompts:]
+        if prompt is not None:
+            _add(total, lost, prompt[0])
+        own.copy_(total + lost)
+        out[num_prompts:].view(*text.shape[::2], *out.shape[1:]).copy_(text.transpose(1, 2))
+    return outs
 
 
 schema.register("reference", globals())

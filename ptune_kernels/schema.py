@@ -29,6 +29,10 @@ SCHEMAS = {
     ),
     "sum_prompts": f"(Tensor grad, int num_prompts, {_PLACEMENT}, bool prepended, ScalarType dtype) -> Tensor",
     "cast_qkv": "(Tensor query, Tensor key, Tensor value, ScalarType dtype) -> (Tensor, Tensor, Tensor)",
+    "join_qkv": (
+        "(Tensor query, Tensor key, Tensor value, Tensor? prompt_query, Tensor? prompt_key, Tensor? prompt_value,"
+        " int num_prompts, ScalarType dtype) -> (Tensor, Tensor, Tensor)"
+    ),
 }
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -235,6 +239,37 @@ def cast_qkv(query, key, value, dtype):
         _check_dtype(name, t.dtype, (*FLOATS, torch.float64))
         _check_cast("dtype", t.dtype, dtype)
     return tuple(t.new_empty(t.shape, dtype=dtype) for t in (query, key, value))
+
+
+def join_qkv(query, key, value, prompt_query, prompt_key, prompt_value, num_prompts, dtype):
+    torch._check_value(num_prompts >= 0, lambda: f"num_prompts: expected at least 0, got {num_prompts}")
+    outs = []
+    for name, t, prompt in (
+        ("query", query, prompt_query),
+        ("key", key, prompt_key),
+        ("value", value, prompt_value),
+    ):
+        _check_rank(name, t, 4)
+        _check_device(name, t, "query", query)
+        _check_dtype(name, t.dtype, (*FLOATS, torch.float64))
+        _check_cast("dtype", t.dtype, dtype)
+        _check_size(name, t, 0, query.shape[0], "the batch of query")
+        if name != "query":
+            _check_size(name, t, 2, num_prompts + query.shape[2], "num_prompts and the rows of query")
+        if prompt is not None:
+            name = f"prompt_{name}"
+            _check_rank(name, prompt, 4)
+            _check_device(name, prompt, "query", query)
+            _check_cast(name, t.dtype, prompt.dtype)
+            _check_size(name, prompt, 0, 1, "one prompt")
+            _check_size(name, prompt, 1, t.shape[1], "the heads of its text")
+            _check_size(name, prompt, 2, num_prompts, "num_prompts")
+            _check_size(name, prompt, 3, t.shape[3], "the head width of its text")
+        rows = num_prompts + query.shape[0] * query.shape[2]
+        outs.append(t.new_empty(rows, t.shape[1], t.shape[3], dtype=dtype))
+    if value.dtype != key.dtype:
+        raise ValueError(f"value: expected {key.dtype} (the dtype of key), got {value.dtype}")
+    return tuple(outs)
 
 
 def _check_cast(name: str, source: torch.dtype, target: torch.dtype | None) -> None:

@@ -22,7 +22,8 @@ from triton.runtime import JITFunction
 from . import schema
 
 _TILE = 2048  # elements: with 4 warps, two to four accesses of 128 bits for each thread
-_SUM_TILE = 512  # with 1 warp: a sum has few output rows, and small tiles spread them over more of the GPU
+# A sum has few output rows, and small tiles spread them over more of the GPU.
+_SUM_TILING = {"elements": 512, "num_warps": 1}
 OPTIONS = {"enable_fp_fusion": False}  # a * b + c is rounded twice, as the other backends do
 
 
@@ -296,6 +297,58 @@ def _overwrite_kernel(
     tl.store(_at(out, i, head, row, col), _poison(poisoned, value), mask=written[:, None] & in_width)
 
 
+@triton.jit
+def _sum(
+    out,
+    grad,
+    last,
+    placement,
+    max_length,
+    batch,
+    heads,
+    rows,
+    pool_rows,
+    width,
+    PREPENDED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """out[head, j] = the sum over i of the row of grad[i, head] that holds pool row j, i ascending, then last[head, j].
+
+    The exact error of every addition is kept, so the result does not get worse with the batch.
+    """
+    _, head, row, col = _tile(pool_rows, heads, ROWS, COLS)
+    latest = rows - max_length if PREPENDED else rows
+    in_width = (col < width)[None, :]
+    inside = (row < pool_rows)[:, None] & in_width
+    total = tl.zeros([ROWS, COLS], tl.float64 if grad.data.dtype.element_ty == tl.float64 else tl.float32)
+    lost = tl.zeros_like(total)
+    poisoned = row < 0
+    # Unrolled, so that the loads of several rows are under way at once.
+    for b in tl.range(0, batch, loop_unroll_factor=4):
+        i = tl.cast(b, tl.int64)
+        start, length, column, valid = _span(placement, i, max_length, pool_rows, latest, not PREPENDED)
+        poisoned = poisoned | (row < tl.where(valid, 0, pool_rows))
+        first = column + max_length - length if PREPENDED else column
+        held = ((row >= start) & (row < start + length))[:, None] & inside
+        value = _wide(tl.load(_at(grad, i, head, first + row - start, col), mask=held, other=0.0))
+        total, lost = _added(total, lost, value, held)
+    if last is not None:
+        value = _wide(tl.load(_at(last, 0, head, row, col), mask=inside, other=0.0))
+        total, lost = _added(total, lost, value, inside)
+    tl.store(_at(out, 0, head, row, col), _poison(poisoned, (total + lost).to(out.data.dtype.element_ty)), mask=inside)
+
+
+@triton.jit
+def _added(total, lost, value, held):
+    """Knuth's TwoSum: the sum where ``held``, and the exact error of that addition with those of before."""
+    raised = total + value
+    added = raised - total
+    error = (total - (raised - added)) + (value - added)
+    lost = tl.where(held & (error == error), lost + error, lost)  # inf - inf: an infinite sum stays infinite
+    return tl.where(held, raised, total), lost
+
+
 @triton.jit(do_not_specialize=["max_length", "batch", "rows", "pool_rows"])
 def _sum_kernel(
     out,
@@ -311,32 +364,43 @@ def _sum_kernel(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """out[head, j] = the sum over i of the row of grad[i, head] that holds pool row j, i ascending.
+    _sum(out, grad, None, placement, max_length, batch, heads, rows, pool_rows, width, PREPENDED, ROWS, COLS)
 
-    The exact error of every addition (Knuth's TwoSum) is kept, so the result does not get worse with the batch.
-    """
-    _, head, row, col = _tile(pool_rows, heads, ROWS, COLS)
-    last = rows - max_length if PREPENDED else rows
-    in_width = (col < width)[None, :]
-    inside = (row < pool_rows)[:, None] & in_width
-    total = tl.zeros([ROWS, COLS], tl.float64 if grad.data.dtype.element_ty == tl.float64 else tl.float32)
-    lost = tl.zeros_like(total)
-    poisoned = row < 0
-    # Unrolled, so that the loads of several rows are under way at once.
-    for b in tl.range(0, batch, loop_unroll_factor=4):
-        i = tl.cast(b, tl.int64)
-        start, length, column, valid = _span(placement, i, max_length, pool_rows, last, not PREPENDED)
-        poisoned = poisoned | (row < tl.where(valid, 0, pool_rows))
-        first = column + max_length - length if PREPENDED else column
-        held = ((row >= start) & (row < start + length))[:, None] & inside
-        value = _wide(tl.load(_at(grad, i, head, first + row - start, col), mask=held, other=0.0))
-        raised = total + value
-        added = raised - total
-        error = (total - (raised - added)) + (value - added)
-        # inf - inf: an infinite sum stays infinite.
-        lost = tl.where(held & (error == error), lost + error, lost)
-        total = tl.where(held, raised, total)
-    tl.store(_at(out, 0, head, row, col), _poison(poisoned, (total + lost).to(out.data.dtype.element_ty)), mask=inside)
+
+@triton.jit
+def _join(out, grad, last, num_prompts, batch, rows, sizes, ROWS: tl.constexpr, COLS: tl.constexpr):
+    # another part may have more heads, and this one may be empty
+    has_work = tl.program_id(0) < sizes.batch * sizes.heads * tl.cdiv(num_prompts, ROWS)
+    width = tl.where(has_work, sizes.width, 0)
+    _sum(out, grad, last, None, num_prompts, batch, sizes.heads, rows, num_prompts, width, True, ROWS, COLS)
+
+
+@triton.jit(do_not_specialize=["num_prompts", "batch", "rows"])
+def _join_kernel(
+    out_q,
+    out_k,
+    out_v,
+    key,
+    value,
+    prompt_query,
+    prompt_key,
+    prompt_value,
+    num_prompts,
+    batch,
+    rows,
+    sizes_q,
+    sizes_k,
+    sizes_v,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    # The texts have no gradient for the prompt's query.
+    if tl.program_id(2) == 0:
+        _join(out_q, key, prompt_query, num_prompts, 0, rows, sizes_q, ROWS, COLS)
+    elif tl.program_id(2) == 1:
+        _join(out_k, key, prompt_key, num_prompts, batch, rows, sizes_k, ROWS, COLS)
+    else:
+        _join(out_v, value, prompt_value, num_prompts, batch, rows, sizes_v, ROWS, COLS)
 
 
 def _batched(t: Tensor) -> _View:
@@ -479,9 +543,26 @@ def sum_prompts(grad, num_prompts, start, length, column, max_length, prepended,
     schema.check_values(start, length, column, max_length, num_prompts, last, ends_within=not prepended)
     views, where = (_pool(out), _batched(grad)), (_placement(start, length, column), max_length)
     counts = batch, heads, rows, num_prompts, width
-    tiling = {"elements": _SUM_TILE, "num_warps": 1}
-    _run(_sum_kernel, [_sizes(1, heads, num_prompts, width)], *views, *where, *counts, PREPENDED=prepended, **tiling)
+    _run(
+        _sum_kernel, [_sizes(1, heads, num_prompts, width)], *views, *where, *counts, PREPENDED=prepended, **_SUM_TILING
+    )
     return out
+
+
+def join_qkv(query, key, value, prompt_query, prompt_key, prompt_value, num_prompts, dtype):
+    outs = schema.join_qkv(query, key, value, prompt_query, prompt_key, prompt_value, num_prompts, dtype)
+    batch, _, length, _ = query.shape
+    prompts = [None if prompt is None else _batched(prompt) for prompt in (prompt_query, prompt_key, prompt_value)]
+    # [m, h, hd] and [b·n, h, hd] of each output, heads before rows
+    owns = [_batched(out[:num_prompts].transpose(0, 1)[None]) for out in outs]
+    texts = [out[num_prompts:].unflatten(0, (batch, length)).transpose(1, 2) for out in outs]
+    grads = query, key[:, :, num_prompts:], value[:, :, num_prompts:]
+    sizes = [_sizes_of(text) for text in texts]
+    _run(_cast_kernel, sizes, *map(_batched, (*texts, *grads)), *sizes)
+    sizes = [_sizes(1, out.shape[1], num_prompts, out.shape[2]) for out in outs]
+    counts = num_prompts, batch, num_prompts + length
+    _run(_join_kernel, sizes, *owns, _batched(key), _batched(value), *prompts, *counts, *sizes, **_SUM_TILING)
+    return outs
 
 
 schema.register("triton", globals())

@@ -162,6 +162,33 @@ void assemble_stretch(const Assemble& a, int64_t i, int64_t h, int64_t first, in
   part(rest, rows, text(s.column));
 }
 
+void sum_rows(const SumPrompts& p) {
+  constexpr int64_t kChunk = 512;  // columns summed at once: the two running sums stay in the first-level cache
+  const int64_t chunks = (p.width + kChunk - 1) / kChunk;
+  const DType sum_dtype = p.grad.dtype == DType::f64 ? DType::f64 : DType::f32;
+  const auto accumulate = rows().accumulate[static_cast<int>(p.grad.dtype)];
+  const auto accumulate_last = rows().accumulate[static_cast<int>(p.last.dtype)];
+  const auto add = rows().add[static_cast<int>(sum_dtype)];
+  const auto convert = rows().convert[static_cast<int>(sum_dtype)][static_cast<int>(p.out.dtype)];
+  const int64_t bytes = p.batch * std::min(kChunk, p.width) * size_of(p.grad.dtype);
+  for_stretches(p.heads * p.pool_rows, chunks, bytes, [&](int64_t o, int64_t first_chunk, int64_t last_chunk) {
+    const int64_t h = o / p.pool_rows, j = o % p.pool_rows;
+    for (int64_t c = first_chunk * kChunk; c < std::min(last_chunk * kChunk, p.width); c += kChunk) {
+      const int64_t n = std::min(kChunk, p.width - c);
+      alignas(64) double total[kChunk] = {}, lost[kChunk] = {};  // room for either dtype; zero has one pattern in both
+      for (int64_t i = 0; i < p.batch; ++i) {
+        const Spot s = spot(p.placement, i);
+        if (j < s.start || j >= s.start + s.length) continue;
+        const int64_t row = s.column + (p.prepended ? p.placement.max_length - s.length : 0) + j - s.start;
+        accumulate(total, lost, at(p.grad, i, h, row, c), p.grad.stride[3], n);
+      }
+      if (p.last.data) accumulate_last(total, lost, at(p.last, 0, h, j, c), p.last.stride[3], n);
+      add(total, 1, total, 1, lost, 1, n);
+      convert(at(p.out, 0, h, j, c), 1, total, 1, n);
+    }
+  });
+}
+
 }  // namespace
 
 int assemble(const Assemble* params, int count, void*) {
@@ -216,29 +243,8 @@ int overwrite(const Overwrite& p, void*) {
   return 0;
 }
 
-int sum_prompts(const SumPrompts& p, void*) {
-  constexpr int64_t kChunk = 512;  // columns summed at once: the two running sums stay in the first-level cache
-  const int64_t chunks = (p.width + kChunk - 1) / kChunk;
-  const DType sum_dtype = p.grad.dtype == DType::f64 ? DType::f64 : DType::f32;
-  const auto accumulate = rows().accumulate[static_cast<int>(p.grad.dtype)];
-  const auto add = rows().add[static_cast<int>(sum_dtype)];
-  const auto convert = rows().convert[static_cast<int>(sum_dtype)][static_cast<int>(p.out.dtype)];
-  const int64_t bytes = p.batch * std::min(kChunk, p.width) * size_of(p.grad.dtype);
-  for_stretches(p.heads * p.pool_rows, chunks, bytes, [&](int64_t o, int64_t first_chunk, int64_t last_chunk) {
-    const int64_t h = o / p.pool_rows, j = o % p.pool_rows;
-    for (int64_t c = first_chunk * kChunk; c < std::min(last_chunk * kChunk, p.width); c += kChunk) {
-      const int64_t n = std::min(kChunk, p.width - c);
-      alignas(64) double total[kChunk] = {}, lost[kChunk] = {};  // room for either dtype; zero has one pattern in both
-      for (int64_t i = 0; i < p.batch; ++i) {
-        const Spot s = spot(p.placement, i);
-        if (j < s.start || j >= s.start + s.length) continue;
-        const int64_t row = s.column + (p.prepended ? p.placement.max_length - s.length : 0) + j - s.start;
-        accumulate(total, lost, at(p.grad, i, h, row, c), p.grad.stride[3], n);
-      }
-      add(total, 1, total, 1, lost, 1, n);
-      convert(at(p.out, 0, h, j, c), 1, total, 1, n);
-    }
-  });
+int sum_prompts(const SumPrompts* params, int count, void*) {
+  for (const SumPrompts* p = params; p < params + count; ++p) sum_rows(*p);
   return 0;
 }
 

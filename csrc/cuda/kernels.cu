@@ -227,32 +227,38 @@ struct OverwriteRows {  // tiled over all rows, or in place over `max_length` of
   }
 };
 
-template <class In>
-struct SumRows {
-  [[maybe_unused]] static constexpr int kBlocksPerSm = 4;
+struct SumPart {
   SumPrompts p;
   bool wide;
   Tiling tiling;
+};
+
+template <class In>
+struct SumRows {
+  [[maybe_unused]] static constexpr int kBlocksPerSm = 4;
+  SumPart parts[kMaxParts];
 
   PTUNE_BOTH void operator()(const Thread& t) const {
-    tiling.with_row(t, [&](int64_t h, int64_t j, Lanes lanes) {
+    const SumPart& part = parts[t.block.z];
+    const SumPrompts& p = part.p;
+    part.tiling.with_row(t, [&](int64_t h, int64_t j, Lanes lanes) {
       const int64_t slot = int64_t(t.block.y) * lanes.count + lanes.lane;
       constexpr int N = kPack<In, In>;
-      if (wide && (slot + 1) * N <= p.width) return sum<N>(h, j, slot * N);
-      const int64_t step = wide ? N : 1;
-      for (int64_t c = slot * step; c < (slot + 1) * step && c < p.width; ++c) sum<1>(h, j, c);
+      if (part.wide && (slot + 1) * N <= p.width) return sum<N>(p, h, j, slot * N);
+      const int64_t step = part.wide ? N : 1;
+      for (int64_t c = slot * step; c < (slot + 1) * step && c < p.width; ++c) sum<1>(p, h, j, c);
     });
   }
 
   template <int N>
-  PTUNE_BOTH void sum(int64_t h, int64_t j, int64_t c) const {
-    p.placement.start.data ? sum<N, true>(h, j, c) : sum<N, false>(h, j, c);
+  PTUNE_BOTH static void sum(const SumPrompts& p, int64_t h, int64_t j, int64_t c) {
+    p.placement.start.data ? sum<N, true>(p, h, j, c) : sum<N, false>(p, h, j, c);
   }
 
   // The N elements of pool row j from column c on, summed over the batch. Without a placement all rows of the batch have them in
   // the same place: to find it for each would take longer than to load from it.
   template <int N, bool kPlaced>
-  PTUNE_BOTH void sum(int64_t h, int64_t j, int64_t c) const {
+  PTUNE_BOTH static void sum(const SumPrompts& p, int64_t h, int64_t j, int64_t c) {
     const int64_t max_length = p.placement.max_length;
     const In* column = row_at<In>(p.grad, 0, h, 0) + c * p.grad.stride[3];
     Wide<In> total[N] = {}, lost[N] = {};
@@ -278,6 +284,12 @@ struct SumRows {
         if (has[k])
           for (int e = 0; e < N; ++e) add(total[e], lost[e], widen(held[k].value[e]));
     }
+    if (p.last.data)
+      with_type<In>(p.last.dtype, [&](auto element) {
+        using Last = decltype(element);
+        const Pack<Last, N> held = load<N>(row_at<Last>(p.last, 0, h, j) + c * p.last.stride[3]);
+        for (int e = 0; e < N; ++e) add(total[e], lost[e], widen(held.value[e]));
+      });
     with_type<In>(p.out.dtype, [&](auto element) {
       using Out = decltype(element);
       Pack<Out, N> out;
@@ -368,16 +380,24 @@ int overwrite(const Overwrite& params, void* stream) {
   });
 }
 
-int sum_prompts(const SumPrompts& params, void* stream) {
+int sum_prompts(const SumPrompts* params, int count, void* stream) {
   using namespace cuda;
-  return with_any_type(params.grad.dtype, [&](auto element) {
+  return with_any_type(params[0].grad.dtype, [&](auto element) {
     using In = decltype(element);
-    const bool wide = is_wide(params.out) && is_wide(params.grad);
-    const int64_t step = wide ? kPack<In, In> : 1;
-    const Tiling tiling = Tiling::over(params.heads, params.pool_rows, params.width, step);
-    // Few rows are written here, so a row is spread over as many blocks as it fills.
-    const int64_t columns = step << tiling.lane_bits;
-    return launch(SumRows<In>{params, wide, tiling}, stream, tiling.blocks(), (params.width + columns - 1) / columns);
+    SumRows<In> kernel{};
+    int64_t blocks = 0, across = 0;
+    for (int k = 0; k < count; ++k) {
+      const SumPrompts& p = params[k];
+      const bool wide = is_wide(p.out) && is_wide(p.grad) && (!p.last.data || is_wide(p.last));
+      const int64_t step = wide ? kPack<In, In> : 1;
+      const Tiling tiling = Tiling::over(p.heads, p.pool_rows, p.width, step);
+      kernel.parts[k] = {p, wide, tiling};
+      blocks = std::max(blocks, tiling.blocks());
+      // Few rows are written here, so a row is spread over as many blocks as it fills.
+      const int64_t columns = step << tiling.lane_bits;
+      across = std::max(across, (p.width + columns - 1) / columns);
+    }
+    return launch(kernel, stream, blocks, across, count);
   });
 }
 

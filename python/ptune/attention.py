@@ -64,6 +64,10 @@ class Attention:
         """The stock function, for ``module``."""
         return eager_of(module) if self.stock == "eager" else ALL_ATTENTION_FUNCTIONS[self.stock]
 
+    def behind_prefix(self, module: Any) -> Callable[..., Any]:
+        """That for keys which begin with a prefix that no mask counts."""
+        return _sdpa if self.stock == "sdpa" else self.function(module)
+
     def run(
         self,
         function: Callable[..., Any],
@@ -102,6 +106,18 @@ def cast_kv(key: Tensor, value: Tensor, dtype: torch.dtype) -> tuple[Tensor, Ten
         return key.to(dtype), value.to(dtype)  # they differ under autocast
     no_k, no_v = (x.new_empty(x.shape[1], 0, x.shape[3]) for x in (key, value))
     return prepend_kv(no_k, no_v, key, value, dtype=dtype)
+
+
+def agreeing(key: Tensor, value: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """Key and value of one dtype: where they differ, ``dtype`` or autocast's.
+
+    Under autocast rotated keys are float32, until the attention rounds them as it does the values.
+    """
+    if key.dtype == value.dtype:
+        return key, value
+    device = key.device.type
+    same = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else key.dtype
+    return key.to(dtype or same), value.to(dtype or same)
 
 
 def _additive_in(dtype: torch.dtype | None, mask: Any) -> Any:
@@ -202,11 +218,7 @@ class Prefix:
 
         In ``dtype``, which is by default that of the text.
         """
-        if key.dtype != value.dtype:
-            # under autocast rotated keys are float32, until the attention rounds them as it does the values
-            device = key.device.type
-            same = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else key.dtype
-            key, value = key.to(dtype or same), value.to(dtype or same)
+        key, value = agreeing(key, value, dtype)
         prefix_k, prefix_v = (tensor.to(key.device) for tensor in self.layers[depth])
         return prepend_kv(prefix_k, prefix_v, key, value, self.placement, dtype)
 
@@ -223,8 +235,7 @@ class Prefix:
         **kwargs: Any,
     ) -> Any:
         key, value = self.before(module.ptune_depth if depth is None else depth, key, value, attention.dtype)
-        function = _sdpa if attention.stock == "sdpa" else attention.function(module)
-        return attention.run(function, module, query, key, value, mask, **kwargs)
+        return attention.run(attention.behind_prefix(module), module, query, key, value, mask, **kwargs)
 
 
 def _attention(

@@ -4,9 +4,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function
 
-from .attention import KEYWORD, Attention, Prefix
+from ptune_kernels import part_qkv
+
+from .attention import KEYWORD, Attention, agreeing
 from .concat import embed_behind
 
 
@@ -86,52 +87,18 @@ class Packed:
         **kwargs: Any,
     ) -> Any:
         kwargs.pop("position_ids", None)  # they restart where a text begins, which flash attention would act on
-        own_query, query, own_key, key, own_value, value = _Part.apply(self, query, key, value)
-        prefix = Prefix([(own_key.squeeze(0), own_value.squeeze(0))])
-        output, weights = prefix.attend(attention, module, query, key, value, mask, depth=0, **kwargs)
+        key, value = agreeing(key, value, attention.dtype)
+        own_query, own_key, own_value, query, key, value = part_qkv(
+            query, key, value, self.num_prompts, self.batch_size, attention.dtype
+        )
+        output, weights = attention.run(attention.behind_prefix(module), module, query, key, value, mask, **kwargs)
         output = output.reshape(1, -1, *output.shape[2:])
         if self.overwritten:
             return nn.functional.pad(output, (0, 0, 0, 0, self.num_prompts, 0)), weights
+        if attention.stock == "eager" or query.device.type == "cpu":
+            # they keep copies of the texts' queries for backward; a view of the prompt's would keep the rest as well
+            own_query = own_query.clone()
         own_output, _ = attention.run(
             attention.function(module), module, own_query, own_key, own_value, self.own_mask, **kwargs
         )
         return torch.cat([own_output, output], 1), weights
-
-
-class _Part(Function):
-    """One node of the graph for a dozen, whose gradients are in the order of rows, as projections read them."""
-
-    @staticmethod
-    def forward(ctx: Any, packed: Packed, *states: Tensor) -> tuple[Tensor, ...]:
-        """Of each [1, h, m + b·n, head_dim] the prompt's [1, h, m, head_dim] and the texts' [b, h, n, head_dim]."""
-        ctx.set_materialize_grads(False)
-        ctx.packed = packed
-        parts: list[Tensor] = []
-        for each in states:
-            own, text = each.split([packed.num_prompts, packed.rows - packed.num_prompts], 2)
-            # attention keeps what it is given for its backward, and a view would keep the text's rows too
-            own = own if packed.overwritten else own.clone()
-            parts += [own, text.squeeze(0).unflatten(1, (packed.batch_size, packed.length)).transpose(0, 1)]
-        return tuple(parts)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return None, *(_joined(ctx.packed, *pair) for pair in zip(grads[::2], grads[1::2], strict=True))
-
-
-def _joined(packed: Packed, *parts: Tensor | None) -> Tensor | None:
-    """[1, h, m + b·n, head_dim], of gradients [1, h, m, head_dim] and [b, h, n, head_dim], where there are any."""
-    given = next((part for part in parts if part is not None), None)
-    if given is None:
-        return None
-    heads, head_dim = given.shape[1], given.shape[3]
-    joined = given.new_empty(1, packed.rows, heads, head_dim)
-    for first, batch_size, part in zip((0, packed.num_prompts), (1, packed.batch_size), parts, strict=True):
-        length = packed.length if first else packed.num_prompts
-        # a view for each write: where a graph of gradients is made, the last view is stale after the first write
-        rows = joined[:, first : first + batch_size * length].view(batch_size, length, heads, head_dim)
-        if part is None:
-            rows.zero_()
-        else:
-            rows.copy_(part.transpose(1, 2))
-    return joined.transpose(1, 2)

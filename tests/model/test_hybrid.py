@@ -18,7 +18,7 @@ import transformers as hf
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import ptune
-from ptune import attention
+from ptune import attention, packed
 
 from .common import MODES, PADDINGS, SHARED, close, set_prompts, settings_for, take, texts_for
 from .families import FAMILIES, VOCABULARY
@@ -57,14 +57,15 @@ def oracle(monkeypatch):
 @pytest.fixture
 def launches(monkeypatch):
     """Counts the calls of the ops that cast."""
-    counts = {"cast_qkv": 0, "prepend_kv": 0}
+    counts = {}
 
     def counting(name, op, *args, **kwargs):
-        counts[name] += 1
+        counts[name] = counts.get(name, 0) + 1
         return op(*args, **kwargs)
 
-    for name in counts:
+    for name in ("cast_qkv", "prepend_kv"):
         monkeypatch.setattr(attention, name, partial(counting, name, getattr(attention, name)))
+    monkeypatch.setattr(packed, "part_qkv", partial(counting, "part_qkv", packed.part_qkv))
     return counts
 
 
@@ -92,7 +93,7 @@ def test_stock_models(base_of, oracle, launches, name, dtype, padding):
     assert ptune.hybrid(model, dtype) is model
     assert model.config._attn_implementation == f"ptune_torch_{'fp16' if dtype == torch.float16 else 'bf16'}"
     got = text_of(model(ids, attention_mask=mask, **how)[0], mask)
-    assert launches == {"cast_qkv": model.config.num_hidden_layers, "prepend_kv": 0}
+    assert launches == {"cast_qkv": model.config.num_hidden_layers}
     assert got.dtype == torch.float32
     assert seen == {torch.float32}
     ptune.hybrid(model, None)
@@ -133,13 +134,14 @@ def test_prompts(base_of, launches, oracle, name, mode, padding):
     got = {}
     for path in (*SHARED * (plan_before == "prefix"), "concat"):
         take(model, path)
-        launches.update(cast_qkv=0, prepend_kv=0)
+        launches.clear()
         got[path] = outcome(model, inputs)
-        captured = 0 if mode == "overwrite" else 3
-        if path in SHARED:  # prompt rows are cast too, where they attend
-            assert launches == {"cast_qkv": captured, "prepend_kv": 3}
+        if path == "packed":
+            assert launches == {"part_qkv": 3}  # keys and values, the prompt's too; queries need no op
+        elif path == "apart":  # prompt rows are cast too, where they attend
+            assert launches == {"prepend_kv": 3} | ({} if mode == "overwrite" else {"cast_qkv": 3})
         else:
-            assert launches == {"cast_qkv": 3, "prepend_kv": 0}
+            assert launches == {"cast_qkv": 3}
     ptune.hybrid(model, None)
     oracle(torch.bfloat16)
     take(model, "concat")
@@ -307,9 +309,9 @@ def test_a_float32_cache_is_taken_over(base_of, launches):
     for cache in (hf.DynamicCache(config=model.config), hf.StaticCache(config=model.config, max_cache_len=9)):
         model(ids[:, :5], past_key_values=cache)
         ptune.hybrid(model, torch.float16)
-        launches.update(cast_qkv=0, prepend_kv=0)
+        launches.clear()
         got = model(ids[:, 5:], past_key_values=cache).logits[:, -1]
-        assert launches == {"cast_qkv": 0, "prepend_kv": 3}  # keys and values at once; a query needs no op
+        assert launches == {"prepend_kv": 3}  # keys and values at once; a query needs no op
         assert {tensor.dtype for tensor in cache_tensors(cache)} == {torch.float16}
         close(got, exact, 0.01)
         ptune.hybrid(model, None)
@@ -319,10 +321,10 @@ def test_a_float32_cache_is_taken_over(base_of, launches):
 def test_a_prefix_is_cast_as_it_is_written(base_of, launches):
     model = ptune.hybrid(base_of("llama").tuned(**settings_for("overwrite")).eval(), torch.float16)
     for cache in (None, hf.StaticCache(config=model.config, max_cache_len=12)):
-        launches.update(cast_qkv=0, prepend_kv=0)
+        launches.clear()
         output = model(torch.randint(3, VOCABULARY, (2, 5)), past_key_values=cache)
         assert {tensor.dtype for tensor in cache_tensors(output.past_key_values)} == {torch.float16}
-        assert launches == {"cast_qkv": 0, "prepend_kv": 3}
+        assert launches == {"prepend_kv": 3}
 
 
 class TestStories:

@@ -138,6 +138,7 @@ class Op:
     options: tuple[tuple[str, object], ...] = ()
     label: str = ""
     pools: tuple[int, ...] = ()  # which of them are prompts, whose gradients are sums over the batch
+    views: tuple[int, ...] = ()  # which outputs are views, of inputs or of other outputs
     overwrites: bool = False  # its placement lies within hidden, which has m + n rows
 
     def __str__(self):
@@ -147,7 +148,10 @@ class Op:
         """(tensors, keywords) for one call."""
         b, m, n, d = sizes
         keywords = dict(self.options)
-        if placed and self.name != "cast_qkv":
+        if self.name == "part_qkv":
+            b = max(b, 1)
+            keywords |= {"num_prompts": m, "batch_size": b}
+        elif placed and self.name != "cast_qkv":
             keywords["placement"] = random_placement(b, m, m + n if self.overwrites else n, device, self.overwrites)
         if self.name == "strip":
             m = keywords["max_length"] = keywords["placement"].max_length if placed else m
@@ -198,6 +202,11 @@ def _cast_qkv(b, m, n, d, dtype, device):
     return tuple(torch.randn(shape, device=device).to(dtype) for shape in shapes)
 
 
+def _part_qkv(b, m, n, d, dtype, device):
+    shapes = ((1, 4, m + b * n, d + 2), (1, 2, m + b * n, d + 2), (1, 2, m + b * n, d))
+    return tuple(torch.randn(shape, device=device).to(dtype) for shape in shapes)
+
+
 OPS = [
     Op("embed_and_prepend", _embed, (0,), pools=(0,)),
     Op("embed_and_prepend", _embed, (0,), (("scale", math.sqrt(2304)),), "-scaled", pools=(0,)),
@@ -207,5 +216,6 @@ OPS = [
     Op("overwrite", _overwrite, (0, 1), (("mode", "add"),), "-add", pools=(1,), overwrites=True),
     Op("prepend_kv", _prepend_kv, (0, 1, 2, 3), pools=(0, 1)),
     Op("cast_qkv", _cast_qkv, (0, 1, 2)),
+    Op("part_qkv", _part_qkv, (0, 1, 2), pools=(1, 2), views=(0, 1, 2, 3)),
 ]
 on_ops = pytest.mark.parametrize("op", OPS, ids=str)

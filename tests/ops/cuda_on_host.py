@@ -78,6 +78,7 @@ class SumPrompts(Structure):
     _fields_ = (
         ("out", View),
         ("grad", View),
+        ("last", View),
         ("prepended", c_bool),
         ("placement", Placement),
         *_int64s("batch heads rows pool_rows width"),
@@ -244,14 +245,50 @@ def sum_prompts(library, grad, num_prompts, start, length, column, max_length, p
         pool_rows=num_prompts,
         width=width,
     )
-    assert library._ZN5ptune11sum_promptsERKNS_10SumPromptsEPv(ctypes.byref(params), None) == 0
+    _sum(library, params)
     return out.checked()
+
+
+def _sum(library, *params):
+    count = len(params)
+    assert library._ZN5ptune11sum_promptsEPKNS_10SumPromptsEiPv((SumPrompts * count)(*params), count, None) == 0
 
 
 def cast_qkv(library, query, key, value, dtype):
     outs = [_Guarded(like) for like in schema.cast_qkv(query, key, value, dtype)]
-    params = [Cast(_batched(out.out), _batched(t), *t.shape) for out, t in zip(outs, (query, key, value), strict=True)]
+    _cast(library, [out.out for out in outs], (query, key, value))
+    return tuple(out.checked() for out in outs)
+
+
+def _cast(library, outs, tensors):
+    params = [Cast(_batched(out), _batched(t), *t.shape) for out, t in zip(outs, tensors, strict=True)]
     assert library._ZN5ptune4castEPKNS_4CastEiPv((Cast * 3)(*params), 3, None) == 0
+
+
+def join_qkv(library, query, key, value, prompt_query, prompt_key, prompt_value, num_prompts, dtype):
+    outs = [
+        _Guarded(like)
+        for like in schema.join_qkv(query, key, value, prompt_query, prompt_key, prompt_value, num_prompts, dtype)
+    ]
+    (batch, _, length, _), m = query.shape, num_prompts
+    texts = [out.out[m:].view(batch, length, *out.out.shape[1:]).transpose(1, 2) for out in outs]
+    _cast(library, texts, (query, key[:, :, m:], value[:, :, m:]))
+    sums = [
+        SumPrompts(
+            out=_pool(out.out[:m].transpose(0, 1)),
+            grad=_batched(grad),
+            last=View() if prompt is None else _batched(prompt),
+            prepended=True,
+            placement=_placement(None, None, None, m),
+            batch=0 if grad is query else batch,
+            heads=grad.shape[1],
+            rows=grad.shape[2],
+            pool_rows=m,
+            width=grad.shape[3],
+        )
+        for out, grad, prompt in zip(outs, (query, key, value), (prompt_query, prompt_key, prompt_value), strict=True)
+    ]
+    _sum(library, *sums[::-1])  # whose gradients are summed in the dtype of the first
     return tuple(out.checked() for out in outs)
 
 

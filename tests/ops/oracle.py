@@ -80,3 +80,14 @@ def prepend_kv(prefix_k, prefix_v, key, value, placement=None, dtype=None):
 
 def cast_qkv(query, key, value, dtype):
     return tuple(cast(tensor, dtype) for tensor in (query, key, value))
+
+
+def part_qkv(query, key, value, num_prompts, batch_size, dtype=None):
+    prompts, texts = [], []
+    for t in (query, key, value):
+        to = dtype or t.dtype if t is not query else t.dtype
+        own, rest = t[:, :, :num_prompts], t[0, :, num_prompts:]
+        rows = list(rest.split([rest.shape[1] // batch_size] * batch_size, 1))
+        prompts.append(cast(own, to))
+        texts.append(torch.stack(rows if t is query else [cast(torch.cat([own[0], row], 1), to) for row in rows]))
+    return (*prompts, *texts)

@@ -59,6 +59,7 @@ def calls(sizes, placed, wide):
     yield "prepend", (prompts, hidden, *where)
     yield "prepend_kv", (*prefixes, *keys, *where, dtype())
     yield "cast_qkv", (*keys, fresh(b, 1, rows, d, dtype=dtype()), dtype())
+    yield "join_qkv", (*joined(sizes, dtype), m, dtype())
     for t in padded:
         yield "strip", (t, *where, dtype())
         yield "sum_prompts", (t, m, *where, True, dtype())
@@ -67,6 +68,16 @@ def calls(sizes, placed, wide):
         yield "overwrite", (longer, prompts, *within, add)
         separate = lay_out(longer.clone(), choice([x for x in LAYOUTS if x != "expanded"]))
         yield "overwrite_", (separate, prompts, *within, add)
+
+
+def joined(sizes, dtype):
+    """Gradients of what a packed sequence was parted into; some of the prompt's are missing."""
+    b, m, n, d = sizes
+    keys = dtype()
+    for heads, rows, width, kind in ((4, n, d + 2, dtype()), (2, m + n, d + 2, keys), (2, m + n, d, keys)):
+        yield fresh(b, heads, rows, width, dtype=kind)
+    for heads, width in ((4, d + 2), (2, d + 2), (2, d)):
+        yield choice((None, fresh(1, heads, m, width, dtype=dtype())))
 
 
 @pytest.mark.parametrize("placed", [False, True], ids=["whole", "placed"])

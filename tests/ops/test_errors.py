@@ -40,6 +40,13 @@ def good(name, device):
             "value": floats(B, H, N, D),
             "dtype": torch.float16,
         },
+        "part_qkv": lambda: {
+            "query": floats(1, 2 * H, M + B * N, D),
+            "key": floats(1, H, M + B * N, D),
+            "value": floats(1, H, M + B * N, D + 1),
+            "num_prompts": M,
+            "batch_size": B,
+        },
     }
     return arguments[name.rstrip("_")]()
 
@@ -101,6 +108,15 @@ BAD_TENSORS = [
     bad("cast_qkv", "key", to(torch.int8), "torch.float32", "torch.int8"),
     bad("cast_qkv", "dtype", lambda dtype: torch.float64, "torch.float16", "torch.float64"),
     bad("cast_qkv", "dtype", lambda dtype: torch.int32, "torch.float16", "torch.int32"),
+    bad("part_qkv", "query", zeros(H, M + B * N, D), "4 dimensions", f"[{H}, {M + B * N}, {D}]"),
+    bad("part_qkv", "key", zeros(B, H, M + B * N, D), "size 1", f"[{B}, {H}, {M + B * N}, {D}]"),
+    bad("part_qkv", "value", zeros(1, H, M, D), f"{M + B * N} rows", str(M)),
+    bad("part_qkv", "value", zeros(1, H + 1, M + B * N, D), f"size {H}", f"[{B}, {H + 1}, {N}, {D}]"),
+    bad("part_qkv", "value", to(torch.float16), "torch.float32", "torch.float16"),
+    bad("part_qkv", "num_prompts", lambda m: -1, f"0 to {M + B * N}", "-1"),
+    bad("part_qkv", "num_prompts", lambda m: M + B * N + 1, f"0 to {M + B * N}", str(M + B * N + 1)),
+    bad("part_qkv", "batch_size", lambda b: 0, f"a divisor of {B * N}", "0"),
+    bad("part_qkv", "batch_size", lambda b: B * N + 1, f"a divisor of {B * N}", str(B * N + 1)),
 ]
 
 
@@ -133,6 +149,7 @@ ANOTHER_CLASS = [
     ("strip", "max_length", Placement.of([0], [1], [0], pool_rows=1), ("expected a number of rows", "a Placement")),
     ("cast_qkv", "dtype", "bfloat16", ("expected a torch.dtype", "'bfloat16'")),
     ("prepend_kv", "dtype", "bfloat16", ("expected a torch.dtype", "'bfloat16'")),
+    ("part_qkv", "dtype", "bfloat16", ("expected a torch.dtype", "'bfloat16'")),
 ]
 
 
@@ -147,7 +164,7 @@ def test_another_class(target, op, argument, value, words):
 
 @on_targets
 @pytest.mark.parametrize(
-    "op", ["embed_and_prepend", "prepend", "strip", "overwrite", "overwrite_", "prepend_kv", "cast_qkv"]
+    "op", ["embed_and_prepend", "prepend", "strip", "overwrite", "overwrite_", "prepend_kv", "cast_qkv", "part_qkv"]
 )
 def test_arrays(target, op):
     """Refused here, or by torch, which names the argument."""
@@ -170,6 +187,7 @@ def test_devices(target, grad):
         ("prepend_kv", "prefix_k"),
         ("prepend_kv", "value"),
         ("cast_qkv", "key"),
+        ("part_qkv", "key"),
     ):
         arguments = good(op, target.device)
         arguments[argument] = torch.empty_like(arguments[argument], device="meta")

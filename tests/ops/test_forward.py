@@ -39,8 +39,8 @@ def as_tuple(outputs):
 def check(op, target, tensors, keywords):
     outputs = as_tuple(op(*tensors, **keywords))
     expected = as_tuple(op.expected(*tensors, **keywords))
-    for actual, wanted in zip(outputs, expected, strict=True):
-        assert actual.is_contiguous()
+    for i, (actual, wanted) in enumerate(zip(outputs, expected, strict=True)):
+        assert actual.is_contiguous() or i in op.views
         assert_same(actual, wanted, target.ulps(wanted.dtype))
 
 
@@ -176,5 +176,7 @@ def test_outputs_never_alias_inputs(target, op):
         if op.name == "cast_qkv":
             keywords = {"dtype": torch.float32}
         storages = {t.untyped_storage().data_ptr() for t in tensors}
-        for output in as_tuple(op(*tensors, **keywords)):
+        for i, output in enumerate(as_tuple(op(*tensors, **keywords))):
+            if i in op.views:
+                continue
             assert output.numel() == 0 or output.untyped_storage().data_ptr() not in storages

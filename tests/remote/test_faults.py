@@ -38,6 +38,16 @@ def servers(cluster, folder_of):
     started.stop()
 
 
+def all_serve(servers):
+    """Waits for those that an earlier test killed."""
+    for _ in range(300):
+        try:
+            return servers.wait()
+        except remote.RemoteError:
+            time.sleep(0.2)
+    raise TimeoutError("not all servers have restarted")
+
+
 def model_on(servers, folder, retries=RETRIES, **rest):
     torch.manual_seed(SEED)
     model = remote.AutoDistributedModelForCausalLM.from_pretrained(
@@ -263,6 +273,7 @@ def test_a_replay_has_the_positions_that_some_steps_lack(count, given, servers):
 @pytest.mark.parametrize("how", ["call", "session"])
 def test_shared_rows_go_on_at_another_server(how, servers, monkeypatch):
     """Where the first one dies of them: what later servers are told to make them of is of the new one."""
+    all_serve(servers)  # so that there is another
     blocks = remote.RemoteSequential(remote.connect(servers.name, remote.Retries(attempts=4, timeout=30.0)))
     hidden, rows = torch.randn(2, 5, 24), torch.randn(1, 2, 24)
     expected, killer = blocks(hidden, shared=rows), Killer(monkeypatch)
