@@ -237,7 +237,8 @@ def _part(ops: Ops, query: Tensor, key: Tensor, value: Tensor, m: int, b: int, d
 def _split(packed: Tensor, m: int, b: int) -> tuple[Tensor, Tensor]:
     """[1, h, m, hd] and [b, h, n, hd], views of [1, h, m + b·n, hd]."""
     _, heads, rows, width = packed.shape
-    return packed[:, :, :m], packed[0, :, m:].view(heads, b, (rows - m) // b, width).transpose(0, 1)
+    texts = packed.narrow(2, m, rows - m).view(heads, b, (rows - m) // b, width).transpose(0, 1)
+    return packed.narrow(2, 0, m), texts
 
 
 def _needs_grad(*tensors: Tensor) -> bool:
@@ -423,10 +424,10 @@ class _PartQKV(Function):
     def forward(ctx, ops: Ops, query, key, value, num_prompts, batch_size, dtype):
         ctx.set_materialize_grads(False)
         ctx.ops, ctx.num_prompts, ctx.dtypes = ops, num_prompts, (query.dtype, key.dtype, value.dtype)
-        prompt_query, prompt_key, prompt_value, *texts = _part(ops, query, key, value, num_prompts, batch_size, dtype)
-        ctx.like = [(t.shape, t.dtype, t.device) for t in texts]
-        # detached, or writing into the keys would be thought to change their prompt's graph
-        return prompt_query, prompt_key.detach(), prompt_value.detach(), *texts
+        parts = _part(ops, query, key, value, num_prompts, batch_size, dtype)
+        ctx.like = [(t.shape, t.dtype, t.device) for t in parts[3:]]
+        # autograd would look after views one by one; all belong to this node alone
+        return tuple(t.detach() for t in parts)
 
     @staticmethod
     @once_differentiable
