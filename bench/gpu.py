@@ -46,7 +46,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 ROUNDS = 5
-OUR_KERNELS = re.compile("_(prepend|strip|cast|overwrite|sum).*_kernel|(Assemble|Strip|Overwrite|Sum)Rows")
+OUR_KERNELS = re.compile("_(prepend|strip|cast|overwrite|sum|join).*_kernel|(Assemble|Strip|Overwrite|Sum)Rows")
 SIZES = (
     Sizes(batch=1, length=1, prompt=4, width=1024, heads=8),
     Sizes(batch=4, length=64, prompt=16, width=2048, heads=16),
