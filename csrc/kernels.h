@@ -89,7 +89,8 @@ struct Cast {
 };
 
 // The CUDA entry points launch on `stream` of the current device and return its launch status (0 is success); the CPU ones
-// run to the end, ignore `stream` and return 0. count <= 3; the launches of one call are one kernel.
+// run to the end, ignore `stream` and return 0. count <= 3; the launches of one call are one kernel,
+// whose outputs, or for sum_prompts whose gradients, have one dtype.
 int assemble(const Assemble* params, int count, void* stream);
 int strip(const Strip& params, void* stream);
 int overwrite(const Overwrite& params, void* stream);

@@ -6,7 +6,6 @@
 
 #include <algorithm>
 #include <tuple>
-#include <utility>
 
 #include "tensors.h"
 
@@ -328,7 +327,8 @@ std::tuple<Tensor, Tensor, Tensor> join_qkv(const Tensor& query, const Tensor& k
     outs[k] = empty(t, dtype, {num_prompts + batch * rows, heads, width});
     View out{outs[k].mutable_data_ptr(), float_dtype("out", dtype), {rows * heads * width, width, heads * width, 1}};
     SumPrompts s{};
-    s.out = out, s.grad = view(names[k], t);
+    // No text has a gradient for the prompt's query, and all that are summed in one launch are of one dtype.
+    s.out = out, s.grad = view("key", k == 0 ? key : t);
     if (*prompts[k]) s.last = view(names[3 + k], **prompts[k]);
     s.placement.max_length = num_prompts, s.prepended = true;
     s.batch = k == 0 ? 0 : batch, s.heads = heads, s.rows = skip + rows, s.pool_rows = num_prompts, s.width = width;
@@ -338,7 +338,6 @@ std::tuple<Tensor, Tensor, Tensor> join_qkv(const Tensor& query, const Tensor& k
     text.data = after(text, skip * text.stride[2]);
     casts[k] = {out, text, batch, heads, rows, width};
   }
-  std::swap(sums[0], sums[2]);  // whose gradients are summed in the dtype of the first
   launch(query, [&](void* stream) {
     const int status = cast(casts, 3, stream);
     return status != 0 ? status : ptune::sum_prompts(sums, 3, stream);

@@ -276,7 +276,7 @@ def join_qkv(library, query, key, value, prompt_query, prompt_key, prompt_value,
     sums = [
         SumPrompts(
             out=_pool(out.out[:m].transpose(0, 1)),
-            grad=_batched(grad),
+            grad=_batched(key if grad is query else grad),  # no text has one for the prompt's query
             last=View() if prompt is None else _batched(prompt),
             prepended=True,
             placement=_placement(None, None, None, m),
@@ -288,7 +288,7 @@ def join_qkv(library, query, key, value, prompt_query, prompt_key, prompt_value,
         )
         for out, grad, prompt in zip(outs, (query, key, value), (prompt_query, prompt_key, prompt_value), strict=True)
     ]
-    _sum(library, *sums[::-1])  # whose gradients are summed in the dtype of the first
+    _sum(library, *sums)
     return tuple(out.checked() for out in outs)
 
 
