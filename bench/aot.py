@@ -94,6 +94,8 @@ def _calls() -> Iterator[tuple[str, object, tuple]]:
         yield "sum_prompts, heads" + suffix, ops.sum_prompts, (heads(m + n), m, *where, True, torch.float32)
     yield "cast_qkv", ops.cast_qkv, (*(heads(n, torch.float32) for _ in range(3)), torch.bfloat16)
     texts, prompts = (heads(n), heads(m + n), heads(m + n)), (heads(m)[:1] for _ in range(3))
+    packed = (half(1, m + b * n, h, d // h).transpose(1, 2) for _ in range(2))
+    yield "part_kv", ops.part_kv, (*packed, m, b)
     yield "join_qkv", ops.join_qkv, (*texts, *prompts, m, torch.bfloat16)
 
 
@@ -122,7 +124,7 @@ def triton_binaries(targets: Iterable[str]) -> Iterator[Kernel]:
 
 
 def cuda_binaries(targets: Iterable[str]) -> Iterator[Kernel]:
-    """The kernels of the installed CUDA library: one for each entry point and dtype of what it writes (or sums)."""
+    """The kernels of the installed CUDA library: one for each kind of rows and dtype of what it writes (or sums)."""
     library = native.path("cuda")
     if not library.exists():
         print(f"no CUDA library was built ({library}), so there are no CUDA kernels to look into")
@@ -130,12 +132,15 @@ def cuda_binaries(targets: Iterable[str]) -> Iterator[Kernel]:
     for (target, symbol), binary in _of_nvidia(library).items():
         if target not in targets:
             continue
-        entry, code = re.search(r"(Assemble|Strip|Overwrite|Sum)RowsI(f|d|6__half|13__nv_bfloat16)E", symbol).groups()
+        entry, code = re.search(
+            r"(Assemble|Plain|Strip|Overwrite|Sum)RowsI(f|d|6__half|13__nv_bfloat16)E", symbol
+        ).groups()
         dtype, bits = ELEMENTS[code]
-        # Rows that are not aligned go element by element; ids and placements are narrow.
-        narrow = {("load", bits), ("load", 16), ("load", 32), ("store", bits)}
-        if entry == "Assemble":
+        narrow = {("load", 32)}  # ids and placements
+        if entry in ("Assemble", "Plain"):
             narrow |= {("load", 64)}
+        if entry != "Plain":  # rows that are not aligned go element by element
+            narrow |= {("load", bits), ("load", 16), ("store", bits)}
         if entry == "Sum":  # float32 sums may become half, or have it added, of which a pack has 64 bits
             narrow |= {("load", 64), ("store", 16), ("store", 32), ("store", 64)}
         yield Kernel(f"cuda {entry.lower()} {dtype}", target, binary, narrow)

@@ -10,12 +10,16 @@ namespace ptune {
 
 enum class DType : int32_t { f32, f16, bf16, f64 };
 
+inline int64_t size_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
+
 // A strided [batch, heads, rows, width] view. A 3-D tensor has heads = 1; a pool of prompts has batch stride 0.
 struct View {
   void* data;
   DType dtype;
   int64_t stride[4];
 };
+
+inline void* after(const View& v, int64_t elements) { return static_cast<char*>(v.data) + elements * size_of(v.dtype); }
 
 // An int32 vector [batch].
 struct Int32s {

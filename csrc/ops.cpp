@@ -65,11 +65,6 @@ void check_ids(const Ids& ids, int64_t batch, int64_t rows, int64_t vocabulary) 
 #endif
 }
 
-void* after(const View& v, int64_t elements) {
-  const int64_t size = v.dtype == DType::f64 ? 8 : v.dtype == DType::f32 ? 4 : 2;
-  return static_cast<char*>(v.data) + elements * size;
-}
-
 double rounded(double value, ScalarType dtype) {
   switch (dtype) {
     case ScalarType::Double: return value;
@@ -242,6 +237,45 @@ std::tuple<Tensor, Tensor> prepend_kv(const Tensor& prefix_k, const Tensor& pref
   return {out_k, out_v};
 }
 
+std::tuple<Tensor, Tensor> part_kv(const Tensor& key, const Tensor& value, int64_t num_prompts, int64_t batch_size,
+                                   std::optional<ScalarType> dtype) {
+  const Tensor* packed[] = {&key, &value};
+  const char* names[] = {"key", "value"};
+  const ScalarType out_dtype = dtype.value_or(key.scalar_type());
+  for (int k = 0; k < 2; ++k) {
+    check_rank(names[k], *packed[k], 4);
+    check_size(names[k], *packed[k], 0, 1, "one sequence");
+  }
+  check_device("value", value, "key", key);
+  float_dtype("key", key.scalar_type());
+  check_dtype("value", value.scalar_type(), key.scalar_type());
+  check_converts("dtype", out_dtype, key.scalar_type());
+  check_size("value", value, 1, key.size(1), "the heads of key");
+  check_size("value", value, 2, key.size(2), "the rows of key");
+  const int64_t rows = key.size(2), text_rows = rows - num_prompts;
+  PTUNE_CHECK(0 <= num_prompts && num_prompts <= rows, "num_prompts: expected 0 to ", rows, " (the rows of key), got ",
+              num_prompts);
+  PTUNE_CHECK(batch_size >= 1 && text_rows % batch_size == 0, "batch_size: expected a divisor of ", text_rows,
+              " rows of text, got ", batch_size);
+
+  Tensor outs[2];
+  Assemble parts[2];
+  for (int k = 0; k < 2; ++k) {
+    const Tensor& t = *packed[k];
+    Assemble a{};
+    a.batch = batch_size, a.heads = t.size(1), a.text_rows = text_rows / batch_size, a.pool_rows = num_prompts, a.width = t.size(3);
+    a.placement.max_length = num_prompts;
+    outs[k] = empty(t, out_dtype, {batch_size, a.heads, num_prompts + a.text_rows, a.width});
+    a.out = view("out", outs[k], true);
+    a.prompts = a.text = view(names[k], t);
+    a.text.data = after(a.text, num_prompts * a.text.stride[2]);
+    a.text.stride[0] = a.text_rows * a.text.stride[2];
+    parts[k] = a;
+  }
+  launch(key, [&](void* stream) { return assemble(parts, 2, stream); });
+  return {outs[0], outs[1]};
+}
+
 Tensor sum_prompts(const Tensor& grad, int64_t num_prompts, Optional start, Optional length, Optional column,
                    int64_t max_length, bool prepended, ScalarType dtype) {
   check_rank("grad", grad, 3, 4);
@@ -324,8 +358,10 @@ std::tuple<Tensor, Tensor, Tensor> join_qkv(const Tensor& query, const Tensor& k
   for (int k = 0; k < 3; ++k) {
     const Tensor& t = *texts[k];
     const int64_t heads = t.size(1), width = t.size(3), skip = k == 0 ? 0 : num_prompts;
-    outs[k] = empty(t, dtype, {num_prompts + batch * rows, heads, width});
-    View out{outs[k].mutable_data_ptr(), float_dtype("out", dtype), {rows * heads * width, width, heads * width, 1}};
+    const int64_t packed = num_prompts + batch * rows, strides[] = {packed * heads * width, width, heads * width, 1};
+    outs[k] = empty_strided(t, dtype, {1, heads, packed, width}, strides);
+    View out = view("out", outs[k], true);
+    out.stride[0] = rows * heads * width;
     SumPrompts s{};
     // No text has a gradient for the prompt's query, and all that are summed in one launch are of one dtype.
     s.out = out, s.grad = view("key", k == 0 ? key : t);
@@ -361,5 +397,6 @@ STABLE_TORCH_LIBRARY_IMPL(ptune_native, CPU, m) {
   m.impl("prepend_kv", TORCH_BOX(&ptune::ops::prepend_kv));
   m.impl("sum_prompts", TORCH_BOX(&ptune::ops::sum_prompts));
   m.impl("cast_qkv", TORCH_BOX(&ptune::ops::cast_qkv));
+  m.impl("part_kv", TORCH_BOX(&ptune::ops::part_kv));
   m.impl("join_qkv", TORCH_BOX(&ptune::ops::join_qkv));
 }

@@ -145,18 +145,12 @@ inline void ask_for_large_pages(void* data, int64_t bytes) {
 #endif
 }
 
-inline Tensor empty(const Tensor& like, ScalarType dtype, std::initializer_list<int64_t> sizes) {
-  std::array<int64_t, 4> strides{};
-  int64_t stride = 1;
-  for (size_t i = sizes.size(); i-- > 0;) {
-    strides[i] = stride;
-    stride *= std::max<int64_t>(sizes.begin()[i], 1);
-  }
+inline Tensor empty_strided(const Tensor& like, ScalarType dtype, std::initializer_list<int64_t> sizes, const int64_t* strides) {
   int32_t device_type;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(sizes.size()), sizes.begin(), strides.data(),
+      static_cast<int64_t>(sizes.size()), sizes.begin(), strides,
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type, like.get_device_index(), &handle));
   const Tensor made(handle);
 #ifndef PTUNE_CUDA
@@ -164,6 +158,16 @@ inline Tensor empty(const Tensor& like, ScalarType dtype, std::initializer_list<
   if (bytes >= kLargeOutput) ask_for_large_pages(made.mutable_data_ptr(), bytes);
 #endif
   return made;
+}
+
+inline Tensor empty(const Tensor& like, ScalarType dtype, std::initializer_list<int64_t> sizes) {
+  std::array<int64_t, 4> strides{};
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0;) {
+    strides[i] = stride;
+    stride *= std::max<int64_t>(sizes.begin()[i], 1);
+  }
+  return empty_strided(like, dtype, sizes, strides.data());
 }
 
 struct PlacementTensors {

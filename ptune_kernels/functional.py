@@ -203,42 +203,23 @@ def part_qkv(
     """
     if dtype is not None:
         _check_dtype(dtype)
-    _check_packed(query, key, value, num_prompts, batch_size)
     ops = ops_for(query)
     if _needs_grad(query, key, value):
         return _PartQKV.apply(ops, query, key, value, num_prompts, batch_size, dtype)
     return _part(ops, query, key, value, num_prompts, batch_size, dtype)
 
 
-def _check_packed(query: Tensor, key: Tensor, value: Tensor, num_prompts: int, batch_size: int) -> None:
-    for name, t in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(t).__name__}")
-        if t.dim() != 4 or t.shape[0] != 1:
-            raise ValueError(f"{name}: expected 4 dimensions, the first of size 1, got shape {list(t.shape)}")
-        if t.shape[2] != query.shape[2]:
-            raise ValueError(f"{name}: expected {query.shape[2]} rows (those of query), got {t.shape[2]}")
-    rows = query.shape[2]
-    if not 0 <= num_prompts <= rows:
-        raise ValueError(f"num_prompts: expected 0 to {rows} (the rows of query), got {num_prompts}")
-    if batch_size < 1 or (rows - num_prompts) % batch_size:
-        raise ValueError(f"batch_size: expected a divisor of {rows - num_prompts} rows of text, got {batch_size}")
-
-
 def _part(ops: Ops, query: Tensor, key: Tensor, value: Tensor, m: int, b: int, dtype: torch.dtype | None) -> tuple:
-    prompt_query, query = _split(query, m, b)
-    prompt_key, key = _split(key, m, b)
-    prompt_value, value = _split(value, m, b)
-    where = () if dtype is None else (None, None, None, 0, dtype)
-    key, value = ops.prepend_kv(prompt_key[0], prompt_value[0], key, value, *where)
-    return prompt_query, key[:1, :, :m], value[:1, :, :m], query, key, value
-
-
-def _split(packed: Tensor, m: int, b: int) -> tuple[Tensor, Tensor]:
-    """[1, h, m, hd] and [b, h, n, hd], views of [1, h, m + b·n, hd]."""
-    _, heads, rows, width = packed.shape
-    texts = packed.narrow(2, m, rows - m).view(heads, b, (rows - m) // b, width).transpose(0, 1)
-    return packed.narrow(2, 0, m), texts
+    key, value = ops.part_kv(key, value, m, b, dtype)
+    if query.dim() != 4 or query.shape[0] != 1:
+        raise ValueError(f"query: expected 4 dimensions, the first of size 1, got shape {list(query.shape)}")
+    _, heads, rows, width = query.shape
+    n = key.shape[2] - m
+    if rows != m + b * n:
+        raise ValueError(f"query: expected {m + b * n} rows (those of key), got {rows}")
+    own_query, texts = query.narrow(2, 0, m), query.narrow(2, m, b * n).view(heads, b, n, width).transpose(0, 1)
+    own_key, own_value = (t.as_strided((1, t.shape[1], m, t.shape[3]), t.stride()) for t in (key, value))
+    return own_query, own_key, own_value, texts, key, value
 
 
 def _needs_grad(*tensors: Tensor) -> bool:
@@ -427,7 +408,7 @@ class _PartQKV(Function):
         parts = _part(ops, query, key, value, num_prompts, batch_size, dtype)
         ctx.like = [(t.shape, t.dtype, t.device) for t in parts[3:]]
         # autograd would look after views one by one; all belong to this node alone
-        return tuple(t.detach() for t in parts)
+        return *(t.detach() for t in parts[:4]), *parts[4:]
 
     @staticmethod
     @once_differentiable
@@ -438,5 +419,5 @@ class _PartQKV(Function):
         ]
         wide = functools.reduce(torch.promote_types, ctx.dtypes)
         joined = ctx.ops.join_qkv(*texts, *grads[:3], ctx.num_prompts, wide)
-        packed = (t.to(dtype).transpose(0, 1)[None] for t, dtype in zip(joined, ctx.dtypes, strict=True))
+        packed = (t if t.dtype == dtype else t.to(dtype) for t, dtype in zip(joined, ctx.dtypes, strict=True))
         return None, *packed, None, None, None

@@ -107,11 +107,20 @@ def cast_qkv(query, key, value, dtype):
     return tuple(out.copy_(t) for out, t in zip(outs, (query, key, value), strict=True))
 
 
+def part_kv(key, value, num_prompts, batch_size, dtype=None):
+    outs = schema.part_kv(key, value, num_prompts, batch_size, dtype)
+    for out, packed in zip(outs, (key, value), strict=True):
+        prompt, texts = packed[0].split([num_prompts, packed.shape[2] - num_prompts], 1)
+        out[:, :, :num_prompts] = prompt
+        out[:, :, num_prompts:] = texts.unflatten(1, (batch_size, -1)).transpose(0, 1)
+    return outs
+
+
 def join_qkv(query, key, value, prompt_query, prompt_key, prompt_value, num_prompts, dtype):
     outs = schema.join_qkv(query, key, value, prompt_query, prompt_key, prompt_value, num_prompts, dtype)
     prompts = prompt_query, prompt_key, prompt_value
     for out, text, prompt in zip(outs, (query, key, value), prompts, strict=True):
-        own = out[:num_prompts].transpose(0, 1)
+        own, texts = out[0].split([num_prompts, out.shape[2] - num_prompts], 1)
         total = torch.zeros_like(own, dtype=torch.float64 if text.dtype == torch.float64 else torch.float32)
         lost = torch.zeros_like(total)
         if text is not query:
@@ -121,7 +130,7 @@ def join_qkv(query, key, value, prompt_query, prompt_key, prompt_value, num_prom
         if prompt is not None:
             _add(total, lost, prompt[0])
         own.copy_(total + lost)
-        out[num_prompts:].view(*text.shape[::2], *out.shape[1:]).copy_(text.transpose(1, 2))
+        texts.unflatten(1, text.shape[::2]).copy_(text.transpose(0, 1))
     return outs
 
 

@@ -29,6 +29,9 @@ SCHEMAS = {
     ),
     "sum_prompts": f"(Tensor grad, int num_prompts, {_PLACEMENT}, bool prepended, ScalarType dtype) -> Tensor",
     "cast_qkv": "(Tensor query, Tensor key, Tensor value, ScalarType dtype) -> (Tensor, Tensor, Tensor)",
+    "part_kv": (
+        "(Tensor key, Tensor value, int num_prompts, int batch_size, ScalarType? dtype=None) -> (Tensor, Tensor)"
+    ),
     "join_qkv": (
         "(Tensor query, Tensor key, Tensor value, Tensor? prompt_query, Tensor? prompt_key, Tensor? prompt_value,"
         " int num_prompts, ScalarType dtype) -> (Tensor, Tensor, Tensor)"
@@ -241,6 +244,29 @@ def cast_qkv(query, key, value, dtype):
     return tuple(t.new_empty(t.shape, dtype=dtype) for t in (query, key, value))
 
 
+def part_kv(key, value, num_prompts, batch_size, dtype=None):
+    for name, t in (("key", key), ("value", value)):
+        _check_rank(name, t, 4)
+        _check_size(name, t, 0, 1, "one sequence")
+    _check_device("value", value, "key", key)
+    _check_dtype("key", key.dtype, (*FLOATS, torch.float64))
+    if value.dtype != key.dtype:
+        raise ValueError(f"value: expected {key.dtype} (the dtype of key), got {value.dtype}")
+    _check_cast("dtype", key.dtype, dtype)
+    _check_size("value", value, 1, key.shape[1], "the heads of key")
+    _check_size("value", value, 2, key.shape[2], "the rows of key")
+    rows = key.shape[2]
+    torch._check_value(
+        0 <= num_prompts <= rows, lambda: f"num_prompts: expected 0 to {rows} (the rows of key), got {num_prompts}"
+    )
+    torch._check_value(
+        batch_size >= 1 and (rows - num_prompts) % batch_size == 0,
+        lambda: f"batch_size: expected a divisor of {rows - num_prompts} rows of text, got {batch_size}",
+    )
+    rows = num_prompts + (rows - num_prompts) // batch_size
+    return tuple(t.new_empty(batch_size, t.shape[1], rows, t.shape[3], dtype=dtype or key.dtype) for t in (key, value))
+
+
 def join_qkv(query, key, value, prompt_query, prompt_key, prompt_value, num_prompts, dtype):
     torch._check_value(num_prompts >= 0, lambda: f"num_prompts: expected at least 0, got {num_prompts}")
     outs = []
@@ -266,7 +292,7 @@ def join_qkv(query, key, value, prompt_query, prompt_key, prompt_value, num_prom
             _check_size(name, prompt, 2, num_prompts, "num_prompts")
             _check_size(name, prompt, 3, t.shape[3], "the head width of its text")
         rows = num_prompts + query.shape[0] * query.shape[2]
-        outs.append(t.new_empty(rows, t.shape[1], t.shape[3], dtype=dtype))
+        outs.append(t.new_empty(rows, t.shape[1], t.shape[3], dtype=dtype).transpose(0, 1)[None])
     if value.dtype != key.dtype:
         raise ValueError(f"value: expected {key.dtype} (the dtype of key), got {value.dtype}")
     return tuple(outs)

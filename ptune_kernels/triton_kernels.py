@@ -494,6 +494,19 @@ def prepend_kv(prefix_k, prefix_v, key, value, start=None, length=None, column=N
     return k, v
 
 
+def part_kv(key, value, num_prompts, batch_size, dtype=None):
+    length = schema.part_kv(key, value, num_prompts, batch_size, dtype)[0].shape[2] - num_prompts
+    prefix_k, key = _parted(key, num_prompts, batch_size, length)
+    prefix_v, value = _parted(value, num_prompts, batch_size, length)
+    return prepend_kv(prefix_k, prefix_v, key, value, dtype=dtype)
+
+
+def _parted(packed: Tensor, num_prompts: int, batch_size: int, length: int) -> tuple[Tensor, Tensor]:
+    """[h, m, hd] and [b, h, n, hd], views of [1, h, m + b·n, hd]."""
+    prompt, texts = packed[0].split([num_prompts, packed.shape[2] - num_prompts], 1)
+    return prompt, texts.unflatten(1, (batch_size, length)).transpose(0, 1)
+
+
 def strip(hidden, start, length, column, max_length, dtype):
     out = schema.strip(hidden, start, length, column, max_length, dtype)
     schema.check_values(start, length, column, max_length, 2**31, out.shape[-2], ends_within=False)
@@ -553,15 +566,15 @@ def join_qkv(query, key, value, prompt_query, prompt_key, prompt_value, num_prom
     outs = schema.join_qkv(query, key, value, prompt_query, prompt_key, prompt_value, num_prompts, dtype)
     batch, _, length, _ = query.shape
     prompts = [None if prompt is None else _batched(prompt) for prompt in (prompt_query, prompt_key, prompt_value)]
-    # [m, h, hd] and [b·n, h, hd] of each output, heads before rows
-    owns = [_batched(out[:num_prompts].transpose(0, 1)[None]) for out in outs]
-    texts = [out[num_prompts:].unflatten(0, (batch, length)).transpose(1, 2) for out in outs]
+    owns, texts = zip(*(_parted(out, num_prompts, batch, length) for out in outs), strict=True)
     grads = query, key[:, :, num_prompts:], value[:, :, num_prompts:]
     sizes = [_sizes_of(text) for text in texts]
     _run(_cast_kernel, sizes, *map(_batched, (*texts, *grads)), *sizes)
-    sizes = [_sizes(1, out.shape[1], num_prompts, out.shape[2]) for out in outs]
+    sizes = [_sizes_of(own[None]) for own in owns]
     counts = num_prompts, batch, num_prompts + length
-    _run(_join_kernel, sizes, *owns, _batched(key), _batched(value), *prompts, *counts, *sizes, **_SUM_TILING)
+    _run(
+        _join_kernel, sizes, *map(_pool, owns), _batched(key), _batched(value), *prompts, *counts, *sizes, **_SUM_TILING
+    )
     return outs
 
 

@@ -40,8 +40,6 @@ void store_fence() {
 #endif
 }
 
-int64_t size_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
-
 char* at(const View& v, int64_t i, int64_t h, int64_t r, int64_t c = 0) {
   const int64_t offset = i * v.stride[0] + h * v.stride[1] + r * v.stride[2] + c * v.stride[3];
   return static_cast<char*>(v.data) + offset * size_of(v.dtype);

@@ -40,7 +40,7 @@ constexpr int kPack = kBytes / std::min(sizeof(A), sizeof(B));
 
 // Rows of a wide view begin at multiples of 16 bytes and have no gaps between their elements: packs can be taken from it.
 inline bool is_wide(const View& v) {
-  const int64_t size = v.dtype == DType::f64 ? 8 : v.dtype == DType::f32 ? 4 : 2;
+  const int64_t size = size_of(v.dtype);
   const int64_t misaligned = reinterpret_cast<uintptr_t>(v.data) | v.stride[0] * size | v.stride[1] * size | v.stride[2] * size;
   return v.stride[3] == 1 && misaligned % kBytes == 0;
 }

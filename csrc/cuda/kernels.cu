@@ -143,6 +143,11 @@ struct AssemblePart {
   Tiling tiling;
 };
 
+PTUNE_BOTH int64_t token_id(const Ids& ids, int64_t i, int64_t r) {
+  const int64_t where = i * ids.stride[0] + r * ids.stride[1];
+  return ids.wide ? static_cast<const int64_t*>(ids.data)[where] : static_cast<const int32_t*>(ids.data)[where];
+}
+
 template <class Out>
 struct AssembleRows {
   [[maybe_unused]] static constexpr int kBlocksPerSm = kBlocks<Out>;
@@ -165,13 +170,46 @@ struct AssembleRows {
   }
 
   PTUNE_BOTH static void look_up(const Row<Out>& row, const Assemble& a, int64_t i, int64_t r) {
-    const int64_t where = i * a.ids.stride[0] + r * a.ids.stride[1];
-    const int64_t id = a.ids.wide ? static_cast<const int64_t*>(a.ids.data)[where]
-                                  : static_cast<const int32_t*>(a.ids.data)[where];
+    const int64_t id = token_id(a.ids, i, r);
     if (id < 0 || id >= a.vocabulary) return fill(row, NAN);
     const Out* from = row_at<Out>(a.text, 0, 0, id);
     if (a.scale == 1.0) return write<kPack<Out, Out>>(row, Converted<Out, Out>{from, a.text.stride[3]});
     write<kPack<Out, Out>>(row, Scaled<Out>{from, a.text.stride[3], static_cast<Wide<Out>>(a.scale)});
+  }
+};
+
+// What AssembleRows does, as most callers have it: all wide, in whole packs, texts of the output's dtype, no placement and no
+// scale. The code for everything is so long that for a small output a GPU waits for instructions longer than for data.
+template <class Out>
+struct PlainRows {
+  [[maybe_unused]] static constexpr int kBlocksPerSm = kBlocks<Out>;
+  AssemblePart parts[kMaxParts];
+
+  static bool serves(const AssemblePart& p) {
+    const DType out = p.a.out.dtype, wide = out == DType::f64 ? DType::f64 : DType::f32;
+    return p.wide && p.a.width % kPack<Out, Out> == 0 && !p.a.placement.start.data &&
+           (!p.a.ids.data || p.a.scale == 1.0) && p.a.text.dtype == out && (p.a.prompts.dtype == out || p.a.prompts.dtype == wide);
+  }
+
+  PTUNE_BOTH void operator()(const Thread& t) const {
+    const AssemblePart& p = parts[t.block.z];
+    const Assemble& a = p.a;
+    p.tiling.with_row(t, [&](uint32_t g, int64_t r, Lanes lanes) {
+      const auto heads = static_cast<uint32_t>(a.heads), i = g / heads, h = g % heads;
+      const Row<Out> row{row_at<Out>(a.out, i, h, r), 1, a.width, true, lanes};
+      const int64_t m = a.placement.max_length;
+      if (r < m && a.prompts.dtype != a.out.dtype) return copy<Wide<Out>>(row, row_at<Wide<Out>>(a.prompts, 0, h, r));
+      if (r < m) return copy<Out>(row, row_at<Out>(a.prompts, 0, h, r));
+      if (!a.ids.data) return copy<Out>(row, row_at<Out>(a.text, i, h, r - m));
+      const int64_t id = token_id(a.ids, i, r - m);
+      if (id >= 0 && id < a.vocabulary) return copy<Out>(row, row_at<Out>(a.text, 0, 0, id));
+      write_packs<kPack<Out, Out>>(row, 0, row.width, Constant<Out>{convert<Out>(static_cast<Wide<Out>>(NAN))});
+    });
+  }
+
+  template <class In>
+  PTUNE_BOTH static void copy(const Row<Out>& row, const In* from) {
+    write_packs<kPack<Out, In>>(row, 0, row.width, Converted<Out, In>{from, 1});
   }
 };
 
@@ -344,15 +382,19 @@ int assemble(const Assemble* params, int count, void* stream) {
   return with_any_type(params[0].out.dtype, [&](auto element) {
     using Out = decltype(element);
     AssembleRows<Out> kernel{};
+    PlainRows<Out> plain{};
+    bool is_plain = true;
     int64_t blocks = 0;
     for (int k = 0; k < count; ++k) {
       const Assemble& a = params[k];
       const int64_t rows = a.placement.max_length + a.text_rows;
       const Tiling tiling = Tiling::over(a.batch * a.heads, rows, a.width, kStep<Out>);
       kernel.parts[k] = {a, is_wide(a.out) && is_wide(a.prompts) && is_wide(a.text), tiling};
+      plain.parts[k] = kernel.parts[k];
+      is_plain = is_plain && plain.serves(plain.parts[k]);
       blocks = std::max(blocks, tiling.blocks());
     }
-    return launch(kernel, stream, blocks, 1, count);
+    return is_plain ? launch(plain, stream, blocks, 1, count) : launch(kernel, stream, blocks, 1, count);
   });
 }
 
@@ -370,10 +412,18 @@ int cast(const Cast* params, int count, void* stream) {
 
 int overwrite(const Overwrite& params, void* stream) {
   using namespace cuda;
+  const bool in_place = params.out.data == params.hidden.data;
+  const int64_t m = params.placement.max_length;
+  if (!in_place && !params.add && !params.placement.start.data) {  // prompts before the other rows
+    Assemble a{params.out, params.prompts, params.hidden};
+    a.text.data = after(a.text, m * a.text.stride[2]);
+    a.placement = params.placement;
+    a.batch = params.batch, a.heads = 1, a.text_rows = params.rows - m, a.pool_rows = m, a.width = params.width;
+    return assemble(&a, 1, stream);
+  }
   return with_any_type(params.out.dtype, [&](auto element) {
     using Out = decltype(element);
-    const bool in_place = params.out.data == params.hidden.data;
-    const int64_t rows = in_place ? params.placement.max_length : params.rows;
+    const int64_t rows = in_place ? m : params.rows;
     const Tiling tiling = Tiling::over(params.batch, rows, params.width, kStep<Out>);
     const bool wide = is_wide(params.out) && is_wide(params.hidden) && is_wide(params.prompts);
     return launch(OverwriteRows<Out>{params, wide, tiling}, stream, tiling.blocks());

@@ -284,7 +284,7 @@ def _sdpa(
         # one product per key head serves all its query heads: a CPU does grouped heads one by one
         query = query.reshape(shape[0], key.shape[1], groups * shape[2], shape[3])
         bias = bias if bias is None else torch.cat([bias] * groups, dim=-2)
-    elif groups > 1 and bias is mask is not None:
+    elif groups > 1 and type(bias) is Tensor:
         # a GPU has no fused kernel for grouped heads and a mask
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     output = nn.functional.scaled_dot_product_attention(

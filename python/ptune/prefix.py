@@ -148,7 +148,9 @@ class PrefixPath:
         """Whether this call, which keeps no keys and values, runs prompt rows and text in one pass."""
         packs = self.plan.packs
         if packs is None:
-            packs = pays(self._overwrites, self.num_prompts, text.shape[0] * text.shape[1], text.device)
+            # Of rows that are overwritten, and run by themselves, only keys and values are computed: less work, which a
+            # CPU notices, in two passes to launch, which a GPU waits for.
+            packs = not self._overwrites or text.device.type != "cpu"
         return packs and layout.mixture is None and self._runs_anew() and not self.user_hooks.present()
 
     @property
@@ -273,15 +275,6 @@ class PrefixPath:
             # a training step has no use for one
             wanted = getattr(body.config, "use_cache", False) and not (torch.is_grad_enabled() and body.training)
         return DynamicCache(config=body.config) if wanted and self.plan.causal else None
-
-
-def pays(overwritten: bool, num_prompts: int, num_texts: int, device: torch.device) -> bool:
-    """Whether running prompt rows with the ``num_texts`` rows of text is thought to take less time than before them.
-
-    Of rows that are overwritten, and run by themselves, only keys and values are computed: less work, which a CPU
-    notices, in two passes to launch, which a GPU waits for.
-    """
-    return not overwritten or (device.type != "cpu" and 8 * num_prompts <= num_texts)
 
 
 def injected_call(layout: Layout, mask: Tensor) -> tuple[Call, Tensor]:

@@ -112,7 +112,7 @@ class _Guarded:
 
     def __init__(self, like):
         self.memory = torch.full((like.numel() + 2 * GUARD,), 7, dtype=like.dtype)
-        self.out = self.memory[GUARD : GUARD + like.numel()].fill_(torch.nan).view(like.shape)
+        self.out = self.memory.as_strided(like.shape, like.stride(), GUARD).fill_(torch.nan)
 
     def checked(self):
         assert (self.memory[:GUARD] == 7).all(), "wrote before the output"
@@ -186,6 +186,22 @@ def prepend_kv(library, prefix_k, prefix_v, key, value, start, length, column, m
     parts = [(k, prefix_k, key, None, 1.0), (v, prefix_v, value, None, 1.0)]
     _prepend(library, parts, start, length, column, max_length)
     return tuple(out.checked() for out in outs)
+
+
+def part_kv(library, key, value, num_prompts, batch_size, dtype):
+    outs = [_Guarded(like) for like in schema.part_kv(key, value, num_prompts, batch_size, dtype)]
+    parts = [
+        (out.out, *_parted(packed, num_prompts, batch_size, out.out.shape[2] - num_prompts), None, 1.0)
+        for out, packed in zip(outs, (key, value), strict=True)
+    ]
+    _prepend(library, parts, None, None, None, 0)
+    return tuple(out.checked() for out in outs)
+
+
+def _parted(packed, num_prompts, batch_size, length):
+    """[h, m, hd] and [b, h, n, hd], views of [1, h, m + b·n, hd]."""
+    prompt, texts = packed[0].split([num_prompts, packed.shape[2] - num_prompts], 1)
+    return prompt, texts.unflatten(1, (batch_size, length)).transpose(0, 1)
 
 
 def strip(library, hidden, start, length, column, max_length, dtype):
@@ -271,11 +287,11 @@ def join_qkv(library, query, key, value, prompt_query, prompt_key, prompt_value,
         for like in schema.join_qkv(query, key, value, prompt_query, prompt_key, prompt_value, num_prompts, dtype)
     ]
     (batch, _, length, _), m = query.shape, num_prompts
-    texts = [out.out[m:].view(batch, length, *out.out.shape[1:]).transpose(1, 2) for out in outs]
+    owns, texts = zip(*(_parted(out.out, m, batch, length) for out in outs), strict=True)
     _cast(library, texts, (query, key[:, :, m:], value[:, :, m:]))
     sums = [
         SumPrompts(
-            out=_pool(out.out[:m].transpose(0, 1)),
+            out=_pool(own),
             grad=_batched(key if grad is query else grad),  # no text has one for the prompt's query
             last=View() if prompt is None else _batched(prompt),
             prepended=True,
@@ -286,7 +302,7 @@ def join_qkv(library, query, key, value, prompt_query, prompt_key, prompt_value,
             pool_rows=m,
             width=grad.shape[3],
         )
-        for out, grad, prompt in zip(outs, (query, key, value), (prompt_query, prompt_key, prompt_value), strict=True)
+        for own, grad, prompt in zip(owns, (query, key, value), (prompt_query, prompt_key, prompt_value), strict=True)
     ]
     _sum(library, *sums)
     return tuple(out.checked() for out in outs)

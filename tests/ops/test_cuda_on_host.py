@@ -59,6 +59,9 @@ def calls(sizes, placed, wide):
     yield "prepend", (prompts, hidden, *where)
     yield "prepend_kv", (*prefixes, *keys, *where, dtype())
     yield "cast_qkv", (*keys, fresh(b, 1, rows, d, dtype=dtype()), dtype())
+    packed = [fresh(1, heads, m + b * n, width, dtype=text) for width in (d, d + 2)]
+    if b:
+        yield "part_kv", (*packed, m, b, dtype())
     yield "join_qkv", (*joined(sizes, dtype), m, dtype())
     for t in padded:
         yield "strip", (t, *where, dtype())
