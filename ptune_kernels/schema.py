@@ -30,7 +30,7 @@ SCHEMAS = {
     "sum_prompts": f"(Tensor grad, int num_prompts, {_PLACEMENT}, bool prepended, ScalarType dtype) -> Tensor",
     "cast_qkv": "(Tensor query, Tensor key, Tensor value, ScalarType dtype) -> (Tensor, Tensor, Tensor)",
     "part_kv": (
-        "(Tensor key, Tensor value, int num_prompts, int batch_size, ScalarType? dtype=None) -> (Tensor, Tensor)"
+        "(Tensor key, Tensor value, int num_prompts, SymInt batch_size, ScalarType? dtype=None) -> (Tensor, Tensor)"
     ),
     "join_qkv": (
         "(Tensor query, Tensor key, Tensor value, Tensor? prompt_query, Tensor? prompt_key, Tensor? prompt_value,"
