@@ -237,40 +237,79 @@ std::tuple<Tensor, Tensor> prepend_kv(const Tensor& prefix_k, const Tensor& pref
   return {out_k, out_v};
 }
 
+// Keys and values of one sequence that holds a prompt and then the texts of a batch, all of one length: their checks and sizes.
+struct Packed {
+  int64_t batch, rows;  // texts, and rows of each
+
+  Packed(const Tensor& key, const Tensor& value, int64_t num_prompts, int64_t batch_size, ScalarType out_dtype) {
+    const Tensor* both[] = {&key, &value};
+    const char* names[] = {"key", "value"};
+    for (int k = 0; k < 2; ++k) {
+      check_rank(names[k], *both[k], 4);
+      check_size(names[k], *both[k], 0, 1, "one sequence");
+    }
+    check_device("value", value, "key", key);
+    float_dtype("key", key.scalar_type());
+    check_dtype("value", value.scalar_type(), key.scalar_type());
+    check_converts("dtype", out_dtype, key.scalar_type());
+    check_size("value", value, 1, key.size(1), "the heads of key");
+    check_size("value", value, 2, key.size(2), "the rows of key");
+    const int64_t text_rows = key.size(2) - num_prompts;
+    PTUNE_CHECK(0 <= num_prompts && text_rows >= 0, "num_prompts: expected 0 to ", key.size(2), " (the rows of key), got ",
+                num_prompts);
+    PTUNE_CHECK(batch_size >= 1 && text_rows % batch_size == 0, "batch_size: expected a divisor of ", text_rows,
+                " rows of text, got ", batch_size);
+    batch = batch_size, rows = text_rows / batch_size;
+  }
+};
+
+// [prompt ; text] of each text of a `packed` [1, heads, m + b·n, width], into `out` [b, heads, m + n, width].
+Assemble spread(const View& out, const View& packed, int64_t num_prompts, const Packed& sizes, int64_t heads, int64_t width) {
+  Assemble a{};
+  a.batch = sizes.batch, a.heads = heads, a.text_rows = sizes.rows, a.pool_rows = num_prompts, a.width = width;
+  a.placement.max_length = num_prompts;
+  a.out = out, a.prompts = a.text = packed;
+  a.text.data = after(packed, num_prompts * packed.stride[2]);
+  a.text.stride[0] = sizes.rows * packed.stride[2];
+  return a;
+}
+
 std::tuple<Tensor, Tensor> part_kv(const Tensor& key, const Tensor& value, int64_t num_prompts, int64_t batch_size,
                                    std::optional<ScalarType> dtype) {
-  const Tensor* packed[] = {&key, &value};
-  const char* names[] = {"key", "value"};
   const ScalarType out_dtype = dtype.value_or(key.scalar_type());
-  for (int k = 0; k < 2; ++k) {
-    check_rank(names[k], *packed[k], 4);
-    check_size(names[k], *packed[k], 0, 1, "one sequence");
-  }
-  check_device("value", value, "key", key);
-  float_dtype("key", key.scalar_type());
-  check_dtype("value", value.scalar_type(), key.scalar_type());
-  check_converts("dtype", out_dtype, key.scalar_type());
-  check_size("value", value, 1, key.size(1), "the heads of key");
-  check_size("value", value, 2, key.size(2), "the rows of key");
-  const int64_t rows = key.size(2), text_rows = rows - num_prompts;
-  PTUNE_CHECK(0 <= num_prompts && num_prompts <= rows, "num_prompts: expected 0 to ", rows, " (the rows of key), got ",
-              num_prompts);
-  PTUNE_CHECK(batch_size >= 1 && text_rows % batch_size == 0, "batch_size: expected a divisor of ", text_rows,
-              " rows of text, got ", batch_size);
-
+  const Packed sizes(key, value, num_prompts, batch_size, out_dtype);
+  const Tensor* packed[] = {&key, &value};
   Tensor outs[2];
   Assemble parts[2];
   for (int k = 0; k < 2; ++k) {
     const Tensor& t = *packed[k];
-    Assemble a{};
-    a.batch = batch_size, a.heads = t.size(1), a.text_rows = text_rows / batch_size, a.pool_rows = num_prompts, a.width = t.size(3);
-    a.placement.max_length = num_prompts;
-    outs[k] = empty(t, out_dtype, {batch_size, a.heads, num_prompts + a.text_rows, a.width});
-    a.out = view("out", outs[k], true);
-    a.prompts = a.text = view(names[k], t);
-    a.text.data = after(a.text, num_prompts * a.text.stride[2]);
-    a.text.stride[0] = a.text_rows * a.text.stride[2];
-    parts[k] = a;
+    outs[k] = empty(t, out_dtype, {sizes.batch, t.size(1), num_prompts + sizes.rows, t.size(3)});
+    parts[k] = spread(view("out", outs[k], true), view("key", t), num_prompts, sizes, t.size(1), t.size(3));
+  }
+  launch(key, [&](void* stream) { return assemble(parts, 2, stream); });
+  return {outs[0], outs[1]};
+}
+
+// Rows of all heads, one after the other: [.., rows, heads, width] as [batch, heads, rows, width], of `rows` rows each.
+View by_rows(const char* name, const Tensor& t, int64_t rows, bool written = false) {
+  View v = view(name, t, written);  // the rows' stride comes first of three
+  const int64_t row = v.stride[0], head = v.stride[2];
+  v.stride[0] = rows * row, v.stride[1] = head, v.stride[2] = row;
+  return v;
+}
+
+std::tuple<Tensor, Tensor> spread_kv(const Tensor& key, const Tensor& value, int64_t num_prompts, int64_t batch_size,
+                                     std::optional<ScalarType> dtype) {
+  const ScalarType out_dtype = dtype.value_or(key.scalar_type());
+  const Packed sizes(key, value, num_prompts, batch_size, out_dtype);
+  const int64_t rows = num_prompts + sizes.rows;
+  const Tensor* packed[] = {&key, &value};
+  Tensor outs[2];
+  Assemble parts[2];
+  for (int k = 0; k < 2; ++k) {
+    const Tensor& t = *packed[k];
+    outs[k] = empty(t, out_dtype, {sizes.batch * rows, t.size(1), t.size(3)});
+    parts[k] = spread(by_rows("out", outs[k], rows, true), view("key", t), num_prompts, sizes, t.size(1), t.size(3));
   }
   launch(key, [&](void* stream) { return assemble(parts, 2, stream); });
   return {outs[0], outs[1]};
@@ -322,6 +361,66 @@ std::tuple<Tensor, Tensor, Tensor> cast_qkv(const Tensor& query, const Tensor& k
   return {outs[0], outs[1], outs[2]};
 }
 
+// One gradient of a packed sequence from those of its parts: [1, heads, m + b·n, width], rows first in memory.
+struct Join {
+  Tensor out;
+  Cast text;
+  SumPrompts prompt;
+};
+
+// `text` [b, heads, n, width] is copied; the first rows of each of `summed` are added up.
+Join join(const Tensor& like, ScalarType dtype, const View& text, const View& summed, int64_t num_prompts, int64_t batch,
+          int64_t rows, int64_t heads, int64_t width) {
+  const int64_t packed = num_prompts + batch * rows, strides[] = {packed * heads * width, width, heads * width, 1};
+  Join j{empty_strided(like, dtype, {1, heads, packed, width}, strides), {}, {}};
+  View out = view("out", j.out, true);
+  out.stride[0] = rows * heads * width;
+  j.prompt.out = out, j.prompt.grad = summed;
+  j.prompt.placement.max_length = num_prompts, j.prompt.prepended = true;
+  j.prompt.batch = batch, j.prompt.heads = heads, j.prompt.rows = num_prompts + rows;
+  j.prompt.pool_rows = num_prompts, j.prompt.width = width;
+  out.data = after(out, num_prompts * heads * width);
+  j.text = {out, text, batch, heads, rows, width};
+  return j;
+}
+
+template <int N>
+void launch_joins(const Tensor& on, const Join (&joins)[N]) {
+  Cast casts[N];
+  SumPrompts sums[N];
+  for (int k = 0; k < N; ++k) casts[k] = joins[k].text, sums[k] = joins[k].prompt;
+  launch(on, [&](void* stream) {
+    const int status = cast(casts, N, stream);
+    return status != 0 ? status : ptune::sum_prompts(sums, N, stream);
+  });
+}
+
+std::tuple<Tensor, Tensor> unspread_kv(const Tensor& key, const Tensor& value, int64_t num_prompts, int64_t batch_size,
+                                       ScalarType dtype) {
+  const Tensor* grads[] = {&key, &value};
+  const char* names[] = {"key", "value"};
+  for (int k = 0; k < 2; ++k) check_rank(names[k], *grads[k], 3);
+  check_device("value", value, "key", key);
+  check_dtype("value", value.scalar_type(), key.scalar_type());
+  check_converts("dtype", dtype, key.scalar_type());
+  check_size("value", value, 0, key.size(0), "the rows of key");
+  PTUNE_CHECK(batch_size >= 1 && key.size(0) % batch_size == 0, "batch_size: expected a divisor of ", key.size(0), " rows, got ",
+              batch_size);
+  const int64_t rows = key.size(0) / batch_size;
+  PTUNE_CHECK(0 <= num_prompts && num_prompts <= rows, "num_prompts: expected 0 to ", rows, " (the rows of a text), got ",
+              num_prompts);
+  Join joins[2];
+  for (int k = 0; k < 2; ++k) {
+    const Tensor& t = *grads[k];
+    const View grad = by_rows(names[k], t, rows);
+    View text = grad;
+    text.data = after(text, num_prompts * text.stride[2]);
+    joins[k] = join(t, dtype, text, grad, num_prompts, batch_size, rows - num_prompts, t.size(1), t.size(2));
+  }
+  launch_joins(key, joins);
+  return {joins[0].out, joins[1].out};
+}
+
 std::tuple<Tensor, Tensor, Tensor> join_qkv(const Tensor& query, const Tensor& key, const Tensor& value,
                                             Optional prompt_query, Optional prompt_key, Optional prompt_value,
                                             int64_t num_prompts, ScalarType dtype) {
@@ -351,34 +450,19 @@ std::tuple<Tensor, Tensor, Tensor> join_qkv(const Tensor& query, const Tensor& k
   }
   check_dtype("value", value.scalar_type(), key.scalar_type());
 
-  const int64_t batch = query.size(0), rows = query.size(2);
-  Tensor outs[3];
-  Cast casts[3];
-  SumPrompts sums[3];
+  Join joins[3];
   for (int k = 0; k < 3; ++k) {
     const Tensor& t = *texts[k];
-    const int64_t heads = t.size(1), width = t.size(3), skip = k == 0 ? 0 : num_prompts;
-    const int64_t packed = num_prompts + batch * rows, strides[] = {packed * heads * width, width, heads * width, 1};
-    outs[k] = empty_strided(t, dtype, {1, heads, packed, width}, strides);
-    View out = view("out", outs[k], true);
-    out.stride[0] = rows * heads * width;
-    SumPrompts s{};
+    const View grad = view(names[k], t);
+    View text = grad;
+    if (k > 0) text.data = after(text, num_prompts * text.stride[2]);
     // No text has a gradient for the prompt's query, and all that are summed in one launch are of one dtype.
-    s.out = out, s.grad = view("key", k == 0 ? key : t);
-    if (*prompts[k]) s.last = view(names[3 + k], **prompts[k]);
-    s.placement.max_length = num_prompts, s.prepended = true;
-    s.batch = k == 0 ? 0 : batch, s.heads = heads, s.rows = skip + rows, s.pool_rows = num_prompts, s.width = width;
-    sums[k] = s;
-    out.data = after(out, num_prompts * heads * width);
-    View text = view(names[k], t);
-    text.data = after(text, skip * text.stride[2]);
-    casts[k] = {out, text, batch, heads, rows, width};
+    joins[k] = join(t, dtype, text, k == 0 ? view("key", key) : grad, num_prompts, query.size(0), query.size(2), t.size(1), t.size(3));
+    if (k == 0) joins[k].prompt.batch = 0;
+    if (*prompts[k]) joins[k].prompt.last = view(names[3 + k], **prompts[k]);
   }
-  launch(query, [&](void* stream) {
-    const int status = cast(casts, 3, stream);
-    return status != 0 ? status : ptune::sum_prompts(sums, 3, stream);
-  });
-  return {outs[0], outs[1], outs[2]};
+  launch_joins(query, joins);
+  return {joins[0].out, joins[1].out, joins[2].out};
 }
 
 }  // namespace
@@ -398,5 +482,7 @@ STABLE_TORCH_LIBRARY_IMPL(ptune_native, CPU, m) {
   m.impl("sum_prompts", TORCH_BOX(&ptune::ops::sum_prompts));
   m.impl("cast_qkv", TORCH_BOX(&ptune::ops::cast_qkv));
   m.impl("part_kv", TORCH_BOX(&ptune::ops::part_kv));
+  m.impl("spread_kv", TORCH_BOX(&ptune::ops::spread_kv));
+  m.impl("unspread_kv", TORCH_BOX(&ptune::ops::unspread_kv));
   m.impl("join_qkv", TORCH_BOX(&ptune::ops::join_qkv));
 }

@@ -10,6 +10,7 @@ from .functional import (
     part_qkv,
     prepend,
     prepend_kv,
+    spread_kv,
     strip,
 )
 from .version import __version__
@@ -25,6 +26,7 @@ __all__ = [
     "part_qkv",
     "prepend",
     "prepend_kv",
+    "spread_kv",
     "strip",
     "use_backend",
 ]

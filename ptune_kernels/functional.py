@@ -209,6 +209,25 @@ def part_qkv(
     return _part(ops, query, key, value, num_prompts, batch_size, dtype)
 
 
+def spread_kv(
+    key: Tensor, value: Tensor, num_prompts: int, batch_size: int, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """The keys and values of one sequence that holds a prompt of m rows and then b texts of n, the prompt's repeated
+    before each text's: what attention over sequences of variable length reads, in one launch.
+
+    key [1, h, m + b·n, hd_k], value [1, h, m + b·n, hd_v] → [b·(m + n), h, ·], in ``dtype`` if given. The prompt and
+    the first text are one sequence of m + n queries, and each other text is one of n, all behind m + n keys.
+
+    In backward one op adds up the gradients of the prompt rows, and puts all rows in their order.
+    """
+    if dtype is not None:
+        _check_dtype(dtype)
+    ops = ops_for(key)
+    if _needs_grad(key, value):
+        return _SpreadKV.apply(ops, key, value, num_prompts, batch_size, dtype)
+    return ops.spread_kv(key, value, num_prompts, batch_size, dtype)
+
+
 def _part(ops: Ops, query: Tensor, key: Tensor, value: Tensor, m: int, b: int, dtype: torch.dtype | None) -> tuple:
     key, value = ops.part_kv(key, value, m, b, dtype)
     if query.dim() != 4 or query.shape[0] != 1:
@@ -398,6 +417,19 @@ class _CastQKV(Function):
         if len(set(ctx.dtypes)) == 1:
             return None, *ctx.ops.cast_qkv(*grads, ctx.dtypes[0]), None
         return None, *(grad.to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True)), None
+
+
+class _SpreadKV(Function):
+    @staticmethod
+    def forward(ctx, ops: Ops, key, value, num_prompts, batch_size, dtype):
+        ctx.ops, ctx.sizes, ctx.dtype = ops, (num_prompts, batch_size), key.dtype
+        return ops.spread_kv(key, value, num_prompts, batch_size, dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, key, value):
+        key, value = ctx.ops.unspread_kv(key, value, *ctx.sizes, ctx.dtype)
+        return None, key, value, None, None, None
 
 
 class _PartQKV(Function):

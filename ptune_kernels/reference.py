@@ -116,6 +116,20 @@ def part_kv(key, value, num_prompts, batch_size, dtype=None):
     return outs
 
 
+def spread_kv(key, value, num_prompts, batch_size, dtype=None):
+    outs = schema.spread_kv(key, value, num_prompts, batch_size, dtype)
+    parts = part_kv(key, value, num_prompts, batch_size, dtype)
+    return tuple(out.copy_(part.transpose(1, 2).flatten(0, 1)) for out, part in zip(outs, parts, strict=True))
+
+
+def unspread_kv(key, value, num_prompts, batch_size, dtype):
+    schema.unspread_kv(key, value, num_prompts, batch_size, dtype)
+    shape = batch_size, key.shape[0] // batch_size
+    key, value = (t.unflatten(0, shape).transpose(1, 2) for t in (key, value))
+    no_query = key[:, :0, num_prompts:]
+    return join_qkv(no_query, key, value, None, None, None, num_prompts, dtype)[1:]
+
+
 def join_qkv(query, key, value, prompt_query, prompt_key, prompt_value, num_prompts, dtype):
     outs = schema.join_qkv(query, key, value, prompt_query, prompt_key, prompt_value, num_prompts, dtype)
     prompts = prompt_query, prompt_key, prompt_value

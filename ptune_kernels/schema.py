@@ -32,6 +32,12 @@ SCHEMAS = {
     "part_kv": (
         "(Tensor key, Tensor value, int num_prompts, SymInt batch_size, ScalarType? dtype=None) -> (Tensor, Tensor)"
     ),
+    "spread_kv": (
+        "(Tensor key, Tensor value, int num_prompts, SymInt batch_size, ScalarType? dtype=None) -> (Tensor, Tensor)"
+    ),
+    "unspread_kv": (
+        "(Tensor key, Tensor value, int num_prompts, SymInt batch_size, ScalarType dtype) -> (Tensor, Tensor)"
+    ),
     "join_qkv": (
         "(Tensor query, Tensor key, Tensor value, Tensor? prompt_query, Tensor? prompt_key, Tensor? prompt_value,"
         " int num_prompts, ScalarType dtype) -> (Tensor, Tensor, Tensor)"
@@ -265,6 +271,35 @@ def part_kv(key, value, num_prompts, batch_size, dtype=None):
     )
     rows = num_prompts + (rows - num_prompts) // batch_size
     return tuple(t.new_empty(batch_size, t.shape[1], rows, t.shape[3], dtype=dtype or key.dtype) for t in (key, value))
+
+
+def spread_kv(key, value, num_prompts, batch_size, dtype=None):
+    return tuple(
+        t.new_empty(t.shape[0] * t.shape[2], t.shape[1], t.shape[3])
+        for t in part_kv(key, value, num_prompts, batch_size, dtype)
+    )
+
+
+def unspread_kv(key, value, num_prompts, batch_size, dtype):
+    for name, t in (("key", key), ("value", value)):
+        _check_rank(name, t, 3)
+        _check_dtype(name, t.dtype, (*FLOATS, torch.float64))
+    _check_device("value", value, "key", key)
+    if value.dtype != key.dtype:
+        raise ValueError(f"value: expected {key.dtype} (the dtype of key), got {value.dtype}")
+    _check_cast("dtype", key.dtype, dtype)
+    _check_size("value", value, 0, key.shape[0], "the rows of key")
+    total = key.shape[0]
+    torch._check_value(
+        batch_size >= 1 and total % batch_size == 0,
+        lambda: f"batch_size: expected a divisor of {total} rows, got {batch_size}",
+    )
+    rows = total // batch_size
+    torch._check_value(
+        0 <= num_prompts <= rows, lambda: f"num_prompts: expected 0 to {rows} (the rows of a text), got {num_prompts}"
+    )
+    packed = num_prompts + batch_size * (rows - num_prompts)
+    return tuple(t.new_empty(packed, *t.shape[1:], dtype=dtype).transpose(0, 1)[None] for t in (key, value))
 
 
 def join_qkv(query, key, value, prompt_query, prompt_key, prompt_value, num_prompts, dtype):

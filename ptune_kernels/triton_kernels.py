@@ -482,6 +482,11 @@ def _prepend(out, prompts, text, ids, text_rows, start, length, column, max_leng
 
 def prepend_kv(prefix_k, prefix_v, key, value, start=None, length=None, column=None, max_length=0, dtype=None):
     k, v = schema.prepend_kv(prefix_k, prefix_v, key, value, start, length, column, max_length, dtype)
+    _prepend_both(k, v, prefix_k, prefix_v, key, value, start, length, column, max_length)
+    return k, v
+
+
+def _prepend_both(k, v, prefix_k, prefix_v, key, value, start=None, length=None, column=None, max_length=0):
     (_, heads, text_rows, width_k), width_v, pool_rows = key.shape, value.shape[3], prefix_k.shape[1]
     schema.check_values(start, length, column, max_length, pool_rows, text_rows, ends_within=False)
     if start is None:
@@ -491,14 +496,31 @@ def prepend_kv(prefix_k, prefix_v, key, value, start=None, length=None, column=N
     _run(
         _prepend_kv_kernel, [_sizes_of(k), _sizes_of(v)], *views, *where, heads, text_rows, pool_rows, width_k, width_v
     )
-    return k, v
 
 
 def part_kv(key, value, num_prompts, batch_size, dtype=None):
-    length = schema.part_kv(key, value, num_prompts, batch_size, dtype)[0].shape[2] - num_prompts
+    outs = schema.part_kv(key, value, num_prompts, batch_size, dtype)
+    _part_kv(outs, key, value, num_prompts, batch_size)
+    return outs
+
+
+def spread_kv(key, value, num_prompts, batch_size, dtype=None):
+    outs = schema.spread_kv(key, value, num_prompts, batch_size, dtype)
+    _part_kv([_by_text(out, batch_size) for out in outs], key, value, num_prompts, batch_size)
+    return outs
+
+
+def _part_kv(outs, key, value, num_prompts: int, batch_size: int) -> None:
+    k, v = outs
+    length = k.shape[2] - num_prompts
     prefix_k, key = _parted(key, num_prompts, batch_size, length)
     prefix_v, value = _parted(value, num_prompts, batch_size, length)
-    return prepend_kv(prefix_k, prefix_v, key, value, dtype=dtype)
+    _prepend_both(k, v, prefix_k, prefix_v, key, value)
+
+
+def _by_text(rows: Tensor, batch_size: int) -> Tensor:
+    """[b, h, r, hd], a view of [b·r, h, hd]."""
+    return rows.unflatten(0, (batch_size, rows.shape[0] // batch_size)).transpose(1, 2)
 
 
 def _parted(packed: Tensor, num_prompts: int, batch_size: int, length: int) -> tuple[Tensor, Tensor]:
@@ -560,6 +582,13 @@ def sum_prompts(grad, num_prompts, start, length, column, max_length, prepended,
         _sum_kernel, [_sizes(1, heads, num_prompts, width)], *views, *where, *counts, PREPENDED=prepended, **_SUM_TILING
     )
     return out
+
+
+def unspread_kv(key, value, num_prompts, batch_size, dtype):
+    schema.unspread_kv(key, value, num_prompts, batch_size, dtype)
+    key, value = (_by_text(t, batch_size) for t in (key, value))
+    no_query = key[:, :0, num_prompts:]
+    return join_qkv(no_query, key, value, None, None, None, num_prompts, dtype)[1:]
 
 
 def join_qkv(query, key, value, prompt_query, prompt_key, prompt_value, num_prompts, dtype):

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ptune_kernels import part_qkv
 
+from . import varlen
 from .attention import KEYWORD, Attention, agreeing
 from .concat import embed_behind
 
@@ -33,6 +34,7 @@ class Packed:
         self.mask = mask.bool()
         self.overwritten = overwritten
         self.own_mask: Any = None
+        self.lengths = varlen.Lengths.of(num_prompts, batch_size, length, mask.device)
 
     @property
     def rows(self) -> int:
@@ -88,6 +90,20 @@ class Packed:
     ) -> Any:
         kwargs.pop("position_ids", None)  # they restart where a text begins, which flash attention would act on
         key, value = agreeing(key, value, attention.dtype)
+        dtype = attention.dtype or key.dtype
+        if (
+            mask is None
+            and attention.stock == "sdpa"
+            and not kwargs.get("dropout")
+            and kwargs.get("position_bias") is None
+            and varlen.serves(query, key, value, dtype)
+        ):
+            causal = kwargs.get("is_causal")
+            causal = getattr(module, "is_causal", True) if causal is None else causal
+            output = varlen.attend(
+                query, key, value, self.lengths, self.num_prompts, self.batch_size, causal, kwargs.get("scaling"), dtype
+            )
+            return output if attention.dtype is None else output.to(query.dtype), None
         own_query, own_key, own_value, query, key, value = part_qkv(
             query, key, value, self.num_prompts, self.batch_size, attention.dtype
         )

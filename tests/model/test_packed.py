@@ -7,6 +7,7 @@ import torch
 from transformers import AutoConfig
 
 import ptune
+from ptune import varlen
 
 from .common import COUNT, LAYERS, PADDINGS, SHARED, close, set_prompts, settings_for, take, texts_for
 from .families import FAMILIES, VOCABULARY
@@ -186,6 +187,54 @@ def test_batches_of_odd_shapes(base_of, name, mode, shape, dtype):
         torch.manual_seed(0)
         (states * torch.randn_like(states)).sum().backward()
         runs.append([states.detach(), *(p.grad.clone() for p in model.prompt_parameters())])
+    for got, expected in zip(*runs, strict=True):
+        close(got, expected, 2e-5)
+
+
+def one_by_one(queries, keys, values, lengths, causal, scaling):
+    """What `ptune.varlen.flash` makes of each sequence."""
+    ends = lengths.queries.tolist(), lengths.keys.tolist()
+    outputs = []
+    for first, last, begin, end in zip(ends[0], ends[0][1:], ends[1], ends[1][1:], strict=False):
+        assert max(last - first, end - begin) <= lengths.longest
+        query, key, value = (t.transpose(0, 1) for t in (queries[first:last], keys[begin:end], values[begin:end]))
+        key, value = (t.repeat_interleave(len(query) // len(key), 0) for t in (key, value))
+        scores = query @ key.mT * (query.shape[2] ** -0.5 if scaling is None else scaling)
+        if causal:
+            scores += torch.full_like(scores, -torch.inf).triu(end - begin - (last - first) + 1)
+        outputs.append((scores.softmax(-1) @ value).transpose(0, 1))
+    assert len(queries) == ends[0][-1]
+    assert len(keys) == len(values) == ends[1][-1]
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 6), (3, 1), (3, 7)], ids=str)
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [("llama", "shallow"), ("llama", "overwrite"), ("gpt2", "add"), ("distilbert", "overwrite")],
+)
+def test_one_attention_over_all_sequences(base_of, monkeypatch, name, mode, shape):
+    """As on a GPU, in plain arithmetic; `test_devices.test_half_precision` has the kernel itself."""
+    served = []
+
+    def flash(*arguments):
+        served.append(arguments)
+        return one_by_one(*arguments)
+
+    monkeypatch.setattr(varlen, "serves", lambda *arguments: True)
+    monkeypatch.setattr(varlen, "flash", flash)
+    model = base_of(name).tuned(**settings_for(mode)).train()
+    set_prompts(model, mode)
+    ids = torch.randint(3, VOCABULARY, shape)
+    runs = []
+    for path in ("packed", "concat"):
+        take(model, path)
+        model.zero_grad()
+        states = model(ids, return_dict=False)[0]
+        torch.manual_seed(0)
+        (states * torch.randn_like(states)).sum().backward()
+        runs.append([states.detach(), *(p.grad.clone() for p in model.prompt_parameters())])
+    assert len(served) == LAYERS
     for got, expected in zip(*runs, strict=True):
         close(got, expected, 2e-5)
 

@@ -148,7 +148,7 @@ class Op:
         """(tensors, keywords) for one call."""
         b, m, n, d = sizes
         keywords = dict(self.options)
-        if self.name == "part_qkv":
+        if self.name in ("part_qkv", "spread_kv"):
             b = max(b, 1)
             keywords |= {"num_prompts": m, "batch_size": b}
         elif placed and self.name != "cast_qkv":
@@ -207,6 +207,10 @@ def _part_qkv(b, m, n, d, dtype, device):
     return tuple(torch.randn(shape, device=device).to(dtype) for shape in shapes)
 
 
+def _spread_kv(*sizes):
+    return _part_qkv(*sizes)[1:]
+
+
 OPS = [
     Op("embed_and_prepend", _embed, (0,), pools=(0,)),
     Op("embed_and_prepend", _embed, (0,), (("scale", math.sqrt(2304)),), "-scaled", pools=(0,)),
@@ -217,5 +221,6 @@ OPS = [
     Op("prepend_kv", _prepend_kv, (0, 1, 2, 3), pools=(0, 1)),
     Op("cast_qkv", _cast_qkv, (0, 1, 2)),
     Op("part_qkv", _part_qkv, (0, 1, 2), pools=(1, 2), views=(0, 1, 2, 3)),
+    Op("spread_kv", _spread_kv, (0, 1), pools=(0, 1)),
 ]
 on_ops = pytest.mark.parametrize("op", OPS, ids=str)

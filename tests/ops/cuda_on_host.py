@@ -190,12 +190,34 @@ def prepend_kv(library, prefix_k, prefix_v, key, value, start, length, column, m
 
 def part_kv(library, key, value, num_prompts, batch_size, dtype):
     outs = [_Guarded(like) for like in schema.part_kv(key, value, num_prompts, batch_size, dtype)]
+    _part_kv(library, [out.out for out in outs], key, value, num_prompts, batch_size)
+    return tuple(out.checked() for out in outs)
+
+
+def spread_kv(library, key, value, num_prompts, batch_size, dtype):
+    outs = [_Guarded(like) for like in schema.spread_kv(key, value, num_prompts, batch_size, dtype)]
+    by_text = [_by_text(out.out, batch_size) for out in outs]
+    _part_kv(library, by_text, key, value, num_prompts, batch_size)
+    return tuple(out.checked() for out in outs)
+
+
+def _part_kv(library, outs, key, value, num_prompts, batch_size):
+    length = outs[0].shape[2] - num_prompts
     parts = [
-        (out.out, *_parted(packed, num_prompts, batch_size, out.out.shape[2] - num_prompts), None, 1.0)
+        (out, *_parted(packed, num_prompts, batch_size, length), None, 1.0)
         for out, packed in zip(outs, (key, value), strict=True)
     ]
     _prepend(library, parts, None, None, None, 0)
-    return tuple(out.checked() for out in outs)
+
+
+def unspread_kv(library, key, value, num_prompts, batch_size, dtype):
+    key, value = (_by_text(t, batch_size) for t in (key, value))
+    return join_qkv(library, key[:, :0, num_prompts:], key, value, None, None, None, num_prompts, dtype)[1:]
+
+
+def _by_text(rows, batch_size):
+    """[b, h, r, hd], a view of [b·r, h, hd]."""
+    return rows.unflatten(0, (batch_size, rows.shape[0] // batch_size)).transpose(1, 2)
 
 
 def _parted(packed, num_prompts, batch_size, length):

@@ -91,3 +91,8 @@ def part_qkv(query, key, value, num_prompts, batch_size, dtype=None):
         prompts.append(cast(own, to))
         texts.append(torch.stack(rows if t is query else [cast(torch.cat([own[0], row], 1), to) for row in rows]))
     return (*prompts, *texts)
+
+
+def spread_kv(key, value, num_prompts, batch_size, dtype=None):
+    parts = part_qkv(key[:, :0], key, value, num_prompts, batch_size, dtype)[4:]
+    return tuple(torch.cat([row.transpose(0, 1) for row in part]) for part in parts)

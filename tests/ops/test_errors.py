@@ -47,6 +47,12 @@ def good(name, device):
             "num_prompts": M,
             "batch_size": B,
         },
+        "spread_kv": lambda: {
+            "key": floats(1, H, M + B * N, D),
+            "value": floats(1, H, M + B * N, D + 1),
+            "num_prompts": M,
+            "batch_size": B,
+        },
     }
     return arguments[name.rstrip("_")]()
 
@@ -118,6 +124,10 @@ BAD_TENSORS = [
     bad("part_qkv", "num_prompts", lambda m: -1, f"0 to {M + B * N}", "-1"),
     bad("part_qkv", "num_prompts", lambda m: M + B * N + 1, f"0 to {M + B * N}", str(M + B * N + 1)),
     bad("part_qkv", "batch_size", lambda b: 0, f"a divisor of {B * N}", "0"),
+    bad("spread_kv", "key", zeros(H, M + B * N, D), "4 dimensions", f"[{H}, {M + B * N}, {D}]"),
+    bad("spread_kv", "value", zeros(1, H, M, D), f"size {M + B * N}", f"[1, {H}, {M}, {D}]"),
+    bad("spread_kv", "num_prompts", lambda m: M + B * N + 1, f"0 to {M + B * N}", str(M + B * N + 1)),
+    bad("spread_kv", "batch_size", lambda b: 0, f"a divisor of {B * N}", "0"),
     bad("part_qkv", "batch_size", lambda b: B * N + 1, f"a divisor of {B * N}", str(B * N + 1)),
 ]
 
@@ -152,6 +162,7 @@ ANOTHER_CLASS = [
     ("cast_qkv", "dtype", "bfloat16", ("expected a torch.dtype", "'bfloat16'")),
     ("prepend_kv", "dtype", "bfloat16", ("expected a torch.dtype", "'bfloat16'")),
     ("part_qkv", "dtype", "bfloat16", ("expected a torch.dtype", "'bfloat16'")),
+    ("spread_kv", "dtype", "bfloat16", ("expected a torch.dtype", "'bfloat16'")),
 ]
 
 
@@ -166,7 +177,18 @@ def test_another_class(target, op, argument, value, words):
 
 @on_targets
 @pytest.mark.parametrize(
-    "op", ["embed_and_prepend", "prepend", "strip", "overwrite", "overwrite_", "prepend_kv", "cast_qkv", "part_qkv"]
+    "op",
+    [
+        "embed_and_prepend",
+        "prepend",
+        "strip",
+        "overwrite",
+        "overwrite_",
+        "prepend_kv",
+        "cast_qkv",
+        "part_qkv",
+        "spread_kv",
+    ],
 )
 def test_arrays(target, op):
     """Refused here, or by torch, which names the argument."""
@@ -190,6 +212,7 @@ def test_devices(target, grad):
         ("prepend_kv", "value"),
         ("cast_qkv", "key"),
         ("part_qkv", "key"),
+        ("spread_kv", "value"),
     ):
         arguments = good(op, target.device)
         arguments[argument] = torch.empty_like(arguments[argument], device="meta")
