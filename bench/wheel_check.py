@@ -27,6 +27,11 @@ with ptune_kernels.use_backend("reference"):
     expected = ptune_kernels.prepend(prompts, hidden)
 with ptune_kernels.use_backend("native"):
     torch.testing.assert_close(ptune_kernels.prepend(prompts, hidden), expected, rtol=0, atol=0)
+packed = torch.randn(2, 1, 4, 3 + 2 * 5, 8).unbind()  # its op takes a symbolic size
+with ptune_kernels.use_backend("reference"):
+    expected = ptune_kernels.spread_kv(*packed, 3, 2)
+with ptune_kernels.use_backend("native"):
+    torch.testing.assert_close(ptune_kernels.spread_kv(*packed, 3, 2), expected, rtol=0, atol=0)
 """
 
 
