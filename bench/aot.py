@@ -95,8 +95,6 @@ def _calls() -> Iterator[tuple[str, object, tuple]]:
     yield "cast_qkv", ops.cast_qkv, (*(heads(n, torch.float32) for _ in range(3)), torch.bfloat16)
     texts, prompts = (heads(n), heads(m + n), heads(m + n)), (heads(m)[:1] for _ in range(3))
     packed = (half(1, m + b * n, h, d // h).transpose(1, 2) for _ in range(2))
-    yield "part_kv", ops.part_kv, (*packed, m, b)
-    packed = (half(1, m + b * n, h, d // h).transpose(1, 2) for _ in range(2))
     yield "spread_kv", ops.spread_kv, (*packed, m, b)
     yield "join_qkv", ops.join_qkv, (*texts, *prompts, m, torch.bfloat16)
 

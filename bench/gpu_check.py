@@ -60,11 +60,11 @@ def steps(out: Path) -> list[Step]:
         ),
         Step("compile", [python, "-m", "bench.aot", "--out", str(out)], 300, needs_gpu=False),
         Step("rehearse", [python, "-m", "bench.gpu", "--rehearse"], 120, needs_gpu=False),
-        Step("tests", [*PYTEST, *workers(8), "tests/ops", "-m", "cuda"], 210),
-        Step("models", [*PYTEST, *workers(5), *MODELS, "-m", "cuda"], 210),
-        Step("memcheck", [*sanitizer, "memcheck", *PYTEST, *sanitized("2x1x2x384 or 2x5x3x123")], 190),
-        Step("racecheck", [*sanitizer, "racecheck", *PYTEST, *sanitized("2x5x3x123")], 190),
-        Step("benchmarks", [python, "-m", "bench.gpu", "--out", str(out)], 345, alone=True),
+        Step("tests", [*PYTEST, *workers(8), "tests/ops", "-m", "cuda"], 205),
+        Step("models", [*PYTEST, *workers(5), *MODELS, "-m", "cuda"], 205),
+        Step("memcheck", [*sanitizer, "memcheck", *PYTEST, *sanitized("2x1x2x384 or 2x5x3x123")], 205),
+        Step("racecheck", [*sanitizer, "racecheck", *PYTEST, *sanitized("2x5x3x123 and placed")], 205),
+        Step("benchmarks", [python, "-m", "bench.gpu", "--out", str(out)], 330, alone=True),
     ]
 
 

@@ -237,79 +237,49 @@ std::tuple<Tensor, Tensor> prepend_kv(const Tensor& prefix_k, const Tensor& pref
   return {out_k, out_v};
 }
 
-// Keys and values of one sequence that holds a prompt and then the texts of a batch, all of one length: their checks and sizes.
-struct Packed {
-  int64_t batch, rows;  // texts, and rows of each
-
-  Packed(const Tensor& key, const Tensor& value, int64_t num_prompts, int64_t batch_size, ScalarType out_dtype) {
-    const Tensor* both[] = {&key, &value};
-    const char* names[] = {"key", "value"};
-    for (int k = 0; k < 2; ++k) {
-      check_rank(names[k], *both[k], 4);
-      check_size(names[k], *both[k], 0, 1, "one sequence");
-    }
-    check_device("value", value, "key", key);
-    float_dtype("key", key.scalar_type());
-    check_dtype("value", value.scalar_type(), key.scalar_type());
-    check_converts("dtype", out_dtype, key.scalar_type());
-    check_size("value", value, 1, key.size(1), "the heads of key");
-    check_size("value", value, 2, key.size(2), "the rows of key");
-    const int64_t text_rows = key.size(2) - num_prompts;
-    PTUNE_CHECK(0 <= num_prompts && text_rows >= 0, "num_prompts: expected 0 to ", key.size(2), " (the rows of key), got ",
-                num_prompts);
-    PTUNE_CHECK(batch_size >= 1 && text_rows % batch_size == 0, "batch_size: expected a divisor of ", text_rows,
-                " rows of text, got ", batch_size);
-    batch = batch_size, rows = text_rows / batch_size;
-  }
-};
-
-// [prompt ; text] of each text of a `packed` [1, heads, m + b·n, width], into `out` [b, heads, m + n, width].
-Assemble spread(const View& out, const View& packed, int64_t num_prompts, const Packed& sizes, int64_t heads, int64_t width) {
-  Assemble a{};
-  a.batch = sizes.batch, a.heads = heads, a.text_rows = sizes.rows, a.pool_rows = num_prompts, a.width = width;
-  a.placement.max_length = num_prompts;
-  a.out = out, a.prompts = a.text = packed;
-  a.text.data = after(packed, num_prompts * packed.stride[2]);
-  a.text.stride[0] = sizes.rows * packed.stride[2];
-  return a;
-}
-
-std::tuple<Tensor, Tensor> part_kv(const Tensor& key, const Tensor& value, int64_t num_prompts, int64_t batch_size,
-                                   std::optional<ScalarType> dtype) {
-  const ScalarType out_dtype = dtype.value_or(key.scalar_type());
-  const Packed sizes(key, value, num_prompts, batch_size, out_dtype);
-  const Tensor* packed[] = {&key, &value};
-  Tensor outs[2];
-  Assemble parts[2];
-  for (int k = 0; k < 2; ++k) {
-    const Tensor& t = *packed[k];
-    outs[k] = empty(t, out_dtype, {sizes.batch, t.size(1), num_prompts + sizes.rows, t.size(3)});
-    parts[k] = spread(view("out", outs[k], true), view("key", t), num_prompts, sizes, t.size(1), t.size(3));
-  }
-  launch(key, [&](void* stream) { return assemble(parts, 2, stream); });
-  return {outs[0], outs[1]};
-}
-
-// Rows of all heads, one after the other: [.., rows, heads, width] as [batch, heads, rows, width], of `rows` rows each.
-View by_rows(const char* name, const Tensor& t, int64_t rows, bool written = false) {
-  View v = view(name, t, written);  // the rows' stride comes first of three
-  const int64_t row = v.stride[0], head = v.stride[2];
+// Rows of all heads, one after the other: [b·rows, heads, width] as [b, heads, rows, width].
+View by_text(const char* name, const Tensor& t, int64_t rows, bool written = false) {
+  View v = view(name, t, written);
+  const int64_t row = t.stride(0), head = t.stride(1);
   v.stride[0] = rows * row, v.stride[1] = head, v.stride[2] = row;
   return v;
 }
 
 std::tuple<Tensor, Tensor> spread_kv(const Tensor& key, const Tensor& value, int64_t num_prompts, int64_t batch_size,
                                      std::optional<ScalarType> dtype) {
-  const ScalarType out_dtype = dtype.value_or(key.scalar_type());
-  const Packed sizes(key, value, num_prompts, batch_size, out_dtype);
-  const int64_t rows = num_prompts + sizes.rows;
   const Tensor* packed[] = {&key, &value};
+  const char* names[] = {"key", "value"};
+  for (int k = 0; k < 2; ++k) {
+    check_rank(names[k], *packed[k], 4);
+    check_size(names[k], *packed[k], 0, 1, "one sequence");
+  }
+  const ScalarType out_dtype = dtype.value_or(key.scalar_type());
+  check_device("value", value, "key", key);
+  float_dtype("key", key.scalar_type());
+  check_dtype("value", value.scalar_type(), key.scalar_type());
+  check_converts("dtype", out_dtype, key.scalar_type());
+  check_size("value", value, 1, key.size(1), "the heads of key");
+  check_size("value", value, 2, key.size(2), "the rows of key");
+  const int64_t text_rows = key.size(2) - num_prompts;
+  PTUNE_CHECK(0 <= num_prompts && text_rows >= 0, "num_prompts: expected 0 to ", key.size(2), " (the rows of key), got ",
+              num_prompts);
+  PTUNE_CHECK(batch_size >= 1 && text_rows % batch_size == 0, "batch_size: expected a divisor of ", text_rows,
+              " rows of text, got ", batch_size);
+
+  const int64_t length = text_rows / batch_size, rows = num_prompts + length;
   Tensor outs[2];
   Assemble parts[2];
   for (int k = 0; k < 2; ++k) {
     const Tensor& t = *packed[k];
-    outs[k] = empty(t, out_dtype, {sizes.batch * rows, t.size(1), t.size(3)});
-    parts[k] = spread(by_rows("out", outs[k], rows, true), view("key", t), num_prompts, sizes, t.size(1), t.size(3));
+    Assemble a{};
+    a.batch = batch_size, a.heads = t.size(1), a.text_rows = length, a.pool_rows = num_prompts, a.width = t.size(3);
+    a.placement.max_length = num_prompts;
+    outs[k] = empty(t, out_dtype, {batch_size * rows, a.heads, a.width});
+    a.out = by_text("out", outs[k], rows, true);
+    a.prompts = a.text = view(names[k], t);
+    a.text.data = after(a.text, num_prompts * a.text.stride[2]);
+    a.text.stride[0] = length * a.text.stride[2];
+    parts[k] = a;
   }
   launch(key, [&](void* stream) { return assemble(parts, 2, stream); });
   return {outs[0], outs[1]};
@@ -412,7 +382,7 @@ std::tuple<Tensor, Tensor> unspread_kv(const Tensor& key, const Tensor& value, i
   Join joins[2];
   for (int k = 0; k < 2; ++k) {
     const Tensor& t = *grads[k];
-    const View grad = by_rows(names[k], t, rows);
+    const View grad = by_text(names[k], t, rows);
     View text = grad;
     text.data = after(text, num_prompts * text.stride[2]);
     joins[k] = join(t, dtype, text, grad, num_prompts, batch_size, rows - num_prompts, t.size(1), t.size(2));
@@ -481,7 +451,6 @@ STABLE_TORCH_LIBRARY_IMPL(ptune_native, CPU, m) {
   m.impl("prepend_kv", TORCH_BOX(&ptune::ops::prepend_kv));
   m.impl("sum_prompts", TORCH_BOX(&ptune::ops::sum_prompts));
   m.impl("cast_qkv", TORCH_BOX(&ptune::ops::cast_qkv));
-  m.impl("part_kv", TORCH_BOX(&ptune::ops::part_kv));
   m.impl("spread_kv", TORCH_BOX(&ptune::ops::spread_kv));
   m.impl("unspread_kv", TORCH_BOX(&ptune::ops::unspread_kv));
   m.impl("join_qkv", TORCH_BOX(&ptune::ops::join_qkv));

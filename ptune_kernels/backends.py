@@ -25,7 +25,6 @@ class Ops:
         self.prepend_kv = namespace.prepend_kv.default
         self.sum_prompts = namespace.sum_prompts.default
         self.cast_qkv = namespace.cast_qkv.default
-        self.part_kv = namespace.part_kv.default
         self.spread_kv = namespace.spread_kv.default
         self.unspread_kv = namespace.unspread_kv.default
         self.join_qkv = namespace.join_qkv.default

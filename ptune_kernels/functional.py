@@ -229,15 +229,16 @@ def spread_kv(
 
 
 def _part(ops: Ops, query: Tensor, key: Tensor, value: Tensor, m: int, b: int, dtype: torch.dtype | None) -> tuple:
-    key, value = ops.part_kv(key, value, m, b, dtype)
+    keys, values = ops.spread_kv(key, value, m, b, dtype)
     if query.dim() != 4 or query.shape[0] != 1:
         raise ValueError(f"query: expected 4 dimensions, the first of size 1, got shape {list(query.shape)}")
     _, heads, rows, width = query.shape
-    n = key.shape[2] - m
+    n = keys.shape[0] // b - m
     if rows != m + b * n:
         raise ValueError(f"query: expected {m + b * n} rows (those of key), got {rows}")
     own_query, texts = query.narrow(2, 0, m), query.narrow(2, m, b * n).view(heads, b, n, width).transpose(0, 1)
-    own_key, own_value = (t.as_strided((1, t.shape[1], m, t.shape[3]), t.stride()) for t in (key, value))
+    own_key, own_value = (t.narrow(0, 0, m).transpose(0, 1).unsqueeze(0) for t in (keys, values))
+    key, value = (t.view(b, m + n, *t.shape[1:]).transpose(1, 2) for t in (keys, values))
     return own_query, own_key, own_value, texts, key, value
 
 
@@ -440,7 +441,7 @@ class _PartQKV(Function):
         parts = _part(ops, query, key, value, num_prompts, batch_size, dtype)
         ctx.like = [(t.shape, t.dtype, t.device) for t in parts[3:]]
         # autograd would look after views one by one; all belong to this node alone
-        return *(t.detach() for t in parts[:4]), *parts[4:]
+        return tuple(t.detach() for t in parts)
 
     @staticmethod
     @once_differentiable

@@ -107,19 +107,16 @@ def cast_qkv(query, key, value, dtype):
     return tuple(out.copy_(t) for out, t in zip(outs, (query, key, value), strict=True))
 
 
-def part_kv(key, value, num_prompts, batch_size, dtype=None):
-    outs = schema.part_kv(key, value, num_prompts, batch_size, dtype)
-    for out, packed in zip(outs, (key, value), strict=True):
-        prompt, texts = packed[0].split([num_prompts, packed.shape[2] - num_prompts], 1)
-        out[:, :, :num_prompts] = prompt
-        out[:, :, num_prompts:] = texts.unflatten(1, (batch_size, -1)).transpose(0, 1)
-    return outs
-
-
 def spread_kv(key, value, num_prompts, batch_size, dtype=None):
     outs = schema.spread_kv(key, value, num_prompts, batch_size, dtype)
-    parts = part_kv(key, value, num_prompts, batch_size, dtype)
-    return tuple(out.copy_(part.transpose(1, 2).flatten(0, 1)) for out, part in zip(outs, parts, strict=True))
+    for out, packed in zip(outs, (key, value), strict=True):
+        rows = packed[0].transpose(0, 1)
+        prompt, texts = rows[:num_prompts], rows[num_prompts:]
+        length = len(out) // batch_size - num_prompts
+        for i, row in enumerate(out.unflatten(0, (batch_size, num_prompts + length))):
+            row[:num_prompts] = prompt
+            row[num_prompts:] = texts[i * length : (i + 1) * length]
+    return outs
 
 
 def unspread_kv(key, value, num_prompts, batch_size, dtype):

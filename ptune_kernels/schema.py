@@ -29,9 +29,6 @@ SCHEMAS = {
     ),
     "sum_prompts": f"(Tensor grad, int num_prompts, {_PLACEMENT}, bool prepended, ScalarType dtype) -> Tensor",
     "cast_qkv": "(Tensor query, Tensor key, Tensor value, ScalarType dtype) -> (Tensor, Tensor, Tensor)",
-    "part_kv": (
-        "(Tensor key, Tensor value, int num_prompts, SymInt batch_size, ScalarType? dtype=None) -> (Tensor, Tensor)"
-    ),
     "spread_kv": (
         "(Tensor key, Tensor value, int num_prompts, SymInt batch_size, ScalarType? dtype=None) -> (Tensor, Tensor)"
     ),
@@ -250,7 +247,7 @@ def cast_qkv(query, key, value, dtype):
     return tuple(t.new_empty(t.shape, dtype=dtype) for t in (query, key, value))
 
 
-def part_kv(key, value, num_prompts, batch_size, dtype=None):
+def spread_kv(key, value, num_prompts, batch_size, dtype=None):
     for name, t in (("key", key), ("value", value)):
         _check_rank(name, t, 4)
         _check_size(name, t, 0, 1, "one sequence")
@@ -269,15 +266,8 @@ def part_kv(key, value, num_prompts, batch_size, dtype=None):
         batch_size >= 1 and (rows - num_prompts) % batch_size == 0,
         lambda: f"batch_size: expected a divisor of {rows - num_prompts} rows of text, got {batch_size}",
     )
-    rows = num_prompts + (rows - num_prompts) // batch_size
-    return tuple(t.new_empty(batch_size, t.shape[1], rows, t.shape[3], dtype=dtype or key.dtype) for t in (key, value))
-
-
-def spread_kv(key, value, num_prompts, batch_size, dtype=None):
-    return tuple(
-        t.new_empty(t.shape[0] * t.shape[2], t.shape[1], t.shape[3])
-        for t in part_kv(key, value, num_prompts, batch_size, dtype)
-    )
+    rows = batch_size * num_prompts + rows - num_prompts
+    return tuple(t.new_empty(rows, t.shape[1], t.shape[3], dtype=dtype or key.dtype) for t in (key, value))
 
 
 def unspread_kv(key, value, num_prompts, batch_size, dtype):

@@ -498,24 +498,14 @@ def _prepend_both(k, v, prefix_k, prefix_v, key, value, start=None, length=None,
     )
 
 
-def part_kv(key, value, num_prompts, batch_size, dtype=None):
-    outs = schema.part_kv(key, value, num_prompts, batch_size, dtype)
-    _part_kv(outs, key, value, num_prompts, batch_size)
-    return outs
-
-
 def spread_kv(key, value, num_prompts, batch_size, dtype=None):
     outs = schema.spread_kv(key, value, num_prompts, batch_size, dtype)
-    _part_kv([_by_text(out, batch_size) for out in outs], key, value, num_prompts, batch_size)
-    return outs
-
-
-def _part_kv(outs, key, value, num_prompts: int, batch_size: int) -> None:
-    k, v = outs
+    k, v = (_by_text(out, batch_size) for out in outs)
     length = k.shape[2] - num_prompts
     prefix_k, key = _parted(key, num_prompts, batch_size, length)
     prefix_v, value = _parted(value, num_prompts, batch_size, length)
     _prepend_both(k, v, prefix_k, prefix_v, key, value)
+    return outs
 
 
 def _by_text(rows: Tensor, batch_size: int) -> Tensor:

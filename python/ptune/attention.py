@@ -256,6 +256,11 @@ def eager_of(module: Any) -> Callable[..., Any]:
     raise NotImplementedError(f"{type(module).__name__}: its file has no eager_attention_forward")
 
 
+def is_causal_in(module: Any, given: bool | None) -> bool:
+    """Whether ``module`` attends to what came before alone, unless it is ``given``."""
+    return getattr(module, "is_causal", True) if given is None else given
+
+
 def _sdpa(
     module: Any,
     query: Tensor,
@@ -268,7 +273,7 @@ def _sdpa(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Stock sdpa, where no mask means causal with the triangle at the lower right, and heads are grouped natively."""
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    causal = is_causal_in(module, is_causal)
     device = query.device.type
     bias: Any = mask
     if mask is None and causal and query.shape[2] > 1:

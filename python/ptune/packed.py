@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ptune_kernels import part_qkv
+from ptune_kernels import part_qkv, spread_kv
 
 from . import varlen
-from .attention import KEYWORD, Attention, agreeing
+from .attention import KEYWORD, Attention, agreeing, is_causal_in
 from .concat import embed_behind
 
 
@@ -34,6 +34,7 @@ class Packed:
         self.mask = mask.bool()
         self.overwritten = overwritten
         self.own_mask: Any = None
+        # made outside the blocks, which may be compiled one by one
         self.lengths = varlen.Lengths.of(num_prompts, batch_size, length, mask.device)
 
     @property
@@ -91,18 +92,12 @@ class Packed:
         kwargs.pop("position_ids", None)  # they restart where a text begins, which flash attention would act on
         key, value = agreeing(key, value, attention.dtype)
         dtype = attention.dtype or key.dtype
-        if (
-            mask is None
-            and attention.stock == "sdpa"
-            and not kwargs.get("dropout")
-            and kwargs.get("position_bias") is None
-            and varlen.serves(query, key, value, dtype)
-        ):
-            causal = kwargs.get("is_causal")
-            causal = getattr(module, "is_causal", True) if causal is None else causal
-            output = varlen.attend(
-                query, key, value, self.lengths, self.num_prompts, self.batch_size, causal, kwargs.get("scaling"), dtype
-            )
+        plain = mask is None and not kwargs.get("dropout") and kwargs.get("position_bias") is None
+        if plain and attention.stock == "sdpa" and varlen.serves(query, key, value, dtype):
+            keys, values = spread_kv(key, value, self.num_prompts, self.batch_size, dtype)
+            queries = query.to(dtype).squeeze(0).transpose(0, 1)
+            causal = is_causal_in(module, kwargs.get("is_causal"))
+            output = varlen.flash(queries, keys, values, self.lengths, causal, kwargs.get("scaling"))[None]
             return output if attention.dtype is None else output.to(query.dtype), None
         own_query, own_key, own_value, query, key, value = part_qkv(
             query, key, value, self.num_prompts, self.batch_size, attention.dtype

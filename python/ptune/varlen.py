@@ -1,17 +1,15 @@
 """One attention over a packed sequence, by FlashAttention's sequences of variable length: torch's kernel for GPUs.
 
 The prompt and the first text are one of these sequences, since the prompt is what stands before that text; of the other
-texts each is one, whose keys begin with the prompt's. Queries stay where they are, and so do outputs.
+texts each is one, whose keys begin with the prompt's (see `spread_kv`). Queries and outputs stay in place.
 """
 
 from dataclasses import dataclass
 from functools import cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.backends.cuda import flash_sdp_enabled, is_flash_attention_available
-
-from ptune_kernels import spread_kv
 
 HALVES = (torch.float16, torch.bfloat16)
 _WIDEST = 128  # of a head: wider ones have no backward on every GPU
@@ -19,7 +17,7 @@ _WIDEST = 128  # of a head: wider ones have no backward on every GPU
 
 @dataclass
 class Lengths:
-    """Where sequences begin, and end: int32 [b + 1] on the device of the batch; and the longest."""
+    """Where sequences begin and end, int32 [b + 1] on the device of the batch; and the longest."""
 
     queries: Tensor
     keys: Tensor
@@ -41,16 +39,16 @@ def serves(query: Tensor, key: Tensor, value: Tensor, dtype: torch.dtype) -> boo
         and width == key.shape[3] == value.shape[3] <= _WIDEST
         and width % 8 == 0
         and query.device.type == "cuda"
+        and not torch.compiler.is_exporting()  # for who knows which device
         and _has_kernel(query.device)
     )
 
 
 @torch.compiler.assume_constant_result  # it cannot be traced
 def _has_kernel(device: torch.device) -> bool:
-    return flash_sdp_enabled() and _is_new_enough(device)
+    return flash_sdp_enabled() and _is_new_enough(device) and is_right_on(device)
 
 
-@cache
 def _is_new_enough(device: torch.device) -> bool:
     return (
         torch.version.hip is None
@@ -59,28 +57,42 @@ def _is_new_enough(device: torch.device) -> bool:
     )
 
 
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    lengths: Lengths,
-    num_prompts: int,
-    batch_size: int,
-    causal: bool,
-    scaling: float | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    """query [1, h, m + b·n, hd], key and value [1, h_kv, m + b·n, hd] → [1, m + b·n, h, hd], in ``dtype``."""
-    keys, values = spread_kv(key, value, num_prompts, batch_size, dtype)
-    queries = query.to(dtype).squeeze(0).transpose(0, 1)
-    return flash(queries, keys, values, lengths, causal, scaling).unsqueeze(0)
+@cache
+def is_right_on(device: torch.device) -> bool:
+    """Whether `flash`, which calls a function that torch keeps to itself, does there what is said of it.
+
+    Once for each device: outputs and gradients of a prompt of 2 rows and texts of 3, beside torch's public attention.
+    """
+    rows = torch.Generator().manual_seed(0)
+    lengths = Lengths.of(2, 2, 3, device)
+    tensors = [torch.randn(count, heads, 8, generator=rows) for count, heads in ((8, 4), (10, 2), (10, 2), (8, 4))]
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        query, key, value, grad = (t.to(device, torch.bfloat16).requires_grad_() for t in tensors)
+        expected = torch.cat([_public(query[:5], key[:5], value[:5]), _public(query[5:], key[5:], value[5:])])
+        wanted = expected, *torch.autograd.grad(expected, (query, key, value), grad)
+        try:
+            output = flash(query, key, value, lengths, True, 0.5)
+            found = output, *torch.autograd.grad(output, (query, key, value), grad)
+        except (AttributeError, TypeError, RuntimeError):  # it is not there, takes other arguments, or refuses these
+            return False
+    return all(bool((a.float() - b.float()).abs().max() < 0.1) for a, b in zip(found, wanted, strict=True))
+
+
+def _public(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """What `flash` does, for one sequence."""
+    query, key, value = (t.transpose(0, 1)[None] for t in (query, key, value))
+    key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], 1) for t in (key, value))
+    ends = query.shape[2], key.shape[2]
+    mask = torch.ones(ends, dtype=torch.bool, device=query.device).tril(ends[1] - ends[0])
+    output = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=0.5)
+    return output[0].transpose(0, 1)
 
 
 def flash(
     queries: Tensor, keys: Tensor, values: Tensor, lengths: Lengths, causal: bool, scaling: float | None
 ) -> Tensor:
     """queries [·, h, hd], keys and values [·, h_kv, hd] → as the queries."""
-    # as torch's attention over nested tensors calls it: its public function costs the host as much as half a layer
+    # as torch's attention over nested tensors calls it: its public function goes through an op in Python
     starts = lengths.queries.to(queries.device), lengths.keys.to(queries.device)
     longest = lengths.longest, lengths.longest
     return torch.ops.aten._flash_attention_forward(

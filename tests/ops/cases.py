@@ -220,7 +220,7 @@ OPS = [
     Op("overwrite", _overwrite, (0, 1), (("mode", "add"),), "-add", pools=(1,), overwrites=True),
     Op("prepend_kv", _prepend_kv, (0, 1, 2, 3), pools=(0, 1)),
     Op("cast_qkv", _cast_qkv, (0, 1, 2)),
-    Op("part_qkv", _part_qkv, (0, 1, 2), pools=(1, 2), views=(0, 1, 2, 3)),
+    Op("part_qkv", _part_qkv, (0, 1, 2), pools=(1, 2), views=(0, 1, 2, 3, 4, 5)),
     Op("spread_kv", _spread_kv, (0, 1), pools=(0, 1)),
 ]
 on_ops = pytest.mark.parametrize("op", OPS, ids=str)

@@ -188,26 +188,15 @@ def prepend_kv(library, prefix_k, prefix_v, key, value, start, length, column, m
     return tuple(out.checked() for out in outs)
 
 
-def part_kv(library, key, value, num_prompts, batch_size, dtype):
-    outs = [_Guarded(like) for like in schema.part_kv(key, value, num_prompts, batch_size, dtype)]
-    _part_kv(library, [out.out for out in outs], key, value, num_prompts, batch_size)
-    return tuple(out.checked() for out in outs)
-
-
 def spread_kv(library, key, value, num_prompts, batch_size, dtype):
     outs = [_Guarded(like) for like in schema.spread_kv(key, value, num_prompts, batch_size, dtype)]
-    by_text = [_by_text(out.out, batch_size) for out in outs]
-    _part_kv(library, by_text, key, value, num_prompts, batch_size)
-    return tuple(out.checked() for out in outs)
-
-
-def _part_kv(library, outs, key, value, num_prompts, batch_size):
-    length = outs[0].shape[2] - num_prompts
-    parts = [
-        (out, *_parted(packed, num_prompts, batch_size, length), None, 1.0)
-        for out, packed in zip(outs, (key, value), strict=True)
-    ]
+    parts = []
+    for out, packed in zip(outs, (key, value), strict=True):
+        by_text = _by_text(out.out, batch_size)
+        parted = _parted(packed, num_prompts, batch_size, by_text.shape[2] - num_prompts)
+        parts.append((by_text, *parted, None, 1.0))
     _prepend(library, parts, None, None, None, 0)
+    return tuple(out.checked() for out in outs)
 
 
 def unspread_kv(library, key, value, num_prompts, batch_size, dtype):

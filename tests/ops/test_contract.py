@@ -32,7 +32,6 @@ def low_level_calls(device, placed):
         "prepend_kv": (prefix, prefix, key, key.transpose(2, 3).transpose(2, 3), *where, None),
         "sum_prompts": (hidden.transpose(0, 1).contiguous().transpose(0, 1), M, *where, True, torch.float32),
         "cast_qkv": (key, key, key, torch.bfloat16),
-        "part_kv": (key[:1], key[:1].transpose(2, 3).contiguous().transpose(2, 3), N % 2, 2, torch.bfloat16),
         "spread_kv": (key[:1], key[:1].transpose(2, 3).contiguous().transpose(2, 3), N % 2, 2, torch.bfloat16),
         "unspread_kv": (prefix.transpose(0, 1), prefix.mT.contiguous().mT.transpose(0, 1), 1, M, torch.bfloat16),
         "join_qkv": (key[:, :, M:], key, key, None, prefix[None], prefix[None], M, torch.float32),

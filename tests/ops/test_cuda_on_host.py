@@ -61,7 +61,6 @@ def calls(sizes, placed, wide):
     yield "cast_qkv", (*keys, fresh(b, 1, rows, d, dtype=dtype()), dtype())
     packed = [fresh(1, heads, m + b * n, width, dtype=text) for width in (d, d + 2)]
     if b:
-        yield "part_kv", (*packed, m, b, dtype())
         yield "spread_kv", (*packed, m, b, dtype())
         yield "unspread_kv", (*(fresh(b * rows, heads, width, dtype=text) for width in (d, d + 2)), m, b, dtype())
     yield "join_qkv", (*joined(sizes, dtype), m, dtype())
