@@ -178,8 +178,8 @@ struct AssembleRows {
   }
 };
 
-// What AssembleRows does, as most callers have it: all wide, in whole packs, texts of the output's dtype, no placement and no
-// scale. A tenth of the code, with which small outputs are written sooner.
+// What AssembleRows does, as most callers have it: all wide, and so in whole packs, as the output has no gaps; texts of the
+// output's dtype, no placement and no scale. A tenth of the code, with which small outputs are written sooner.
 template <class Out>
 struct PlainRows {
   [[maybe_unused]] static constexpr int kBlocksPerSm = kBlocks<Out>;
@@ -187,8 +187,8 @@ struct PlainRows {
 
   static bool serves(const AssemblePart& p) {
     const DType out = p.a.out.dtype, wide = out == DType::f64 ? DType::f64 : DType::f32;
-    return p.wide && p.a.width % kPack<Out, Out> == 0 && !p.a.placement.start.data &&
-           (!p.a.ids.data || p.a.scale == 1.0) && p.a.text.dtype == out && (p.a.prompts.dtype == out || p.a.prompts.dtype == wide);
+    return p.wide && !p.a.placement.start.data && (!p.a.ids.data || p.a.scale == 1.0) && p.a.text.dtype == out &&
+           (p.a.prompts.dtype == out || p.a.prompts.dtype == wide);
   }
 
   PTUNE_BOTH void operator()(const Thread& t) const {

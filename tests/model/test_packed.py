@@ -225,6 +225,9 @@ def test_one_attention_over_all_sequences(base_of, monkeypatch, name, mode, shap
     monkeypatch.setattr(varlen, "flash", flash)
     model = base_of(name).tuned(**settings_for(mode)).train()
     set_prompts(model, mode)
+    for module in model.modules():
+        if hasattr(module, "scaling"):
+            module.scaling *= 1.5  # of the width of a head otherwise, which is the default
     ids = torch.randint(3, VOCABULARY, shape)
     runs = []
     for path in ("packed", "concat"):
@@ -237,6 +240,12 @@ def test_one_attention_over_all_sequences(base_of, monkeypatch, name, mode, shap
     assert len(served) == (1 if name == "gemma3" else LAYERS)  # whose other layers have a window
     for got, expected in zip(*runs, strict=True):
         close(got, expected, 2e-5)
+    served.clear()
+    take(model, "packed")
+    model(
+        torch.cat([ids, ids], 1), attention_mask=torch.tensor([0, 1]).repeat_interleave(shape[1]).expand(shape[0], -1)
+    )
+    assert not served  # a mask is more than lengths say
 
 
 @pytest.mark.parametrize("wrong", ["", "causality", "scale", "heads", "arguments", "gradient"])

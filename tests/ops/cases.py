@@ -192,7 +192,7 @@ def _overwrite(b, m, n, d, dtype, device):
 
 
 def _prepend_kv(b, m, n, d, dtype, device):
-    wide, heads = d + 2, 2
+    wide, heads = d + 8, 2  # as well aligned as d
     prefixes = (torch.randn(heads, m, width, device=device, dtype=_prompt_dtype(dtype)) for width in (wide, d))
     return *prefixes, *(torch.randn(b, heads, n, width, device=device).to(dtype) for width in (wide, d))
 
@@ -203,7 +203,7 @@ def _cast_qkv(b, m, n, d, dtype, device):
 
 
 def _part_qkv(b, m, n, d, dtype, device):
-    shapes = ((1, 4, m + b * n, d + 2), (1, 2, m + b * n, d + 2), (1, 2, m + b * n, d))
+    shapes = ((1, 4, m + b * n, d + 8), (1, 2, m + b * n, d + 8), (1, 2, m + b * n, d))
     return tuple(torch.randn(shape, device=device).to(dtype) for shape in shapes)
 
 

@@ -52,17 +52,17 @@ def calls(sizes, placed, wide):
         torch.randint(0, 9, (b, n)).to(choice((torch.int32, torch.int64))), choice(LAYOUTS) if b * n else None
     )
     table, text = fresh(9, d, dtype=dtype()), dtype()
-    keys = [fresh(b, heads, n, width, dtype=text) for width in (d, d + 2)]
-    prefixes = [fresh(heads, m, width, dtype=dtype()) for width in (d, d + 2)]
+    keys = [fresh(b, heads, n, width, dtype=text) for width in (d, d + 8)]
+    prefixes = [fresh(heads, m, width, dtype=dtype()) for width in (d, d + 8)]
     padded = [fresh(*shape, where[3] + n, d, dtype=dtype()) for shape in ((b,), (b, heads))]
     yield "embed_and_prepend", (prompts, ids, table, *where, choice((1.0, 2304**0.5)))
     yield "prepend", (prompts, hidden, *where)
     yield "prepend_kv", (*prefixes, *keys, *where, dtype())
     yield "cast_qkv", (*keys, fresh(b, 1, rows, d, dtype=dtype()), dtype())
-    packed = [fresh(1, heads, m + b * n, width, dtype=text) for width in (d, d + 2)]
+    packed = [fresh(1, heads, m + b * n, width, dtype=text) for width in (d, d + 8)]
     if b:
         yield "spread_kv", (*packed, m, b, dtype())
-        yield "unspread_kv", (*(fresh(b * rows, heads, width, dtype=text) for width in (d, d + 2)), m, b, dtype())
+        yield "unspread_kv", (*(fresh(b * rows, heads, width, dtype=text) for width in (d, d + 8)), m, b, dtype())
     yield "join_qkv", (*joined(sizes, dtype), m, dtype())
     for t in padded:
         yield "strip", (t, *where, dtype())
@@ -100,6 +100,17 @@ def test_equals_reference(sizes, placed):
             actual, expected = getattr(ops, name)(*arguments), getattr(reference, name)(*arguments)
             for one, other in zip(as_tuple(actual), as_tuple(expected), strict=True):
                 assert_same(one, other)
+
+
+@pytest.mark.parametrize("out", FLOATS, ids=str)
+@pytest.mark.parametrize("text", FLOATS, ids=str)
+@pytest.mark.parametrize("prompt", FLOATS, ids=str)
+def test_plain_rows_of_any_dtypes(prompt, text, out):
+    prefixes = [torch.randn(2, 5, width).to(prompt) for width in (16, 24)]
+    keys = [torch.randn(3, 2, 7, width).to(text) for width in (16, 24)]
+    arguments = (*prefixes, *keys, None, None, None, 5, out)
+    for actual, expected in zip(kernels().prepend_kv(*arguments), reference.prepend_kv(*arguments), strict=True):
+        assert_same(actual, expected)
 
 
 def test_every_op_is_run():
