@@ -311,7 +311,7 @@ def _mask(
 ) -> Any:
     """The stock mask, and in a call that injects a prefix, its rows of text over prefix and text."""
     stock = ALL_MASK_ATTENTION_FUNCTIONS[attention.stock]
-    call = current_call()
+    call, packed, plain, needed = current_call(), None, False, True
     if call is not None and call.capture is not None:
         call.capture.note_window(kwargs.get("local_size"))
     if call is not None and call.injected:
@@ -325,23 +325,27 @@ def _mask(
         q_offset, columns = q_offset + call.injected, call.columns
         if columns is not None:
             mask_function = partial(_by_column, mask_function, columns)
-        if attention.stock == "sdpa" and not call.padded:
-            window = kwargs.get("local_size")
-            skip = kwargs.get("allow_is_causal_skip", True) or kwargs.get("allow_is_bidirectional_skip", False)
-            if skip and (window is None or kv_length < window):
-                return None
+        window = kwargs.get("local_size")
+        skip = kwargs.get("allow_is_causal_skip", True) or kwargs.get("allow_is_bidirectional_skip", False)
+        plain = attention.stock == "sdpa" and skip and (window is None or kv_length < window)
+        needed = call.padded or not plain
         kwargs |= {"allow_is_causal_skip": False}
-    mask = stock(
-        batch_size=batch_size,
-        q_length=q_length,
-        kv_length=kv_length,
-        q_offset=q_offset,
-        kv_offset=kv_offset,
-        mask_function=mask_function,
-        attention_mask=attention_mask,
-        **kwargs,
-    )
-    return _additive_in(attention.dtype, mask)
+    mask = None
+    if needed:
+        mask = stock(
+            batch_size=batch_size,
+            q_length=q_length,
+            kv_length=kv_length,
+            q_offset=q_offset,
+            kv_offset=kv_offset,
+            mask_function=mask_function,
+            attention_mask=attention_mask,
+            **kwargs,
+        )
+        mask = _additive_in(attention.dtype, mask)
+    if packed is not None and plain:
+        packed.plain_mask = mask
+    return mask
 
 
 def _by_column(mask_function: Any, columns: Tensor, batch: Any, head: Any, query: Any, key: Any) -> Any:

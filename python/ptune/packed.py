@@ -21,21 +21,20 @@ class Packed:
 
     Args:
         num_prompts: m.
-        batch_size: b.
-        length: n.
         mask: [b, m + n], 1 for what may be attended to.
+        padded: whether it hides anything.
         overwritten: whether every block overwrites its prompt rows, so that what attention makes of them is lost.
     """
 
-    def __init__(self, num_prompts: int, batch_size: int, length: int, mask: Tensor, overwritten: bool) -> None:
+    def __init__(self, num_prompts: int, mask: Tensor, padded: bool, overwritten: bool) -> None:
         self.num_prompts = num_prompts
-        self.batch_size = batch_size
-        self.length = length
+        self.batch_size, self.length = mask.shape[0], mask.shape[1] - num_prompts
         self.mask = mask.bool()
         self.overwritten = overwritten
         self.own_mask: Any = None
+        self.plain_mask: Any = ...  # what attentions get where `mask` and causality are all that hides; not known yet
         # made outside the blocks, which may be compiled one by one
-        self.lengths = varlen.Lengths.of(num_prompts, batch_size, length, mask.device)
+        self.lengths = varlen.Lengths.of(num_prompts, self.mask[:, num_prompts:], padded)
 
     @property
     def rows(self) -> int:
@@ -92,12 +91,13 @@ class Packed:
         kwargs.pop("position_ids", None)  # they restart where a text begins, which flash attention would act on
         key, value = agreeing(key, value, attention.dtype)
         dtype = attention.dtype or key.dtype
-        plain = mask is None and not kwargs.get("dropout") and kwargs.get("position_bias") is None
-        if plain and attention.stock == "sdpa" and varlen.serves(query, key, value, dtype):
+        plain = attention.stock == "sdpa" and not kwargs.get("dropout") and kwargs.get("position_bias") is None
+        lengths = self.lengths if mask is self.plain_mask else None
+        if lengths is not None and plain and varlen.serves(query, key, value, dtype):
             keys, values = spread_kv(key, value, self.num_prompts, self.batch_size, dtype)
             queries = query.to(dtype).squeeze(0).transpose(0, 1)
             causal = is_causal_in(module, kwargs.get("is_causal"))
-            output = varlen.flash(queries, keys, values, self.lengths, causal, kwargs.get("scaling"))[None]
+            output = varlen.flash(queries, keys, values, lengths, causal, kwargs.get("scaling"))[None]
             return output if attention.dtype is None else output.to(query.dtype), None
         own_query, own_key, own_value, query, key, value = part_qkv(
             query, key, value, self.num_prompts, self.batch_size, attention.dtype

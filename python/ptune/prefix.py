@@ -163,7 +163,7 @@ class PrefixPath:
     ) -> tuple[Call, dict[str, Any]]:
         """The call, and the body's arguments for prompt rows and text as one sequence."""
         call, keys = injected_call(layout, arguments["attention_mask"])
-        call.packed = Packed(self.num_prompts, text.shape[0], text.shape[1], keys, self._overwrites)
+        call.packed = Packed(self.num_prompts, keys, call.padded, self._overwrites)
         prompts = self.model.prompt_embeddings.weight
         return call, call.packed.arguments(body, arguments, prompts, self.first_position, token_type)
 

@@ -1,7 +1,8 @@
 """One attention over a packed sequence, by FlashAttention's sequences of variable length: torch's kernel for GPUs.
 
 The prompt and the first text are one of these sequences, since the prompt is what stands before that text; of the other
-texts each is one, whose keys begin with the prompt's (see `spread_kv`). Queries and outputs stay in place.
+texts each is one, whose keys begin with the prompt's (see `spread_kv`). Padding behind a text is a sequence of its own,
+which nothing else reads. Queries and outputs stay in place.
 """
 
 from dataclasses import dataclass
@@ -17,18 +18,30 @@ _WIDEST = 128  # of a head: wider ones have no backward on every GPU
 
 @dataclass
 class Lengths:
-    """Where sequences begin and end, int32 [b + 1] on the device of the batch; and the longest."""
+    """Where sequences begin and end, int32 [b + 1], or [2b + 1] of padded texts, and the longest."""
 
     queries: Tensor
     keys: Tensor
     longest: int
 
     @classmethod
-    def of(cls, num_prompts: int, batch_size: int, length: int, device: torch.device) -> "Lengths":
-        count = torch.arange(batch_size + 1, dtype=torch.int32, device=device)
+    def of(cls, num_prompts: int, mask: Tensor, padded: bool) -> "Lengths | None":
+        """For texts under ``mask`` [b, n], bool; ``None`` where it hides more than is behind them."""
+        batch_size, length = mask.shape
+        count = torch.arange(batch_size + 1, dtype=torch.int32, device=mask.device)
         keys = count * (num_prompts + length)
         # all but the first are shorter by the prompt
-        return cls(keys - (count - 1).clamp(min=0) * num_prompts, keys, num_prompts + length)
+        queries = keys - (count - 1).clamp(min=0) * num_prompts
+        if padded:
+            if torch.compiler.is_compiling() or not bool((mask[:, 1:] <= mask[:, :-1]).all()):
+                return None
+            # where there is no text it stays in place of one: no sequence of keys is without queries
+            padding = (~mask).sum(1, dtype=torch.int32) * mask[:, 0]
+            queries, keys = (
+                torch.cat([torch.stack([ends[:-1], ends[1:] - padding], 1).flatten(), ends[-1:]])
+                for ends in (queries, keys)
+            )
+        return cls(queries, keys, num_prompts + length)
 
 
 def serves(query: Tensor, key: Tensor, value: Tensor, dtype: torch.dtype) -> bool:
@@ -61,14 +74,19 @@ def _is_new_enough(device: torch.device) -> bool:
 def is_right_on(device: torch.device) -> bool:
     """Whether `flash`, which calls a function that torch keeps to itself, does there what is said of it.
 
-    Once for each device: outputs and gradients of a prompt of 2 rows and texts of 3, beside torch's public attention.
+    Once for each device: outputs and gradients of a prompt of 2 rows, a text of 3 and one of 2 and padding, beside
+    torch's public attention.
     """
     rows = torch.Generator().manual_seed(0)
-    lengths = Lengths.of(2, 2, 3, device)
+    queries, keys = (
+        torch.tensor(ends, dtype=torch.int32, device=device) for ends in ([0, 5, 5, 7, 8], [0, 5, 5, 9, 10])
+    )
+    lengths = Lengths(queries, keys, 5)
     tensors = [torch.randn(count, heads, 8, generator=rows) for count, heads in ((8, 4), (10, 2), (10, 2), (8, 4))]
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
         query, key, value, grad = (t.to(device, torch.bfloat16).requires_grad_() for t in tensors)
-        expected = torch.cat([_public(query[:5], key[:5], value[:5]), _public(query[5:], key[5:], value[5:])])
+        parts = query.split((5, 2, 1)), key.split((5, 4, 1)), value.split((5, 4, 1))
+        expected = torch.cat([_public(*part) for part in zip(*parts, strict=True)])
         wanted = expected, *torch.autograd.grad(expected, (query, key, value), grad)
         try:
             output = flash(query, key, value, lengths, True, 0.5)
