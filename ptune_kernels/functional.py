@@ -6,10 +6,11 @@ width, ``h`` heads. ``placement=None`` puts the whole pool at column 0 of every 
 Dtypes: prompts are float32 over float32, float16 or bfloat16 text (float64 over float64). Arithmetic is in float32 and
 is rounded once, to nearest even; prompt gradients are summed over the batch in float32, in a fixed order, compensated
 (Neumaier 1974). Inputs may have any strides and are never copied first; outputs are contiguous and never alias inputs,
-but for the views that `part_qkv` returns.
+but for what `overwrite_` and the views that `part_qkv` returns.
 
 Errors: `ValueError` (shapes, dtypes, devices, layouts), `IndexError` (values) or `TypeError` (another class)
-names the argument, what was expected and what came, before anything is written. The values of a placement and of
+names the argument, what was expected and what came, before anything is written; for a number of another class it is
+torch's own `RuntimeError`. The values of a placement and of
 ``input_ids`` are checked on the CPU only: on a GPU that would synchronise, so there a row out of range is never read
 and comes out as NaN (`Placement.of` checks on the host, before the copy).
 """
@@ -61,14 +62,17 @@ class Placement(NamedTuple):
                 "start, length and column: expected one number each for every row of the batch, got "
                 f"{len(start)}, {len(length)} and {len(column)}"
             )
-        for i, (s, m, c) in enumerate(zip(start, length, column, strict=True)):
+        rows = list(zip(start, length, column, strict=True))
+        for i, (s, m, c) in enumerate(rows):
+            if not all(hasattr(number, "__index__") for number in (s, m, c)):
+                raise TypeError(f"row {i}: expected integers, got start {s!r}, length {m!r}, column {c!r}")
             if s < 0 or m < 0 or c < 0 or s + m > pool_rows:
                 raise IndexError(
                     f"row {i}: expected start, length and column of at least 0 and start + length of at most "
                     f"{pool_rows}, got start {s}, length {m}, column {c}"
                 )
-        rows = torch.tensor([list(start), list(length), list(column)], dtype=torch.int32).to(device)
-        return cls(rows[0], rows[1], rows[2], max(length, default=0))
+        starts, lengths, columns = torch.tensor(rows, dtype=torch.int32).view(-1, 3).T.contiguous().to(device)
+        return cls(starts, lengths, columns, max((int(m) for m in length), default=0))
 
 
 def embed_and_prepend(
@@ -229,17 +233,30 @@ def spread_kv(
 
 
 def _part(ops: Ops, query: Tensor, key: Tensor, value: Tensor, m: int, b: int, dtype: torch.dtype | None) -> tuple:
+    if key.dim() == 4:  # or the op says so
+        _check_query(query, key)
     keys, values = ops.spread_kv(key, value, m, b, dtype)
-    if query.dim() != 4 or query.shape[0] != 1:
-        raise ValueError(f"query: expected 4 dimensions, the first of size 1, got shape {list(query.shape)}")
-    _, heads, rows, width = query.shape
+    _, heads, _, width = query.shape
     n = keys.shape[0] // b - m
-    if rows != m + b * n:
-        raise ValueError(f"query: expected {m + b * n} rows (those of key), got {rows}")
     own_query, texts = query.narrow(2, 0, m), query.narrow(2, m, b * n).view(heads, b, n, width).transpose(0, 1)
     own_key, own_value = (t.narrow(0, 0, m).transpose(0, 1).unsqueeze(0) for t in (keys, values))
     key, value = (t.view(b, m + n, *t.shape[1:]).transpose(1, 2) for t in (keys, values))
     return own_query, own_key, own_value, texts, key, value
+
+
+def _check_query(query: Tensor, key: Tensor) -> None:
+    if query.dim() != 4 or query.shape[0] != 1:
+        raise ValueError(f"query: expected 4 dimensions, the first of size 1, got shape {list(query.shape)}")
+    heads = key.shape[1]
+    if query.shape[2:] != key.shape[2:] or (heads > 0 and query.shape[1] % heads):
+        raise ValueError(
+            f"query: expected [1, a multiple of {heads}, {key.shape[2]}, {key.shape[3]}] (as key has it), got "
+            f"{list(query.shape)}"
+        )
+    if query.device != key.device:
+        raise ValueError(f"query: expected device {key.device} (that of key), got {query.device}")
+    if query.dtype != key.dtype and (not query.is_floating_point() or torch.float64 in (query.dtype, key.dtype)):
+        raise ValueError(f"query: expected a dtype that goes with key's {key.dtype}, got {query.dtype}")
 
 
 def _needs_grad(*tensors: Tensor) -> bool:

@@ -312,6 +312,8 @@ def _mask(
     """The stock mask, and in a call that injects a prefix, its rows of text over prefix and text."""
     stock = ALL_MASK_ATTENTION_FUNCTIONS[attention.stock]
     call, packed, plain, needed = current_call(), None, False, True
+    if call is not None and call.body is not None and call.body.config is not kwargs["config"]:
+        call = None  # that of another model, which calls this one or was interrupted
     if call is not None and call.capture is not None:
         call.capture.note_window(kwargs.get("local_size"))
     if call is not None and call.injected:

@@ -34,6 +34,8 @@ class Call:
         packed: what takes prompt rows and text apart, where they run as one sequence.
         cache: the cache that the caller gave, where a `PrefixedCache` stands in for it.
         depth: how many blocks have had their deep prompts.
+        body: whose call it is; ``None`` of blocks on a server.
+        outer: what ran when it began, such as a call of another model, a hook of which this is.
     """
 
     layout: Layout
@@ -48,17 +50,31 @@ class Call:
     packed: Any = None
     cache: Any = None
     depth: int = 0
+    body: Any = None
+    outer: "Call | Bare | None" = None
+
+
+@dataclass
+class Bare:
+    """A running call of a body without prompts, or behind prompts in a cache."""
+
+    body: Any
+    outer: "Call | Bare | None"
 
 
 # Not a subclass with defaults: torch.compile reads those where an instance has its own.
 _thread = threading.local()
 
 
-def current_call() -> Call | None:
+def running() -> Call | Bare | None:
     return getattr(_thread, "call", None)
 
 
-def set_call(call: Call | None) -> None:
+def current_call() -> Call | None:
+    return call if isinstance(call := running(), Call) else None
+
+
+def set_call(call: Call | Bare | None) -> None:
     _thread.call = call
 
 
@@ -81,7 +97,7 @@ class CheckpointWithCall:
 
 
 def _run_in(call: Call, depth: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    outer, inner = current_call(), replace(call, depth=depth)
+    outer, inner = running(), replace(call, depth=depth)
     set_call(inner)
     try:
         return function(*args, **kwargs)

@@ -1,5 +1,6 @@
 """What is trained on a frozen base, and how it starts: `PTuneConfig`."""
 
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -58,8 +59,8 @@ class PTuneConfig:
             raise ValueError(
                 f"pre_seq_len: expected at least 1 with tuning_mode={self.tuning_mode!r}, got {self.pre_seq_len}"
             )
-        if self.prompt_init_text is not None and len(self.prompt_init_text) == 0:
-            raise ValueError("prompt_init_text: expected a text or texts, got an empty one")
+        if self.prompt_init_text is not None:
+            self.prompt_init_text = _checked_text(self.prompt_init_text)
         if self.prompt_init is None:
             self.prompt_init = "random" if self.prompt_init_text is None else "text"
         _check_choice("prompt_init", self.prompt_init, PROMPT_INITS)
@@ -98,6 +99,29 @@ def take_settings(source: Any) -> dict[str, Any]:
     """
     attributes = source if isinstance(source, dict) else vars(source)
     return {name: attributes.pop(name) for name in _SETTINGS if name in attributes}
+
+
+def _checked_text(given: Any) -> InitText:
+    text = _without_arrays(given)
+    one = isinstance(text, str) or _are_ids(text)
+    if not one and not (isinstance(text, list) and all(isinstance(each, str) or _are_ids(each) for each in text)):
+        raise TypeError(
+            f"prompt_init_text: expected a string, its token ids, or a list of either, got {reprlib.repr(given)}"
+        )
+    if len(text) == 0:
+        raise ValueError("prompt_init_text: expected a text or texts, got an empty one")
+    return text
+
+
+def _without_arrays(text: Any) -> Any:
+    """Lists in place of arrays, tensors, tuples and columns of datasets."""
+    if hasattr(text, "tolist"):
+        return text.tolist()
+    return text if isinstance(text, str) or not isinstance(text, Sequence) else [_without_arrays(each) for each in text]
+
+
+def _are_ids(text: Any) -> bool:
+    return isinstance(text, list) and all(isinstance(token, int) for token in text)
 
 
 def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:

@@ -12,6 +12,7 @@ from .auto import AutoPTuneModel
 from .checkpoint import MisfitError
 from .foreign import CONFIG_NAME, TASK_TYPES, WEIGHTS_NAME, read_foreign, shape_of
 from .runs import MODELS
+from .support import evaluating
 
 _LOADERS: dict[Any, Any] = {**MODELS, None: AutoPTuneModel}
 _CLASSES: dict[str, Any] = {
@@ -126,8 +127,8 @@ def _keys_and_values(model: Any, folder: str | os.PathLike[str]) -> list[Tensor]
         raise ValueError(f"{folder}: PEFT has no deep prompts but keys and values: {model.prefix_plan.reason}")
     if "past_key_values" not in model._hooks.parameters:
         raise ValueError(f"{folder}: PEFT hands over past_key_values, which {model.base_class.__name__} takes none of")
-    with torch.no_grad():
-        tensors = [tensor.transpose(0, 1).float() for tensor in model.eval()._hooks.prefix.prefix().tensors()]
+    with torch.no_grad(), evaluating(model):
+        tensors = [tensor.transpose(0, 1).float() for tensor in model._hooks.prefix.prefix().tensors()]
     if len({tensor.shape for tensor in tensors}) != 1:
         raise ValueError(f"{folder}: PEFT holds keys and values of one shape, and these have several")
     return tensors

@@ -14,7 +14,7 @@ from transformers.utils import ModelOutput
 
 from ptune_kernels import Placement, overwrite
 
-from .call import Call, current_call, set_call
+from .call import Bare, Call, current_call, running, set_call
 from .concat import ConcatPath, matching
 from .layout import Layout, first_column, ones_and_zeros, positions_of, states_at
 from .mixture import Mixture, current_mixture
@@ -57,9 +57,12 @@ class PromptHooks:
             handle.remove()
 
     def before_body(self, body: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-        if (call := current_call()) is not None and call.capture is not None:
-            return None
-        set_call(None)
+        outer = running()
+        if outer is not None and outer.body is body:
+            if isinstance(outer, Call) and outer.capture is not None:
+                return None
+            outer = outer.outer  # an interruption, which no hook sees, left that call behind
+        set_call(Bare(body, outer))
         note_body(reached=True)
         mixture = current_mixture(self.model)
         if mixture is None and not self.model.prompts_enabled:
@@ -80,7 +83,7 @@ class PromptHooks:
             return_dict = getattr(body.config, "return_dict", True)
         path = self.prefix if self.prefix.serves(arguments, layout, text) else self.concat
         call, arguments = path.enter(body, arguments, layout, text)
-        call.as_tuple = not return_dict
+        call.as_tuple, call.body, call.outer = not return_dict, body, outer
         set_call(call)
         return (), arguments | {"return_dict": True}
 
@@ -135,7 +138,7 @@ class PromptHooks:
     def after_body(self, body: nn.Module, args: tuple, output: Any) -> Any:
         if (call := current_call()) is None or call.capture is not None:
             return None
-        set_call(None)
+        set_call(call.outer)
         if not isinstance(output, ModelOutput):
             raise NotImplementedError(f"{type(body).__name__}: expected a ModelOutput, got {type(output).__name__}")
         if call.prefix:
@@ -242,8 +245,8 @@ def _in_backward() -> bool:
 
 
 def _end_call(body: nn.Module, args: tuple, output: Any) -> None:
-    if (call := current_call()) is not None and call.capture is None:
-        set_call(None)
+    if (call := running()) is not None and call.body is body and not (isinstance(call, Call) and call.capture):
+        set_call(call.outer)
 
 
 def _is_resumed(past: Any, mask: Tensor | None, length: int) -> bool:

@@ -9,7 +9,7 @@ from ptune_kernels import part_qkv, spread_kv
 
 from . import varlen
 from .attention import KEYWORD, Attention, agreeing, is_causal_in
-from .concat import embed_behind
+from .concat import embed_behind, fusible_scale
 
 
 class Packed:
@@ -45,10 +45,11 @@ class Packed:
     ) -> dict[str, Any]:
         """Those of a call of ``body`` for the text, with prompts [m, d] before it."""
         count, mask, positions = self.num_prompts, given["attention_mask"], given["position_ids"]
-        ids, embeds = (
-            None if each is None else each.flatten(0, 1)[None]
-            for each in (given.get("input_ids"), given.get("inputs_embeds"))
-        )
+        ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+        if embeds is None and fusible_scale(body.get_input_embeddings()) is None:
+            # what is done beyond a look-up may depend on a text's length, as NEFTune's noise does
+            ids, embeds = None, body.get_input_embeddings()(ids)
+        ids, embeds = (None if each is None else each.flatten(0, 1)[None] for each in (ids, embeds))
         own_positions = torch.arange(count, device=positions.device) + first_position
         packed = {
             "input_ids": None,

@@ -4,6 +4,7 @@ They run packed with the text, in one pass (see `Packed`), or apart, before it (
 path computes where prompt rows never read the text: in a causal model, and where every block overwrites them.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from ptune_kernels import prepend
 from .attention import KEYWORD, Prefix, cache_dtype_of
 from .bridge import bridge, unshard_for_backward
 from .cache import PrefixedCache
-from .call import Call, current_call, set_call
+from .call import Call, running, set_call
 from .capture import Capture
 from .concat import matching
 from .layout import Layout, positions_of
@@ -66,6 +67,8 @@ class PrefixPath:
             if (length := length + self.num_prompts) > plan.limit:
                 return f"prompt and text have {length} positions, and the rotary embedding changes after {plan.limit}"
         if arguments.get("token_type_ids") is not None:
+            if torch.compiler.is_compiling():
+                return "a compiler cannot tell whether token_type_ids are the same where the rows begin"
             token_type = self._type(arguments, layout)
             if token_type is None:
                 return "token_type_ids differ where the rows begin"
@@ -231,10 +234,11 @@ class PrefixPath:
             arguments["token_type_ids"] = torch.full((1, count), token_type, dtype=torch.long, device=device)
         if "use_cache" in self.parameters:
             arguments["use_cache"] = False
-        outer = current_call()
-        set_call(Call(Layout(count, 1, None, device), 0, capture=capture))
+        outer = running()
+        set_call(Call(Layout(count, 1, None, device), 0, capture=capture, body=body, outer=outer))
         try:
-            with capture.skipping():
+            # a hook may multiply matrices of its own
+            with nullcontext() if self.user_hooks.present() else capture.skipping():
                 body(**arguments)
         finally:
             set_call(outer)

@@ -106,11 +106,13 @@ def device_of(embedding: Any) -> torch.device:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside the block no module is in training."""
+    """Inside the block no module is in training, and autocast rounds nothing."""
     training = [module for module in model.modules() if module.training]
+    device = next(model.parameters()).device.type
     model.eval()
     try:
-        yield
+        with torch.autocast("cpu" if device == "meta" else device, enabled=False):
+            yield
     finally:
         for module in training:
             module.training = True
@@ -139,7 +141,7 @@ def lack_of_positions(model: Any, count: int) -> str | None:
 
 
 def check_inputs(arguments: dict[str, Any], parameters: tuple[str, ...]) -> None:
-    """Raises `ValueError` or `NotImplementedError` for a call of the body that prompts do not cover.
+    """Raises `TypeError`, `ValueError` or `NotImplementedError` for a call of the body that prompts do not cover.
 
     ``parameters``: the names of the body's own; others in ``arguments`` are for the loss.
     """
@@ -147,7 +149,9 @@ def check_inputs(arguments: dict[str, Any], parameters: tuple[str, ...]) -> None
     if (ids is None) == (embeds is None):
         raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
     for name, text, shape in (("input_ids", ids, "[b, n]"), ("inputs_embeds", embeds, "[b, n, d]")):
-        if text is not None and (text.dim() != shape.count(",") + 1 or text.shape[1] == 0):
+        if text is not None and not isinstance(text, Tensor):
+            raise TypeError(f"{name}: expected a tensor {shape}, got {type(text).__name__}")
+        if text is not None and (text.dim() != shape.count(",") + 1 or 0 in text.shape[:2]):
             raise ValueError(f"{name}: expected {shape} with at least one token, got shape {tuple(text.shape)}")
     mask, positions = arguments.get("attention_mask"), arguments.get("position_ids")
     if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
@@ -159,6 +163,10 @@ def check_inputs(arguments: dict[str, Any], parameters: tuple[str, ...]) -> None
     if positions is not None and positions.dim() != 2:
         raise NotImplementedError(f"position_ids: expected [b, n], got shape {tuple(positions.shape)}")
     size = (arguments["inputs_embeds"] if ids is None else ids).shape[:2]
+    for name in ("position_ids", "token_type_ids"):
+        given = arguments.get(name)
+        if given is not None and tuple(given.shape) not in (tuple(size), (1, size[1])):
+            raise ValueError(f"{name}: expected shape {tuple(size)}, as the text has, got {tuple(given.shape)}")
     for name in parameters:
         value = arguments.get(name)
         # the sequence of a cross-attention may be as long by chance

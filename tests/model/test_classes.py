@@ -6,7 +6,9 @@ import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ from ptune.concat import fusible_scale
 from ptune.loading import check_keywords
 from ptune_kernels import embed_and_prepend
 
-from .common import COUNT, close, set_prompts, settings_for
+from .common import COUNT, SHARED, close, set_prompts, settings_for, take
 
 
 def test_names_and_bases():
@@ -247,6 +249,55 @@ def test_a_failed_call_leaves_nothing_behind(base_of, sharing):
     states, positions = torch.randn(2, 5 + COUNT, 24), torch.arange(5 + COUNT)[None]
     one, other = (m.layers[1](states, position_embeddings=m.rotary_emb(states, positions)) for m in (stock, model))
     assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("path", [*SHARED, "concat"])
+@pytest.mark.parametrize("inner", ["shallow", "overwrite", "disabled", "behind its prompt", "stock"])
+def test_a_call_within_a_call(base_of, path, inner):
+    """A hook on one model calls another (a teacher, say): neither learns of the other."""
+    base = base_of("llama")
+    model, other = base.tuned(**settings_for("overwrite")), base.tuned(**settings_for("shallow"))
+    set_prompts(model, "overwrite")
+    if inner == "stock":
+        other = ptune.hybrid(base.stock(), torch.bfloat16)
+    elif inner == "overwrite":
+        set_prompts(other, inner)
+    ids, mask = torch.randint(3, 61, (2, 6)), torch.ones(2, 6, dtype=torch.long)
+    mask[1, :3] = 0
+
+    @torch.no_grad()
+    def call():
+        with other.disable_prompts() if inner == "disabled" else nullcontext():
+            output = other(ids, attention_mask=mask)
+        if inner == "behind its prompt":
+            return other(ids[:, :1], past_key_values=output.past_key_values)[0]
+        return output[0][mask.bool()]
+
+    take(model, path)
+    expected, wanted, got = model(ids, use_cache=False)[0], call(), []
+    handle = model.layers[1].register_forward_hook(lambda *_: got.append(call()))
+    close(model(ids, use_cache=False)[0], expected)
+    handle.remove()
+    assert got
+    assert all(torch.equal(each, wanted) for each in got)
+    assert current_call() is None
+
+
+@pytest.mark.parametrize("path", [*SHARED, "concat"])
+def test_an_interruption_is_no_news_to_other_models(base_of, monkeypatch, path):
+    base = base_of("llama")
+    model, stock = base.tuned(**settings_for("overwrite")), ptune.hybrid(base.stock(), torch.bfloat16)
+    take(model, path)
+    ids, mask = torch.randint(3, 61, (2, 6)), torch.ones(2, 6, dtype=torch.long)
+    expected = model(ids, use_cache=False)[0]
+    wanted = stock(ids, attention_mask=mask.tril(3))[0]
+    with monkeypatch.context() as patched:
+        patched.setattr(model.layers[2].mlp, "forward", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            model(ids, use_cache=False)
+    assert torch.equal(stock(ids, attention_mask=mask.tril(3))[0], wanted)
+    assert torch.equal(model(ids, use_cache=False)[0], expected)
+    assert current_call() is None
 
 
 @pytest.mark.parametrize("loader", [ptune.AutoPTuneModel, ptune.AutoPTuneModelForCausalLM])

@@ -1,10 +1,12 @@
 """Prompt rows and text in one pass: what goes in, what comes out, and where two passes are taken."""
 
 import pickle
+from unittest.mock import Mock
 
 import pytest
 import torch
 from transformers import AutoConfig
+from transformers.integrations.neftune import neftune_post_forward_hook
 
 import ptune
 from ptune import varlen
@@ -94,6 +96,22 @@ def test_hooks_of_users_are_given_the_batch(base_of, shapes):
     model.enable_input_require_grads()  # a hook of transformers'
     close(model(ids).last_hidden_state, expected)
     assert set(shapes) == {(1, COUNT + 3 * 7)}
+
+
+@pytest.mark.parametrize("path", SHARED)
+def test_noise_is_that_of_the_batch(base_of, path):
+    """NEFTune's depends on the length of a text."""
+    model = base_of("llama").tuned(**settings_for("shallow")).train()
+    model.embed_tokens.neftune_noise_alpha = 5.0
+    model.embed_tokens.register_forward_hook(neftune_post_forward_hook)
+    ids, runs = torch.randint(3, VOCABULARY, (3, 7)), []
+    for each in (path, "concat"):
+        take(model, each)
+        torch.manual_seed(0)
+        runs.append(model(ids).last_hidden_state)
+    close(*runs)
+    torch.manual_seed(1)
+    assert (model(ids).last_hidden_state - runs[1]).abs().max() > 1e-2
 
 
 def test_hooks_on_all_modules_are_given_the_batch(base_of, shapes):
@@ -271,6 +289,12 @@ def test_a_kernel_is_tried_before_it_serves(monkeypatch, wrong):
         assert varlen.is_right_on(torch.device("cpu")) == (not wrong)
     finally:
         varlen.is_right_on.cache_clear()
+
+
+def test_a_kernel_is_not_judged_by_a_lack_of_memory(monkeypatch):
+    monkeypatch.setattr(varlen, "flash", Mock(side_effect=torch.OutOfMemoryError))
+    with pytest.raises(torch.OutOfMemoryError):
+        varlen.is_right_on(torch.device("cpu"))
 
 
 @pytest.mark.parametrize("mode", ["shallow", "add"])

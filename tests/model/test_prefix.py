@@ -408,6 +408,21 @@ class TestSavedPrefix:
         with loaded.disable_prompts(), model.disable_prompts(), torch.no_grad():
             assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
 
+    def test_autocast_has_no_say(self, tuned, tmp_path):
+        model = tuned("llama", "generation", "shallow")
+        model.save_prefix(tmp_path / "plain")
+        with torch.autocast("cpu", torch.bfloat16):
+            model.save_prefix(tmp_path / "autocast")
+        plain, other = (load_file(tmp_path / folder / WEIGHTS_NAME) for folder in ("plain", "autocast"))
+        assert all(torch.equal(plain[name], other[name]) for name in plain)
+
+    def test_a_compiler_cannot_read_types(self, tuned, tmp_path):
+        tuned("bert", "tagging", "overwrite").save_prefix(tmp_path)
+        model = torch.compile(LOADERS["tagging"].from_pretrained(tmp_path), backend="eager")
+        ids = torch.randint(3, VOCABULARY, (2, 5))
+        with torch.no_grad(), pytest.raises(Exception, match="a compiler cannot tell whether token_type_ids are the"):
+            model(ids, token_type_ids=torch.zeros_like(ids))
+
     @pytest.mark.parametrize(
         ("dtype", "way"),
         [

@@ -1,5 +1,6 @@
 """What is not supported is refused by name, with the reason, before anything changes."""
 
+import numpy as np
 import pytest
 import torch
 import transformers as hf
@@ -35,6 +36,19 @@ def test_settings(values, error):
         ptune.PTuneConfig(tuning_mode="ptune", pre_seq_len=4.0)
     with pytest.raises(TypeError, match="base_dropout: expected a bool, got 'no'"):
         ptune.PTuneConfig(base_dropout="no")
+
+
+@pytest.mark.parametrize("text", [5, [1.5], [1, "a"], [[3, 4], 3], torch.tensor(3), {"input_ids": [3, 4]}], ids=str)
+def test_texts_to_start_from(text):
+    with pytest.raises(TypeError, match="prompt_init_text: expected a string, its token ids, or a list of either, got"):
+        ptune.PTuneConfig(tuning_mode="ptune", pre_seq_len=2, prompt_init_text=text)
+
+
+@pytest.mark.parametrize("ids", [(3, 4), torch.tensor([3, 4]), np.array([3, 4])], ids=["tuple", "tensor", "array"])
+def test_arrays_to_start_from(ids):
+    for text, texts in ((ids, [3, 4]), ([ids, "a b"], [[3, 4], "a b"])):
+        settings = ptune.PTuneConfig(tuning_mode="ptune", pre_seq_len=2, prompt_init_text=text)
+        assert settings.prompt_init_text == texts
 
 
 @pytest.mark.parametrize(
@@ -106,7 +120,22 @@ def model(base_of):
             ValueError,
             r"input_ids: expected \[b, n\] with at least one",
         ),
+        (
+            {"input_ids": torch.ones(0, 2, dtype=torch.long)},
+            ValueError,
+            r"input_ids: expected \[b, n\] with at least one",
+        ),
+        ({"input_ids": np.ones((2, 5), int)}, TypeError, r"input_ids: expected a tensor \[b, n\], got ndarray"),
         ({"inputs_embeds": torch.ones(2, 5)}, ValueError, r"inputs_embeds: expected \[b, n, d\]"),
+        *(
+            (
+                {"input_ids": torch.ones(3, 5, dtype=torch.long), name: torch.arange(shape[1]).expand(shape)},
+                ValueError,
+                rf"{name}: expected shape \(3, 5\), as the text has, got \({shape[0]}, {shape[1]}\)",
+            )
+            for name in ("position_ids", "token_type_ids")
+            for shape in ((3, 4), (1, 9), (2, 5))
+        ),
         ({}, ValueError, "exactly one of input_ids or inputs_embeds"),
         (
             {"input_ids": torch.ones(2, 5, dtype=torch.long), "attention_mask": torch.ones(2, 1, 5, 5)},
@@ -144,7 +173,10 @@ def model(base_of):
     ],
     ids=[
         "no token",
+        "no row",
+        "array",
         "embeddings",
+        *(f"{name}, {wrong}" for name in ("position_ids", "token_type_ids") for wrong in ("short", "long", "two rows")),
         "nothing",
         "4-D mask",
         "mask mapping",

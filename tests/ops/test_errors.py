@@ -117,7 +117,11 @@ BAD_TENSORS = [
     bad("part_qkv", "query", zeros(H, M + B * N, D), "4 dimensions", f"[{H}, {M + B * N}, {D}]"),
     bad("part_qkv", "query", zeros(B, H, M + B * N, D), "size 1", f"[{B}, {H}, {M + B * N}, {D}]"),
     bad("part_qkv", "key", zeros(B, H, M + B * N, D), "size 1", f"[{B}, {H}, {M + B * N}, {D}]"),
-    bad("part_qkv", "query", zeros(1, H, M, D), f"{M + B * N} rows", str(M)),
+    bad("part_qkv", "query", zeros(1, H, M, D), f"[1, a multiple of {H}, {M + B * N}, {D}]", f"[1, {H}, {M}, {D}]"),
+    bad("part_qkv", "query", zeros(1, H, M + B * N, D + 1), f"{D}]", f"[1, {H}, {M + B * N}, {D + 1}]"),
+    bad("part_qkv", "query", zeros(1, H + 1, M + B * N, D), f"a multiple of {H}", f"[1, {H + 1}, {M + B * N}, {D}]"),
+    bad("part_qkv", "query", to(torch.int64), "torch.float32", "torch.int64"),
+    bad("part_qkv", "query", to(torch.float64), "torch.float32", "torch.float64"),
     bad("part_qkv", "value", zeros(1, H, M, D), f"size {M + B * N}", f"[1, {H}, {M}, {D}]"),
     bad("part_qkv", "value", zeros(1, H + 1, M + B * N, D), f"size {H}", f"[1, {H + 1}, {M + B * N}, {D}]"),
     bad("part_qkv", "value", to(torch.float16), "torch.float32", "torch.float16"),
@@ -343,6 +347,10 @@ def test_placement_of_checks_on_the_host():
             Placement.of([0, start], [1, length], [0, column], pool_rows=4)
     with pytest.raises(ValueError, match=r"one number each for every row of the batch, got 1, 2 and 1"):
         Placement.of([0], [1, 1], [0], pool_rows=4)
+    with pytest.raises(TypeError, match=r"row 1: expected integers, got start 0, length 1\.7, column 0"):
+        Placement.of([0, 0], [1, 1.7], [0, 0], pool_rows=4)
+    assert Placement.of([], [], [], pool_rows=4).start.shape == (0,)
+    assert Placement.of(*torch.tensor([[0, 1], [2, 3], [0, 0]]), pool_rows=4).max_length == 3
 
 
 def test_unknown_backend():
