@@ -191,16 +191,18 @@ def share_of_ours(run: Callable[[], Any], device: str) -> float:
 
 def training(name: str, base: Any, points: Any, device: str) -> Iterator[dict[str, Any]]:
     for mode, beside in PAIRS.items():
-        for rows, length, size in points:
+        # most batches of texts hold padding: one point with it shows what it costs
+        padded = [(points[len(points) // 2], True)] if mode == "ptune" else []
+        for (rows, length, size), pads in [*((point, False) for point in points), *padded]:
             with torch.device(device):
-                inputs = batch(length, size)
+                inputs = batch(length, size, pads)
             models = pair(base, mode, rows, device)
             steps = {side: step(model.train(), inputs) for side, model in models.items()}
             steps["apart"] = partial(in_passes, models["ours"], steps["ours"], False)
             memory = {side: peak(run, device) for side, run in steps.items()}
             seconds = wall_seconds(steps, device)
             yield {
-                "model": name, "beside": beside, "m": rows, "n": length, "b": size,
+                "model": name, "beside": beside, "m": rows, "n": length, "b": size, "padded": pads,
                 "B": size * (rows + length) / (rows + size * length),
                 "ms": {side: taken * 1e3 for side, taken in seconds.items()},
                 "time, peft / ours": seconds["peft"] / seconds["ours"],

@@ -47,11 +47,15 @@ def theirs(mode: str, rows: int) -> Any:
     return peft.get_peft_model(base, kind(task_type="CAUSAL_LM", num_virtual_tokens=rows))
 
 
-def batch(length: int, size: int) -> dict[str, torch.Tensor]:
+def batch(length: int, size: int, padded: bool = False) -> dict[str, torch.Tensor]:
+    """``padded``: all texts but the first end somewhere behind their half."""
     ids = torch.randint(VOCABULARY, (size, length))
-    labels = ids.clone()
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[1:] = torch.arange(length) < torch.randint(length // 2, length, (size - 1, 1)) + 1
+    labels = ids.masked_fill(mask == 0, -100)
     labels[:, 0] = -100  # PEFT predicts the first token from the last prompt row
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
 def step(model: Any, inputs: dict[str, torch.Tensor]) -> Callable[[], float]:

@@ -1,8 +1,9 @@
 """Which implementation of the ops serves which device."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,17 +18,11 @@ class Ops:
     def __init__(self, backend: str):
         self.backend = backend
         namespace = getattr(torch.ops, f"ptune_{backend}")
-        self.embed_and_prepend = namespace.embed_and_prepend.default
-        self.prepend = namespace.prepend.default
-        self.strip = namespace.strip.default
-        self.overwrite = namespace.overwrite.default
-        self.overwrite_ = namespace.overwrite_.default
-        self.prepend_kv = namespace.prepend_kv.default
-        self.sum_prompts = namespace.sum_prompts.default
-        self.cast_qkv = namespace.cast_qkv.default
-        self.spread_kv = namespace.spread_kv.default
-        self.unspread_kv = namespace.unspread_kv.default
-        self.join_qkv = namespace.join_qkv.default
+        vars(self).update({name: getattr(namespace, name).default for name in schema.SCHEMAS})
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Callable[..., Any]: ...
 
 
 _ops = {backend: Ops(backend) for backend in schema.BACKENDS}

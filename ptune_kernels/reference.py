@@ -10,7 +10,7 @@ import torch
 from . import schema
 
 
-def _rows(start, length, column, max_length, batch, pool_rows):
+def _rows(start, length, column, batch, pool_rows):
     """Yields (i, start, length, column) for each row of the batch."""
     if start is None:
         return [(i, 0, pool_rows, 0) for i in range(batch)]
@@ -37,20 +37,20 @@ def embed_and_prepend(prompts, input_ids, embedding, start=None, length=None, co
     text = embedding[input_ids]
     if scale != 1.0:
         text = text * torch.tensor(scale, dtype=text.dtype, device=text.device)
-    return _assemble(out, prompts, text, _rows(start, length, column, max_length, len(text), len(prompts)))
+    return _assemble(out, prompts, text, _rows(start, length, column, len(text), len(prompts)))
 
 
 def prepend(prompts, hidden, start=None, length=None, column=None, max_length=0):
     out = schema.prepend(prompts, hidden, start, length, column, max_length)
     schema.check_values(start, length, column, max_length, prompts.shape[0], hidden.shape[1], ends_within=False)
-    return _assemble(out, prompts, hidden, _rows(start, length, column, max_length, len(hidden), len(prompts)))
+    return _assemble(out, prompts, hidden, _rows(start, length, column, len(hidden), len(prompts)))
 
 
 def strip(hidden, start, length, column, max_length, dtype):
     out = schema.strip(hidden, start, length, column, max_length, dtype)
     # Any start would do: what the pool held does not matter here.
     schema.check_values(start, length, column, max_length, 2**31, out.shape[-2], ends_within=False)
-    for i, _, m, c in _rows(start, length, column, max_length, len(hidden), max_length):
+    for i, _, m, c in _rows(start, length, column, len(hidden), max_length):
         first = max_length - m
         out[i, ..., :c, :] = hidden[i, ..., first : first + c, :]
         out[i, ..., c:, :] = hidden[i, ..., first + c + m :, :]
@@ -67,7 +67,7 @@ def overwrite(hidden, prompts, start=None, length=None, column=None, max_length=
 def overwrite_(hidden, prompts, start=None, length=None, column=None, max_length=0, add=False):
     schema.overwrite_(hidden, prompts, start, length, column, max_length, add)
     schema.check_values(start, length, column, max_length, prompts.shape[0], hidden.shape[1], ends_within=True)
-    for i, s, m, c in _rows(start, length, column, max_length, len(hidden), len(prompts)):
+    for i, s, m, c in _rows(start, length, column, len(hidden), len(prompts)):
         rows = prompts[s : s + m]
         hidden[i, c : c + m] = hidden[i, c : c + m].to(rows.dtype) + rows if add else rows
 
@@ -76,7 +76,7 @@ def prepend_kv(prefix_k, prefix_v, key, value, start=None, length=None, column=N
     k, v = schema.prepend_kv(prefix_k, prefix_v, key, value, start, length, column, max_length, dtype)
     pool_rows = prefix_k.shape[1]
     schema.check_values(start, length, column, max_length, pool_rows, key.shape[2], ends_within=False)
-    rows = _rows(start, length, column, max_length, len(key), pool_rows)
+    rows = _rows(start, length, column, len(key), pool_rows)
     return _assemble(k, prefix_k, key, rows), _assemble(v, prefix_v, value, rows)
 
 
@@ -86,7 +86,7 @@ def sum_prompts(grad, num_prompts, start, length, column, max_length, prepended,
     schema.check_values(start, length, column, max_length, num_prompts, last, ends_within=not prepended)
     total = torch.zeros_like(out, dtype=torch.float64 if grad.dtype == torch.float64 else torch.float32)
     lost = torch.zeros_like(total)
-    for i, s, m, c in _rows(start, length, column, max_length, len(grad), num_prompts):
+    for i, s, m, c in _rows(start, length, column, len(grad), num_prompts):
         first = c + max_length - m if prepended and start is not None else c
         _add(total[..., s : s + m, :], lost[..., s : s + m, :], grad[i, ..., first : first + m, :])
     return out.copy_(total + lost)

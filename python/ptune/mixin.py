@@ -118,7 +118,10 @@ class PTuneMixin(PromptSaving):
 
     @contextmanager
     def disable_prompts(self: Any) -> Iterator[None]:
-        """Inside the block the model is its bare base, dropout included; not thread-safe, as modules are changed."""
+        """Inside the block the model is its bare base, dropout included; not thread-safe, as modules are changed.
+
+        The backward of a checkpointed forward belongs inside too: it runs that again, dropout and all.
+        """
         self._disabled += 1
         self._set_dropout()
         try:

@@ -231,8 +231,8 @@ def fit(
     return trainer.state.log_history
 
 
-def evaluate(model: torch.nn.Module, task: Task, examples: Sequence[Any], quiet: bool = True) -> dict[str, float]:
+def evaluate(model: torch.nn.Module, task: Task, examples: Sequence[Any]) -> dict[str, float]:
     """The task's metrics of `model` on `examples`, and `loss`."""
     with tempfile.TemporaryDirectory() as scratch:
-        scores = _trainer(model, task, [], examples, quiet, output_dir=scratch).evaluate()
+        scores = _trainer(model, task, [], examples, True, output_dir=scratch).evaluate()
     return {name: scores[f"eval_{name}"] for name in ("loss", *task.metrics)}

@@ -7,8 +7,7 @@ from torch import nn
 from torch.nn.modules import module as torch_modules
 from torch.utils.hooks import RemovableHandle
 
-# Whose hooks behind the embeddings may be given prompt rows and text as one sequence: they look at devices and gradients
-# alone.
+# Whose hooks behind the embeddings may be given prompt rows and text as one sequence: they do not look at its shape.
 _LIBRARIES = {"torch", "transformers", "accelerate", "ptune"}
 _GLOBAL = (
     torch_modules._global_forward_pre_hooks,

@@ -16,21 +16,27 @@ from ..mixin import PTuneMixin
 
 _PREFIX = "PTune"
 _DISTRIBUTED = "Distributed"
-_classes: dict[type, type] = {}
+_classes: dict[tuple[str, type], type] = {}
 
 
 def ptune_class(base: type) -> type:
     """The class of ``base`` with prompts."""
-    if base not in _classes:
-        bases = (PromptGeneration, PTuneMixin, base) if issubclass(base, GenerationMixin) else (PTuneMixin, base)
-        namespace = {"__module__": __name__, "__doc__": f"`{base.__name__}` with prompts.", "base_class": base}
+    return class_of(base, _PREFIX, PTuneMixin, f"`{base.__name__}` with prompts.")
+
+
+def class_of(base: type, prefix: str, mixin: type, doc: str) -> type:
+    """``base`` with ``mixin``: made when it is first asked for."""
+    name = prefix + base.__name__
+    if (made := _classes.get((name, base))) is None:
+        bases = (PromptGeneration, mixin, base) if issubclass(base, GenerationMixin) else (mixin, base)
+        namespace = {"__module__": __name__, "__doc__": doc, "base_class": base}
         if base.__name__.endswith("ForSequenceClassification"):
             namespace["forward"] = pooled_forward(base)
-        made = _classes[base] = type(_PREFIX + base.__name__, bases, namespace)
+        made = _classes[name, base] = type(name, bases, namespace)
         # transformers finds what a model can record (output_hidden_states, …) by its class's name, noted in __init__;
         # dict's own method, for the key that the registry makes of a model differs between its versions
         dict.__setitem__(_CAN_RECORD_REGISTRY, str(made), getattr(base, "_can_record_outputs", None))
-    return _classes[base]
+    return made
 
 
 def __getattr__(name: str) -> Any:

@@ -12,22 +12,20 @@ from weakref import WeakKeyDictionary
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, GenerationConfig, GenerationMixin, PreTrainedConfig
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 from transformers.models.auto.auto_factory import _get_model_class
-from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from .. import checkpoint
 from ..attention import KEYWORD, Prefix
 from ..cache import PrefixedCache
 from ..call import current_call
 from ..capture import Capture
-from ..classification import pooled_forward
-from ..generation import PromptGeneration
-from ..hooks import PromptHooks
+from ..hooks import PromptHooks, named
 from ..layout import Layout
 from ..loading import load_model
 from ..mixin import PTuneMixin
 from ..mixture import current_mixture
+from ..models import class_of
 from ..prefix import PrefixPath
 from ..support import find_body
 from .relay import Retries
@@ -205,7 +203,7 @@ class DistributedMixin(PTuneMixin):
         if current_mixture(self) is not None:
             raise NotImplementedError(f"{type(self).__name__}: remote blocks are not supported by a PromptBank")
         parameters = tuple(inspect.signature(body.forward).parameters)
-        arguments = dict(zip(parameters, args, strict=False)) | kwargs
+        arguments = named(parameters, args, kwargs)
         for name in _RECORDS:
             wanted = arguments.get(name)
             if getattr(body.config, name, False) if wanted is None else wanted:
@@ -241,23 +239,9 @@ def _after_remote(body: nn.Module, args: tuple, output: Any) -> None:
     _thread.running = None
 
 
-_classes: dict[type, type] = {}
-
-
 def distributed_class(base: type) -> type:
     """The class of ``base`` with its blocks on servers."""
-    if base not in _classes:
-        bases = (
-            (PromptGeneration, DistributedMixin, base)
-            if issubclass(base, GenerationMixin)
-            else (DistributedMixin, base)
-        )
-        namespace = {"__module__": "ptune.models", "__doc__": f"`{base.__name__}` on servers.", "base_class": base}
-        if base.__name__.endswith("ForSequenceClassification"):
-            namespace["forward"] = pooled_forward(base)
-        made = _classes[base] = type("Distributed" + base.__name__, bases, namespace)
-        dict.__setitem__(_CAN_RECORD_REGISTRY, str(made), getattr(base, "_can_record_outputs", None))
-    return _classes[base]
+    return class_of(base, "Distributed", DistributedMixin, f"`{base.__name__}` on servers.")
 
 
 def load_distributed(
