@@ -298,53 +298,36 @@ def _sdpa(
     return output.transpose(1, 2).contiguous(), None
 
 
-def _mask(
-    attention: Attention,
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: Any = 0,
-    kv_offset: Any = 0,
-    mask_function: Any = None,
-    attention_mask: Tensor | None = None,
-    **kwargs: Any,
-) -> Any:
+_OF_TEXT = {"q_offset", "kv_offset", "mask_function", "attention_mask"}
+
+
+def _mask(attention: Attention, **given: Any) -> Any:
     """The stock mask, and in a call that injects a prefix, its rows of text over prefix and text."""
-    stock = ALL_MASK_ATTENTION_FUNCTIONS[attention.stock]
-    call, packed, plain, needed = current_call(), None, False, True
-    if call is not None and call.body is not None and call.body.config is not kwargs["config"]:
+    stock, call = ALL_MASK_ATTENTION_FUNCTIONS[attention.stock], current_call()
+    if call is not None and call.body is not None and given.get("config", call.body.config) is not call.body.config:
         call = None  # that of another model, which calls this one or was interrupted
     if call is not None and call.capture is not None:
-        call.capture.note_window(kwargs.get("local_size"))
-    if call is not None and call.injected:
-        if (packed := call.packed) is not None:
-            if packed.own_mask is None and not packed.overwritten:
-                # causal, as no window is narrower (see `PrefixPath.discover`)
-                own = {"batch_size": 1, "q_length": packed.num_prompts, "kv_length": packed.num_prompts}
-                packed.own_mask = _additive_in(attention.dtype, stock(**(kwargs | own)))
-            batch_size, q_length, kv_length = packed.batch_size, packed.length, packed.mask.shape[1]
-            attention_mask = packed.mask if attention_mask is None else packed.mask.to(attention_mask.device)
-        q_offset, columns = q_offset + call.injected, call.columns
-        if columns is not None:
-            mask_function = partial(_by_column, mask_function, columns)
-        window = kwargs.get("local_size")
-        skip = kwargs.get("allow_is_causal_skip", True) or kwargs.get("allow_is_bidirectional_skip", False)
-        plain = attention.stock == "sdpa" and skip and (window is None or kv_length < window)
-        needed = call.padded or not plain
-        kwargs |= {"allow_is_causal_skip": False}
+        call.capture.note_window(given.get("local_size"))
+    if call is None or not call.injected:
+        return _additive_in(attention.dtype, stock(**given))
+    if (packed := call.packed) is not None:
+        if packed.own_mask is None and not packed.overwritten:
+            # causal, as no window is narrower (see `PrefixPath.discover`)
+            own = {"batch_size": 1, "q_length": packed.num_prompts, "kv_length": packed.num_prompts}
+            own = {name: value for name, value in given.items() if name not in _OF_TEXT} | own
+            packed.own_mask = _additive_in(attention.dtype, stock(**own))
+        keys = packed.mask if given.get("attention_mask") is None else packed.mask.to(given["attention_mask"].device)
+        given |= {"batch_size": packed.batch_size, "q_length": packed.length, "kv_length": keys.shape[1]}
+        given["attention_mask"] = keys
+    given["q_offset"] = given.get("q_offset", 0) + call.injected
+    if call.columns is not None:
+        given["mask_function"] = partial(_by_column, given["mask_function"], call.columns)
+    window = given.get("local_size")
+    skip = given.get("allow_is_causal_skip", True) or given.get("allow_is_bidirectional_skip", False)
+    plain = attention.stock == "sdpa" and skip and (window is None or given["kv_length"] < window)
     mask = None
-    if needed:
-        mask = stock(
-            batch_size=batch_size,
-            q_length=q_length,
-            kv_length=kv_length,
-            q_offset=q_offset,
-            kv_offset=kv_offset,
-            mask_function=mask_function,
-            attention_mask=attention_mask,
-            **kwargs,
-        )
-        mask = _additive_in(attention.dtype, mask)
+    if call.padded or not plain:
+        mask = _additive_in(attention.dtype, stock(**given | {"allow_is_causal_skip": False}))
     if packed is not None and plain:
         packed.plain_mask = mask
     return mask
