@@ -62,17 +62,19 @@ class Placement(NamedTuple):
                 "start, length and column: expected one number each for every row of the batch, got "
                 f"{len(start)}, {len(length)} and {len(column)}"
             )
-        rows = list(zip(start, length, column, strict=True))
-        for i, (s, m, c) in enumerate(rows):
-            if not all(hasattr(number, "__index__") for number in (s, m, c)):
+        rows = []
+        for i, (s, m, c) in enumerate(zip(start, length, column, strict=True)):
+            if int(s) != s or int(m) != m or int(c) != c:
                 raise TypeError(f"row {i}: expected integers, got start {s!r}, length {m!r}, column {c!r}")
+            s, m, c = int(s), int(m), int(c)
+            rows.append((s, m, c))
             if s < 0 or m < 0 or c < 0 or s + m > pool_rows:
                 raise IndexError(
                     f"row {i}: expected start, length and column of at least 0 and start + length of at most "
                     f"{pool_rows}, got start {s}, length {m}, column {c}"
                 )
-        starts, lengths, columns = torch.tensor(rows, dtype=torch.int32).view(-1, 3).T.contiguous().to(device)
-        return cls(starts, lengths, columns, max((int(m) for m in length), default=0))
+        numbers = torch.tensor(rows, dtype=torch.int32).view(-1, 3).T.contiguous().to(device)
+        return cls(numbers[0], numbers[1], numbers[2], max([m for _, m, _ in rows], default=0))
 
 
 def embed_and_prepend(

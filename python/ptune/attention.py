@@ -21,7 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ptune_kernels import Placement, cast_qkv, prepend_kv
 
-from .call import current_call
+from .call import Call, running
 
 KEYWORD = "ptune_prefix"
 
@@ -303,12 +303,13 @@ _OF_TEXT = {"q_offset", "kv_offset", "mask_function", "attention_mask"}
 
 def _mask(attention: Attention, **given: Any) -> Any:
     """The stock mask, and in a call that injects a prefix, its rows of text over prefix and text."""
-    stock, call = ALL_MASK_ATTENTION_FUNCTIONS[attention.stock], current_call()
-    if call is not None and call.body is not None and given.get("config", call.body.config) is not call.body.config:
-        call = None  # that of another model, which calls this one or was interrupted
-    if call is not None and call.capture is not None:
+    stock, call = ALL_MASK_ATTENTION_FUNCTIONS[attention.stock], running()
+    # not that of another model, which calls this one or was interrupted
+    while call is not None and call.body is not None and given.get("config", call.body.config) is not call.body.config:
+        call = call.outer
+    if isinstance(call, Call) and call.capture is not None:
         call.capture.note_window(given.get("local_size"))
-    if call is None or not call.injected:
+    if not isinstance(call, Call) or not call.injected:
         return _additive_in(attention.dtype, stock(**given))
     if (packed := call.packed) is not None:
         if packed.own_mask is None and not packed.overwritten:

@@ -3,13 +3,16 @@
 It travels in a thread-local, never on modules.
 """
 
+import sys
 import threading
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from ptune_kernels import Placement
 
@@ -26,6 +29,7 @@ class Call:
         placement: for the ops on ``[prompt ; text]``.
         as_tuple: whether the caller wants a tuple.
         capture: what takes the keys and values of prompt rows that run alone.
+        begun: whether the body was called for these.
         prefix: whether the prompt is a prefix, of text that is run alone.
         injected: how many rows of a prefix the attention functions prepend; 0 where none do.
         padded: whether there is padding among the injected call's text.
@@ -43,6 +47,7 @@ class Call:
     placement: Placement | None = None
     as_tuple: bool = False
     capture: Any = None
+    begun: bool = False
     prefix: bool = False
     injected: int = 0
     padded: bool = False
@@ -76,6 +81,52 @@ def current_call() -> Call | None:
 
 def set_call(call: Call | Bare | None) -> None:
     _thread.call = call
+
+
+def call_of(body: nn.Module) -> Call | Bare | None:
+    """The innermost call of ``body``, below what an interrupted call may have left."""
+    call = running()
+    while call is not None and call.body is not body:
+        call = call.outer
+    return call
+
+
+def end_call(call: Call | Bare) -> None:
+    set_call(call.outer)
+    call.outer = None  # a checkpoint may keep the call, and need not keep that one too
+
+
+def still_running(body: nn.Module | None = None) -> Call | Bare | None:
+    """The innermost call, at the beginning of one of ``body``, without those that were interrupted.
+
+    Hooks do not see a KeyboardInterrupt. What it leaves behind is told by the stack, which is read where anything is
+    left, or where a hook calls another model.
+    """
+    call = running()
+    if call is None:
+        return None
+    if torch.compiler.is_compiling():  # no stack to be read
+        while call is not None and call.body is body:
+            call = call.outer
+        return call
+    frames: Counter[int] = Counter()
+    frame: Any = sys._getframe()
+    while frame is not None:
+        if frame.f_code is nn.Module._wrapped_call_impl.__code__:
+            frames[id(frame.f_locals["self"])] += 1
+        elif frame.f_code is _run_in.__code__:
+            frames[id(frame.f_locals["call"].body)] += 1
+        frame = frame.f_back
+    frames[id(body)] -= 1
+    found = []
+    while call is not None:
+        found.append(call)
+        call = call.outer
+    for each in reversed(found):  # the outer ones first: of two calls of one body, the later was interrupted
+        if each.body is None or frames[id(each.body)] > 0:
+            frames[id(each.body)] -= 1
+            each.outer, call = call, each
+    return call
 
 
 class CheckpointWithCall:

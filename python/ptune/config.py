@@ -1,7 +1,7 @@
 """What is trained on a frozen base, and how it starts: `PTuneConfig`."""
 
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -60,7 +60,7 @@ class PTuneConfig:
                 f"pre_seq_len: expected at least 1 with tuning_mode={self.tuning_mode!r}, got {self.pre_seq_len}"
             )
         if self.prompt_init_text is not None:
-            self.prompt_init_text = _checked_text(self.prompt_init_text)
+            _check_text(self.prompt_init_text)
         if self.prompt_init is None:
             self.prompt_init = "random" if self.prompt_init_text is None else "text"
         _check_choice("prompt_init", self.prompt_init, PROMPT_INITS)
@@ -101,27 +101,17 @@ def take_settings(source: Any) -> dict[str, Any]:
     return {name: attributes.pop(name) for name in _SETTINGS if name in attributes}
 
 
-def _checked_text(given: Any) -> InitText:
-    text = _without_arrays(given)
-    one = isinstance(text, str) or _are_ids(text)
-    if not one and not (isinstance(text, list) and all(isinstance(each, str) or _are_ids(each) for each in text)):
+def _check_text(text: Any) -> None:
+    try:
+        length = None if isinstance(text, Mapping) or not hasattr(text, "__getitem__") else len(text)
+    except TypeError:  # a tensor without dimensions
+        length = None
+    if length is None:
         raise TypeError(
-            f"prompt_init_text: expected a string, its token ids, or a list of either, got {reprlib.repr(given)}"
+            f"prompt_init_text: expected a string, its token ids, or a list of either, got {reprlib.repr(text)}"
         )
-    if len(text) == 0:
+    if length == 0:
         raise ValueError("prompt_init_text: expected a text or texts, got an empty one")
-    return text
-
-
-def _without_arrays(text: Any) -> Any:
-    """Lists in place of arrays, tensors, tuples and columns of datasets."""
-    if hasattr(text, "tolist"):
-        return text.tolist()
-    return text if isinstance(text, str) or not isinstance(text, Sequence) else [_without_arrays(each) for each in text]
-
-
-def _are_ids(text: Any) -> bool:
-    return isinstance(text, list) and all(isinstance(token, int) for token in text)
 
 
 def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:

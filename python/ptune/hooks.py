@@ -14,7 +14,7 @@ from transformers.utils import ModelOutput
 
 from ptune_kernels import Placement, overwrite
 
-from .call import Bare, Call, current_call, running, set_call
+from .call import Bare, Call, call_of, end_call, running, set_call, still_running
 from .concat import ConcatPath, matching
 from .layout import Layout, first_column, ones_and_zeros, positions_of, states_at
 from .mixture import Mixture, current_mixture
@@ -42,8 +42,8 @@ class PromptHooks:
         self.handles = [
             body.register_forward_pre_hook(self.before_body, with_kwargs=True),
             body.register_forward_hook(self.after_body),
-            # where an exception kept `after_body` from running
-            body.register_forward_hook(_end_call, always_call=True),
+            # even where an exception kept `after_body` from running
+            body.register_forward_hook(self.end_body, always_call=True),
         ]
         if body is not model:
             self.handles += [
@@ -55,14 +55,15 @@ class PromptHooks:
     def remove(self) -> None:
         for handle in self.handles:
             handle.remove()
+        set_call(still_running())
 
     def before_body(self, body: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         outer = running()
-        if outer is not None and outer.body is body:
-            if isinstance(outer, Call) and outer.capture is not None:
-                return None
-            outer = outer.outer  # an interruption, which no hook sees, left that call behind
-        set_call(Bare(body, outer))
+        if isinstance(outer, Call) and outer.capture is not None and outer.body is self.body and not outer.begun:
+            outer.begun = True
+            return None
+        outer = still_running(self.body)
+        set_call(Bare(self.body, outer))
         note_body(reached=True)
         mixture = current_mixture(self.model)
         if mixture is None and not self.model.prompts_enabled:
@@ -83,7 +84,7 @@ class PromptHooks:
             return_dict = getattr(body.config, "return_dict", True)
         path = self.prefix if self.prefix.serves(arguments, layout, text) else self.concat
         call, arguments = path.enter(body, arguments, layout, text)
-        call.as_tuple, call.body, call.outer = not return_dict, body, outer
+        call.as_tuple, call.body, call.outer = not return_dict, self.body, outer
         set_call(call)
         return (), arguments | {"return_dict": True}
 
@@ -102,13 +103,13 @@ class PromptHooks:
     def before_block(
         self, block: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]] | None:
-        call = current_call()
+        call = call_of(self.body)
         if call is None and _in_backward() and self.model.prompts_enabled:
             raise NotImplementedError(
                 f"{type(block).__name__}: recomputed by a checkpoint that knows nothing of deep prompts; use "
                 "gradient_checkpointing_enable() in place of a wrapper around the blocks"
             )
-        if call is None or (call.prefix and call.packed is None) or not self._is_deep(call):
+        if not isinstance(call, Call) or (call.prefix and call.packed is None) or not self._is_deep(call):
             return None
         hidden = args[0] if args else kwargs["hidden_states"]
         expected = (call.layout.column.shape[0], call.layout.num_prompts + call.length)
@@ -136,9 +137,9 @@ class PromptHooks:
         return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
 
     def after_body(self, body: nn.Module, args: tuple, output: Any) -> Any:
-        if (call := current_call()) is None or call.capture is not None:
+        call = call_of(self.body)
+        if not isinstance(call, Call) or call.capture is not None:
             return None
-        set_call(call.outer)
         if not isinstance(output, ModelOutput):
             raise NotImplementedError(f"{type(body).__name__}: expected a ModelOutput, got {type(output).__name__}")
         if call.prefix:
@@ -151,6 +152,11 @@ class PromptHooks:
         if output.get("pooler_output") is not None:
             output["pooler_output"] = pool(body, states_at(call.layout.column, output["last_hidden_state"]))
         return output.to_tuple() if call.as_tuple else output
+
+    def end_body(self, body: nn.Module, args: tuple, output: Any) -> None:
+        call = call_of(self.body)
+        if call is not None and not (isinstance(call, Call) and call.capture is not None):
+            end_call(call)
 
     def leave_concat(self, call: Call, output: Any) -> None:
         self.concat.leave(call, output)
@@ -242,11 +248,6 @@ def note_body(*, reached: bool) -> None:
 def _in_backward() -> bool:
     # a decoding step is compiled whole, and its graph would break here
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
-def _end_call(body: nn.Module, args: tuple, output: Any) -> None:
-    if (call := running()) is not None and call.body is body and not (isinstance(call, Call) and call.capture):
-        set_call(call.outer)
 
 
 def _is_resumed(past: Any, mask: Tensor | None, length: int) -> bool:

@@ -80,7 +80,7 @@ def _from_text(
 ) -> tuple[Tensor, Tensor]:
     count = settings.pre_seq_len
     assert texts is not None  # PTuneConfig sees to it
-    if isinstance(texts, str) or isinstance(texts[0], int):
+    if isinstance(texts, str) or isinstance(_number(texts[0]), int):
         ids = _token_ids(model, texts, tokenise, special_tokens=False)
         return _states(model, torch.tensor([ids[i % len(ids)] for i in range(count)]), settings.deep)
     # one token of each of m sampled texts, in the context of its own text
@@ -100,13 +100,18 @@ def _token_ids(model: Any, text: Any, tokenise: Tokenise | None, *, special_toke
             raise ValueError("prompt_init_text: a string needs a tokenizer; pass tokenizer=, or token ids")
         ids = tokenise(text, special_tokens)
     else:
-        ids = list(text)
-    if not ids:
+        ids = [_number(token) for token in text] if hasattr(text, "__len__") else text
+    if isinstance(ids, list) and not ids:
         raise ValueError(f"prompt_init_text: expected at least one token, got {text!r}")
     vocabulary = model.get_input_embeddings().num_embeddings
-    if not all(isinstance(token, int) and 0 <= token < vocabulary for token in ids):
+    if not isinstance(ids, list) or not all(isinstance(token, int) and 0 <= token < vocabulary for token in ids):
         raise ValueError(f"prompt_init_text: expected token ids from 0 to {vocabulary - 1}, got {ids!r}")
     return ids[: _readable(model, _CONTEXT)]
+
+
+def _number(token: Any) -> Any:
+    """What an array or a tensor holds, if ``token`` is of one."""
+    return token.tolist() if hasattr(token, "tolist") else token
 
 
 def _readable(model: Any, count: int) -> int:

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NoReturn
 
 import torch
@@ -108,10 +108,11 @@ def device_of(embedding: Any) -> torch.device:
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Inside the block no module is in training, and autocast rounds nothing."""
     training = [module for module in model.modules() if module.training]
-    device = next(model.parameters()).device.type
     model.eval()
     try:
-        with torch.autocast("cpu" if device == "meta" else device, enabled=False):
+        with ExitStack() as exact:
+            for kind in {parameter.device.type for parameter in model.parameters()} - {"meta"}:
+                exact.enter_context(torch.autocast(kind, enabled=False))
             yield
     finally:
         for module in training:
@@ -160,12 +161,16 @@ def check_inputs(arguments: dict[str, Any], parameters: tuple[str, ...]) -> None
             f"attention_mask: expected [b, n], got {got}; a mask made for text has no prompt columns"
         )
     check_mask(arguments)
-    if positions is not None and positions.dim() != 2:
+    if isinstance(positions, Tensor) and positions.dim() != 2:
         raise NotImplementedError(f"position_ids: expected [b, n], got shape {tuple(positions.shape)}")
     size = (arguments["inputs_embeds"] if ids is None else ids).shape[:2]
     for name in ("position_ids", "token_type_ids"):
         given = arguments.get(name)
-        if given is not None and tuple(given.shape) not in (tuple(size), (1, size[1])):
+        if name not in parameters or given is None:
+            continue
+        if not isinstance(given, Tensor):
+            raise TypeError(f"{name}: expected a tensor [b, n], got {type(given).__name__}")
+        if tuple(given.shape) not in (tuple(size), (1, size[1])):
             raise ValueError(f"{name}: expected shape {tuple(size)}, as the text has, got {tuple(given.shape)}")
     for name in parameters:
         value = arguments.get(name)

@@ -2,7 +2,7 @@
 
 The prompt and the first text are one of these sequences, since the prompt is what stands before that text; of the other
 texts each is one, whose keys begin with the prompt's (see `spread_kv`). Padding behind a text is a sequence of its own,
-which nothing else reads. Queries and outputs stay in place.
+which nothing else reads, and which is not what other ways make of it. Queries and outputs stay in place.
 """
 
 from dataclasses import dataclass

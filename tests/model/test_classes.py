@@ -1,12 +1,15 @@
 """Classes: made once per base class, importable, picklable, and to transformers what their base is."""
 
 import copy
+import gc
 import pickle
 import re
 import subprocess
 import sys
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -16,7 +19,7 @@ import transformers as hf
 
 import ptune
 import ptune.models
-from ptune.call import current_call
+from ptune.call import running
 from ptune.concat import fusible_scale
 from ptune.loading import check_keywords
 from ptune_kernels import embed_and_prepend
@@ -245,14 +248,25 @@ def test_a_failed_call_leaves_nothing_behind(base_of, sharing):
     with pytest.raises(ZeroDivisionError):
         model(torch.randint(3, 61, (2, 5)))
     handle.remove()
-    assert current_call() is None
+    assert running() is None
     states, positions = torch.randn(2, 5 + COUNT, 24), torch.arange(5 + COUNT)[None]
     one, other = (m.layers[1](states, position_embeddings=m.rotary_emb(states, positions)) for m in (stock, model))
     assert torch.equal(one, other)
 
 
+def interrupt(model, call):
+    """Have a KeyboardInterrupt come while ``model`` runs in ``call``."""
+    mlp = model.layers[2].mlp
+    mlp.forward = Mock(side_effect=KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        call()
+    del mlp.forward
+
+
 @pytest.mark.parametrize("path", [*SHARED, "concat"])
-@pytest.mark.parametrize("inner", ["shallow", "overwrite", "disabled", "behind its prompt", "stock"])
+@pytest.mark.parametrize(
+    "inner", ["shallow", "overwrite", "disabled", "behind its prompt", "stock", "itself", "interrupted"]
+)
 def test_a_call_within_a_call(base_of, path, inner):
     """A hook on one model calls another (a teacher, say): neither learns of the other."""
     base = base_of("llama")
@@ -260,6 +274,8 @@ def test_a_call_within_a_call(base_of, path, inner):
     set_prompts(model, "overwrite")
     if inner == "stock":
         other = ptune.hybrid(base.stock(), torch.bfloat16)
+    elif inner == "itself":
+        other = model
     elif inner == "overwrite":
         set_prompts(other, inner)
     ids, mask = torch.randint(3, 61, (2, 6)), torch.ones(2, 6, dtype=torch.long)
@@ -267,37 +283,54 @@ def test_a_call_within_a_call(base_of, path, inner):
 
     @torch.no_grad()
     def call():
-        with other.disable_prompts() if inner == "disabled" else nullcontext():
+        with other.disable_prompts() if inner in ("disabled", "itself") else nullcontext():
             output = other(ids, attention_mask=mask)
         if inner == "behind its prompt":
             return other(ids[:, :1], past_key_values=output.past_key_values)[0]
         return output[0][mask.bool()]
 
     take(model, path)
-    expected, wanted, got = model(ids, use_cache=False)[0], call(), []
-    handle = model.layers[1].register_forward_hook(lambda *_: got.append(call()))
+    expected, wanted, calls, got = model(ids, use_cache=False)[0], call(), [], []
+
+    def hook(*_):
+        if inner == "interrupted":
+            interrupt(other, call)
+        elif len(calls) < 3:  # or it would call itself for ever
+            calls.append(None)
+            got.append(call())
+
+    handle = model.layers[1].register_forward_hook(hook)
     close(model(ids, use_cache=False)[0], expected)
     handle.remove()
-    assert got
+    got.append(call())
     assert all(torch.equal(each, wanted) for each in got)
-    assert current_call() is None
+    assert running() is None
 
 
 @pytest.mark.parametrize("path", [*SHARED, "concat"])
-def test_an_interruption_is_no_news_to_other_models(base_of, monkeypatch, path):
+def test_an_interruption_is_soon_forgotten(base_of, path):
     base = base_of("llama")
     model, stock = base.tuned(**settings_for("overwrite")), ptune.hybrid(base.stock(), torch.bfloat16)
     take(model, path)
     ids, mask = torch.randint(3, 61, (2, 6)), torch.ones(2, 6, dtype=torch.long)
     expected = model(ids, use_cache=False)[0]
     wanted = stock(ids, attention_mask=mask.tril(3))[0]
-    with monkeypatch.context() as patched:
-        patched.setattr(model.layers[2].mlp, "forward", Mock(side_effect=KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            model(ids, use_cache=False)
+    interrupt(model, partial(model, ids, use_cache=False))
     assert torch.equal(stock(ids, attention_mask=mask.tril(3))[0], wanted)
     assert torch.equal(model(ids, use_cache=False)[0], expected)
-    assert current_call() is None
+    assert running() is None
+    other = base.tuned(**settings_for("shallow"))
+    take(other, path)
+    interrupt(other, partial(other, ids))
+    interrupt(model, partial(model, ids))
+    gone = weakref.ref(other)
+    del other
+    assert torch.equal(model(ids, use_cache=False)[0], expected)
+    gc.collect()
+    assert gone() is None
+    interrupt(model, partial(model, ids))
+    model.init_prompts(ptune.PTuneConfig())
+    assert torch.equal(model(ids)[0], base.stock()(ids)[0])
 
 
 @pytest.mark.parametrize("loader", [ptune.AutoPTuneModel, ptune.AutoPTuneModelForCausalLM])

@@ -1,5 +1,7 @@
 """Where prompts start: at the frozen base's own states on real tokens."""
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 import transformers
@@ -144,6 +146,40 @@ def test_strings_are_read_by_the_bases_tokenizer(minilm):
         minilm, **settings_for("overwrite", 3, prompt_init_text=[text, "a b"])
     )
     assert several.intermediate_prompt_embeddings.weight.isfinite().all()
+
+
+class Rows(torch.utils.data.Dataset):
+    """A dataset is no sequence."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return self.rows[index]
+
+
+KINDS = {
+    "tuple": tuple,
+    "tensor": torch.tensor,
+    "array": np.array,
+    "column": pd.Series,
+    "column of arrays": lambda rows: pd.Series([np.array(row) for row in rows]),
+    "list of tensors": lambda rows: [torch.tensor(row) for row in rows],
+    "dataset": Rows,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("ids", [[5, 6, 7], [[5, 6, 7], [8, 9, 10]]], ids=["one", "several"])
+def test_token_ids_of_any_kind(base_of, kind, ids):
+    base, prompts = base_of("gpt2"), []
+    for text in (ids, kind(ids)):
+        torch.manual_seed(0)
+        prompts.append(base.tuned(**settings_for("shallow", prompt_init_text=text)).prompt_embeddings.weight)
+    assert torch.equal(*prompts)
 
 
 def test_initialising_leaves_no_trace(base_of):

@@ -5,7 +5,7 @@ import torch
 from torch.autograd import gradcheck
 
 import ptune_kernels
-from ptune_kernels import Placement
+from ptune_kernels import Placement, prepend
 
 from .cases import OPS, on_ops, on_targets
 from .compare import assert_same
@@ -148,6 +148,16 @@ def test_inductor():
     expected = trained(lambda *t: model(*t, placement), tensors, (0, 1))
     for got, want in zip(actual, expected, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_placement_is_made_in_a_graph():
+    prompts, hidden = torch.randn(8, 5), torch.randn(2, 4, 5)
+
+    def model(prompts, hidden):
+        return prepend(prompts, hidden, Placement.of([0, 1], [2, 3], [0, 1], pool_rows=8))
+
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(prompts, hidden), model(prompts, hidden))
 
 
 # --- how autograd is used ---

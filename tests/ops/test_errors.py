@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -349,6 +350,8 @@ def test_placement_of_checks_on_the_host():
         Placement.of([0], [1, 1], [0], pool_rows=4)
     with pytest.raises(TypeError, match=r"row 1: expected integers, got start 0, length 1\.7, column 0"):
         Placement.of([0, 0], [1, 1.7], [0, 0], pool_rows=4)
+    with pytest.raises(IndexError, match=r"row 0.*at most 250, got start 200, length 100"):
+        Placement.of(*np.array([[200], [100], [0]], dtype=np.uint8), pool_rows=250)  # their sum wraps
     assert Placement.of([], [], [], pool_rows=4).start.shape == (0,)
     assert Placement.of(*torch.tensor([[0, 1], [2, 3], [0, 0]]), pool_rows=4).max_length == 3
 
