@@ -304,9 +304,8 @@ _OF_TEXT = {"q_offset", "kv_offset", "mask_function", "attention_mask"}
 def _mask(attention: Attention, **given: Any) -> Any:
     """The stock mask, and in a call that injects a prefix, its rows of text over prefix and text."""
     stock, call = ALL_MASK_ATTENTION_FUNCTIONS[attention.stock], running()
-    # not that of another model, which calls this one or was interrupted
-    while call is not None and call.body is not None and given.get("config", call.body.config) is not call.body.config:
-        call = call.outer
+    if call is not None and call.body is not None and given.get("config", call.body.config) is not call.body.config:
+        call = None  # that of another model, which calls this one or was interrupted
     if isinstance(call, Call) and call.capture is not None:
         call.capture.note_window(given.get("local_size"))
     if not isinstance(call, Call) or not call.injected:

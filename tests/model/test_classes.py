@@ -301,6 +301,7 @@ def test_a_call_within_a_call(base_of, path, inner):
 
     handle = model.layers[1].register_forward_hook(hook)
     close(model(ids, use_cache=False)[0], expected)
+    assert running() is None
     handle.remove()
     got.append(call())
     assert all(torch.equal(each, wanted) for each in got)
@@ -328,9 +329,24 @@ def test_an_interruption_is_soon_forgotten(base_of, path):
     assert torch.equal(model(ids, use_cache=False)[0], expected)
     gc.collect()
     assert gone() is None
-    interrupt(model, partial(model, ids))
+    interrupt(model, partial(model, ids, use_cache=False))
     model.init_prompts(ptune.PTuneConfig())
-    assert torch.equal(model(ids)[0], base.stock()(ids)[0])
+    padded = {"attention_mask": mask.tril(3)}
+    close(model(ids, **padded)[0], base.stock()(ids, **padded)[0])
+
+
+def test_a_graph_keeps_no_other_model(base_of):
+    base = base_of("llama")
+    model, other = base.tuned(**settings_for("overwrite")), base.tuned(**settings_for("overwrite")).train()
+    other.gradient_checkpointing_enable({"use_reentrant": False})
+    ids, kept = torch.randint(3, 61, (2, 6)), []
+    model.layers[1].register_forward_hook(lambda *_: kept.append(other(ids)[0]))
+    model(ids)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+    kept[-1].sum().backward()
 
 
 @pytest.mark.parametrize("loader", [ptune.AutoPTuneModel, ptune.AutoPTuneModelForCausalLM])
