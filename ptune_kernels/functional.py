@@ -247,13 +247,12 @@ def _part(ops: Ops, query: Tensor, key: Tensor, value: Tensor, m: int, b: int, d
 
 
 def _check_query(query: Tensor, key: Tensor) -> None:
-    if query.dim() != 4 or query.shape[0] != 1:
-        raise ValueError(f"query: expected 4 dimensions, the first of size 1, got shape {list(query.shape)}")
-    heads = key.shape[1]
-    if query.shape[2:] != key.shape[2:] or (heads > 0 and query.shape[1] % heads):
+    shape, (_, heads, rows, width) = query.shape, key.shape
+    if len(shape) != 4 or shape[0] != 1:
+        raise ValueError(f"query: expected 4 dimensions, the first of size 1, got shape {list(shape)}")
+    if shape[2] != rows or shape[3] != width or (heads > 0 and shape[1] % heads):
         raise ValueError(
-            f"query: expected [1, a multiple of {heads}, {key.shape[2]}, {key.shape[3]}] (as key has it), got "
-            f"{list(query.shape)}"
+            f"query: expected [1, a multiple of {heads}, {rows}, {width}] (as key has it), got {list(shape)}"
         )
     if query.device != key.device:
         raise ValueError(f"query: expected device {key.device} (that of key), got {query.device}")
