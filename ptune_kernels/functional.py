@@ -6,13 +6,13 @@ width, ``h`` heads. ``placement=None`` puts the whole pool at column 0 of every 
 Dtypes: prompts are float32 over float32, float16 or bfloat16 text (float64 over float64). Arithmetic is in float32 and
 is rounded once, to nearest even; prompt gradients are summed over the batch in float32, in a fixed order, compensated
 (Neumaier 1974). Inputs may have any strides and are never copied first; outputs are contiguous and never alias inputs,
-but for what `overwrite_` and the views that `part_qkv` returns.
+but for `overwrite_`, which returns its input, and the views that `part_qkv` returns.
 
 Errors: `ValueError` (shapes, dtypes, devices, layouts), `IndexError` (values) or `TypeError` (another class)
 names the argument, what was expected and what came, before anything is written; for a number of another class it is
-torch's own `RuntimeError`. The values of a placement and of
-``input_ids`` are checked on the CPU only: on a GPU that would synchronise, so there a row out of range is never read
-and comes out as NaN (`Placement.of` checks on the host, before the copy).
+torch's own `RuntimeError`. The values of a placement and of ``input_ids`` are checked on the CPU only: on a GPU that
+would synchronise, so there a row out of range is never read and comes out as NaN (`Placement.of` checks on the host,
+before the copy).
 """
 
 import functools

@@ -62,6 +62,7 @@ def _has_kernel(device: torch.device) -> bool:
     return flash_sdp_enabled() and _is_new_enough(device) and is_right_on(device)
 
 
+@cache  # every attention asks
 def _is_new_enough(device: torch.device) -> bool:
     return (
         torch.version.hip is None
