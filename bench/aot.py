@@ -132,8 +132,8 @@ def cuda_binaries(targets: Iterable[str]) -> Iterator[Kernel]:
     for (target, symbol), binary in _of_nvidia(library).items():
         if target not in targets:
             continue
-        entry, code = re.search(
-            r"(Assemble|Plain|Strip|Overwrite|Sum)RowsI(f|d|6__half|13__nv_bfloat16)E", symbol
+        entry, code, parts = re.search(
+            r"(Assemble|Plain|Strip|Overwrite|Sum)RowsI(f|d|6__half|13__nv_bfloat16)(?:Li(\d)E)?E", symbol
         ).groups()
         dtype, bits = ELEMENTS[code]
         narrow = {("load", 32)}  # ids and placements
@@ -143,7 +143,8 @@ def cuda_binaries(targets: Iterable[str]) -> Iterator[Kernel]:
             narrow |= {("load", bits), ("load", 16), ("store", bits)}
         if entry == "Sum":  # float32 sums may become half, or have it added, of which a pack has 64 bits
             narrow |= {("load", 64), ("store", 16), ("store", 32), ("store", 64)}
-        yield Kernel(f"cuda {entry.lower()} {dtype}", target, binary, narrow)
+        one = ", one part" if parts == "1" else ""
+        yield Kernel(f"cuda {entry.lower()} {dtype}{one}", target, binary, narrow)
 
 
 def _of_cubin(cubin: bytes) -> Binary:

@@ -178,21 +178,24 @@ struct AssembleRows {
   }
 };
 
+bool is_plain(const AssemblePart& p) {
+  const DType out = p.a.out.dtype, wide = out == DType::f64 ? DType::f64 : DType::f32;
+  return p.wide && !p.a.placement.start.data && (!p.a.ids.data || p.a.scale == 1.0) && p.a.text.dtype == out &&
+         (p.a.prompts.dtype == out || p.a.prompts.dtype == wide);
+}
+
 // What AssembleRows does, as most callers have it: all wide, and so in whole packs, as the output has no gaps; texts of the
-// output's dtype, no placement and no scale. A tenth of the code, with which small outputs are written sooner.
-template <class Out>
+// output's dtype, no placement and no scale. A tenth of the code, with which small outputs are written sooner. A launch hands
+// over all parts that a kernel has room for, so that one part has a kernel of its own.
+template <class Out, int kParts>
 struct PlainRows {
   [[maybe_unused]] static constexpr int kBlocksPerSm = kBlocks<Out>;
-  AssemblePart parts[kMaxParts];
+  AssemblePart parts[kParts];
 
-  static bool serves(const AssemblePart& p) {
-    const DType out = p.a.out.dtype, wide = out == DType::f64 ? DType::f64 : DType::f32;
-    return p.wide && !p.a.placement.start.data && (!p.a.ids.data || p.a.scale == 1.0) && p.a.text.dtype == out &&
-           (p.a.prompts.dtype == out || p.a.prompts.dtype == wide);
-  }
+  explicit PlainRows(const AssemblePart* from) { std::copy_n(from, kParts, parts); }
 
   PTUNE_BOTH void operator()(const Thread& t) const {
-    const AssemblePart& p = parts[t.block.z];
+    const AssemblePart& p = parts[kParts == 1 ? 0 : t.block.z];
     const Assemble& a = p.a;
     p.tiling.with_row(t, [&](uint32_t g, int64_t r, Lanes lanes) {
       const auto heads = static_cast<uint32_t>(a.heads), i = g / heads, h = g % heads;
@@ -382,19 +385,19 @@ int assemble(const Assemble* params, int count, void* stream) {
   return with_any_type(params[0].out.dtype, [&](auto element) {
     using Out = decltype(element);
     AssembleRows<Out> kernel{};
-    PlainRows<Out> plain{};
-    bool is_plain = true;
+    bool plain = true;
     int64_t blocks = 0;
     for (int k = 0; k < count; ++k) {
       const Assemble& a = params[k];
       const int64_t rows = a.placement.max_length + a.text_rows;
       const Tiling tiling = Tiling::over(a.batch * a.heads, rows, a.width, kStep<Out>);
       kernel.parts[k] = {a, is_wide(a.out) && is_wide(a.prompts) && is_wide(a.text), tiling};
-      plain.parts[k] = kernel.parts[k];
-      is_plain = is_plain && plain.serves(plain.parts[k]);
+      plain = plain && is_plain(kernel.parts[k]);
       blocks = std::max(blocks, tiling.blocks());
     }
-    return is_plain ? launch(plain, stream, blocks, 1, count) : launch(kernel, stream, blocks, 1, count);
+    if (!plain) return launch(kernel, stream, blocks, 1, count);
+    if (count == 1) return launch(PlainRows<Out, 1>(kernel.parts), stream, blocks);
+    return launch(PlainRows<Out, kMaxParts>(kernel.parts), stream, blocks, 1, count);
   });
 }
 
