@@ -1,4 +1,4 @@
-# make demo   tune prompts on a frozen MiniLM over the standard library's docstrings
+# make demo   tune prompts on a frozen MiniLM over texts that every Python has
 # make test   run the tests
 # Both build the wheel and install it into .venv, with the pins of constraints.txt.
 

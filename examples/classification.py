@@ -12,7 +12,7 @@ import torch
 from transformers import AutoTokenizer, Trainer, TrainingArguments
 
 from ptune import AutoPTuneModelForSequenceClassification
-from ptune.docstrings import topics
+from ptune.corpora import topics
 from ptune.train import HEAD_LEARNING_RATE, parameter_groups
 
 

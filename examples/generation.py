@@ -12,7 +12,7 @@ from typing import Any
 from transformers import AutoTokenizer, DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
 from ptune import AutoPTuneModelForCausalLM
-from ptune.docstrings import topics
+from ptune.corpora import topics
 
 
 def main(base: str, out: str, steps: int = 100) -> tuple[float, float]:

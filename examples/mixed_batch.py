@@ -9,7 +9,7 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ptune import PromptBank
-from ptune.docstrings import WORD
+from ptune.corpora import WORD
 
 TEXT = "Return the value for key if key is in the dictionary, else default."
 
@@ -19,13 +19,13 @@ def main(base: str, prompts: str) -> dict[str, str]:
     tokenizer = AutoTokenizer.from_pretrained(base, padding_side="left")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     bank = PromptBank(AutoModelForCausalLM.from_pretrained(base))
-    for name in ("topics", "parameters", "prose"):
+    for name in ("topics", "code", "prose"):
         bank.add(name, Path(prompts, name))
 
     words = WORD.findall(TEXT)
     rows = [tokenizer(TEXT), tokenizer(words, is_split_into_words=True), tokenizer(TEXT)]
     batch = tokenizer.pad([{"input_ids": row["input_ids"]} for row in rows], return_tensors="pt")
-    output = bank(batch.input_ids, batch.attention_mask, prompt_names=["topics", "parameters", "prose"])
+    output = bank(batch.input_ids, batch.attention_mask, prompt_names=["topics", "code", "prose"])
 
     topic = output.tasks["topics"].output.logits.argmax(-1).item()
     tags = output.logits[1].argmax(-1)[batch.attention_mask[1].bool()].tolist()
@@ -35,7 +35,7 @@ def main(base: str, prompts: str) -> dict[str, str]:
     text = bank.generate(start.input_ids, start.attention_mask, prompt_names=["prose"], max_new_tokens=24)[0]
     return {
         "topics": bank.head("topics").config.id2label[topic],
-        "parameters": ", ".join(found),
+        "code": ", ".join(found),
         "prose": f"next token {tokenizer.decode(following)!r}; {tokenizer.decode(text, skip_special_tokens=True)}",
     }
 

@@ -1,6 +1,6 @@
-"""A deep prompt learns which words of a docstring are its function's own parameters.
+"""A deep prompt learns which words of Python's reference manual are code.
 
-Run: ``python examples/tagging.py --model MODEL --out prompts/parameters``. MODEL: a decoder or an encoder.
+Run: ``python examples/tagging.py --model MODEL --out prompts/code``. MODEL: a decoder or an encoder.
 """
 
 import argparse
@@ -11,15 +11,15 @@ import torch
 from transformers import AutoTokenizer, DataCollatorForTokenClassification, Trainer, TrainingArguments
 
 from ptune import AutoPTuneModelForTokenClassification
-from ptune.docstrings import parameters
+from ptune.corpora import code
 from ptune.train import HEAD_LEARNING_RATE, parameter_groups
 
-LABELS = ["O", "B-parameter"]
+LABELS = ["O", "B-code", "I-code"]
 
 
 def main(base: str, out: str, steps: int = 100) -> float:
-    """Returns the F1 of parameters, word by word, on modules that training never saw."""
-    train, held_out = (list(filter(says_much, part)) for part in parameters())
+    """Returns the F1 of code, word by word, on chapters that training never saw."""
+    train, held_out = code()
     tokenizer = AutoTokenizer.from_pretrained(base, add_prefix_space=True)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
 
@@ -62,19 +62,14 @@ def main(base: str, out: str, steps: int = 100) -> float:
     return score
 
 
-def says_much(example: Any) -> bool:
-    """Whether a tenth of the words are parameters: of most docstrings so few are that 100 steps learn to find none."""
-    return sum(tag != "O" for tag in example.tags) >= 0.1 * len(example.tags)
-
-
 def f1(prediction: Any) -> dict[str, float]:
-    gold, said = prediction.label_ids == 1, (prediction.predictions.argmax(-1) == 1) & (prediction.label_ids >= 0)
+    gold, said = prediction.label_ids > 0, (prediction.predictions.argmax(-1) > 0) & (prediction.label_ids >= 0)
     return {"f1": 2 * (gold & said).sum() / max(1, gold.sum() + said.sum())}
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--out", default="prompts/parameters")
+    parser.add_argument("--out", default="prompts/code")
     arguments = parser.parse_args()
     print(f"F1 {main(arguments.model, arguments.out):.1%}")

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoTokenizer, set_seed
 
 from ptune import AutoPTuneModelForCausalLM, AutoPTuneModelForSequenceClassification
-from ptune.docstrings import topics
+from ptune.corpora import topics
 
 
 @pytest.fixture(autouse=True)
@@ -35,13 +35,13 @@ def test_classification_learns(minilm, tmp_path):
 
 
 def test_tagging_learns(minilm, tmp_path):
-    assert example("tagging").main(str(minilm), str(tmp_path), steps=50) > 0.4
+    assert example("tagging").main(str(minilm), str(tmp_path), steps=50) > 0.6
 
 
 def test_three_prompts_answer_one_batch(data_folder, tmp_path):
     base = str(data_folder / "stories260K")
     example("classification").main(base, str(tmp_path / "topics"), steps=3)
-    example("tagging").main(base, str(tmp_path / "parameters"), steps=3)
+    example("tagging").main(base, str(tmp_path / "code"), steps=3)
     before, after = example("generation").main(base, str(tmp_path / "prose"), steps=30)
     assert after < 0.7 * before
 
@@ -56,4 +56,4 @@ def test_three_prompts_answer_one_batch(data_folder, tmp_path):
     start = tokenizer(mixed.TEXT[:24], return_tensors="pt")
     continued = model.generate(**start, max_new_tokens=24)[0]
     assert answers["prose"].endswith(tokenizer.decode(continued, skip_special_tokens=True))
-    assert set(answers["parameters"].split(", ")) <= {*mixed.WORD.findall(mixed.TEXT), ""}
+    assert set(answers["code"].split(", ")) <= {*mixed.WORD.findall(mixed.TEXT), ""}

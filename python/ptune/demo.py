@@ -1,7 +1,7 @@
-"""The demonstration: two tasks on one frozen MiniLM, learnt from the docstrings of Python's standard library.
+"""The demonstration: two tasks on one frozen MiniLM, learnt from what every Python installation has.
 
 Each task is learnt with a head alone, with shallow and with deep prompts: the same examples, the same number of steps,
-and scores on modules that training never saw.
+and scores on modules, or chapters, that training never saw.
 """
 
 import random
@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from rich.markup import escape
 from rich.table import Table
 from transformers import AutoModel, set_seed
 
-from . import docstrings
+from . import corpora
 from .data import Labelled, Tagged
 from .runs import LEARNING_RATES, load_tokenizer, new_model
 from .tasks import TASKS, Task
@@ -47,13 +48,13 @@ QUESTIONS = (
     Question(
         "Which area of the standard library is a docstring from?",
         "classification",
-        docstrings.topics,
+        corpora.topics,
         "(and what is right)",
     ),
     Question(
-        "Which words of a docstring are its function's own parameters?",
+        "Which words of Python's reference manual are code?",
         "tagging",
-        docstrings.parameters,
+        corpora.code,
         "(+found+, -missed-, ?mistaken?)",
     ),
 )
@@ -88,7 +89,7 @@ def _answer(question: Question, base: str, console: Console, seed: int, budget: 
     task = kind(load_tokenizer(base, question.task), MAX_LENGTH, kind.label_names(train))
     texts = [task.text_of(example) for example in train]
     steps = max(1, round(budget * STEPS))
-    console.print(f"{steps} steps on {len(train)} docstrings, scored on {len(held_out)} of other modules")
+    console.print(f"{steps} steps on {len(train)} texts, scored on {len(held_out)} from elsewhere")
 
     table = Table("tuned", *(metric.replace("_", "\n") for metric in task.metrics), "parameters", "seconds")
     for column in table.columns:
@@ -111,11 +112,11 @@ def _answer(question: Question, base: str, console: Console, seed: int, budget: 
         table.add_row(title, *cells, f"{model.num_trainable_parameters():,}", f"{seconds:.0f}")
 
     console.print(table)
-    console.print(f"Held-out docstrings, as the deep prompts read them {question.signs}:")
-    shown = [example for example in held_out if kind.stratum(example)][:SHOWN]  # in tagging, those with a parameter
+    console.print(f"Held-out texts, as the deep prompts read them {question.signs}:")
+    shown = held_out[:SHOWN]
     for example, answer in zip(shown, task.predict(model, [task.text_of(example) for example in shown]), strict=True):
         line = _marked(example, answer) if isinstance(example, Tagged) else _labelled(example, answer)
-        console.print(f"  {line}", no_wrap=True, overflow="ellipsis")
+        console.print(f"  {line}")
     return model
 
 
@@ -137,9 +138,8 @@ def _labelled(example: Labelled, answer: dict[str, Any]) -> str:
 
 
 def _marked(example: Tagged, answer: dict[str, Any]) -> str:
-    """The docstring's words, those that are parameters or were taken for one between signs."""
+    """The words, between signs where they are code or were taken for it."""
     styles = {(True, True): "[green]+{}+[/]", (True, False): "[yellow]-{}-[/]", (False, True): "[red]?{}?[/]"}
-    return " ".join(
-        styles.get((gold != "O", tag != "O"), "{}").format(escape(word))
-        for word, gold, tag in zip(example.words, example.tags, answer["tags"], strict=True)
-    )
+    statuses = [(gold != "O", tag != "O") for gold, tag in zip(example.tags, answer["tags"], strict=True)]
+    runs = groupby(zip(statuses, example.words, strict=True), lambda pair: pair[0])
+    return " ".join(styles.get(status, "{}").format(escape(" ".join(word for _, word in run))) for status, run in runs)

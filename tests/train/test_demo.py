@@ -1,4 +1,4 @@
-"""The demo's corpus, and the demo itself at a hundredth of its budget."""
+"""The demo's corpora, and the demo itself at a hundredth of its budget."""
 
 import ast
 import inspect
@@ -8,17 +8,17 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ptune import docstrings
+from ptune import corpora
 from ptune.demo import run_demo
 
 
 def test_topics_hold_out_whole_modules():
-    train, held_out = docstrings.topics()
+    train, held_out = corpora.topics()
     assert len(train) > 1000
     assert len(held_out) > 400
-    assert {example.label for example in train} == {example.label for example in held_out} == set(docstrings.MODULES)
+    assert {example.label for example in train} == {example.label for example in held_out} == set(corpora.MODULES)
     assert not {example.text for example in train} & {example.text for example in held_out}
-    for area, (learnt, kept) in docstrings.MODULES.items():
+    for area, (learnt, kept) in corpora.MODULES.items():
         assert not set(learnt) & set(kept), area
     by_text = {example.text: example.label for example in held_out}
     source = Path(sysconfig.get_path("stdlib"), "statistics.py").read_text(encoding="utf-8")
@@ -26,20 +26,30 @@ def test_topics_hold_out_whole_modules():
     assert by_text[" ".join(inspect.cleandoc(ast.get_docstring(median)).split()[:40])] == "numbers"
 
 
-def test_parameters_are_the_functions_own(monkeypatch, tmp_path):
-    (tmp_path / "one.py").write_text(
-        "class A:\n"
-        '    def run(self, text, *rest, key=None, **more):\n        """Reads text by key, self and more and other."""\n'
-        'def none():\n    """Has no text to speak of."""\n'
-        'async def two(a, /, text):\n    """Only text: the_text is b."""\n'
-    )
-    monkeypatch.setattr(docstrings.sysconfig, "get_path", lambda name: str(tmp_path))
-    monkeypatch.setattr(docstrings, "MODULES", {"x": (["one"], ["absent"])})
-    train, held_out = docstrings.parameters()
-    assert held_out == []
-    marked = [[word for word, tag in zip(e.words, e.tags, strict=True) if tag == "B-parameter"] for e in train]
-    assert sorted(marked) == [["text"], ["text", "key", "more"]]
-    assert next(e for e in train if "Only" in e.words).words == ("Only", "text", ":", "the_text", "is", "b", ".")
+def test_code_is_what_the_manual_quotes(monkeypatch):
+    manual = {
+        "a": 'Held out\n********\n\nThis is "one()".',
+        "b": 'A "for" loop\nruns. \n\n   x ::= "y" | "z".\n\n   print("Hello.")\n\n'
+        'No code here. The "is not" operator, and "x.y": right.',
+        "c": 'This is "one()". An odd " is left out.',
+    }
+    monkeypatch.setattr(corpora, "chapters", manual)
+    train, held_out = corpora.code()
+    assert [e.words for e in held_out] == []  # it stands in training
+    assert [e.words for e in train] == [
+        ("A", "for", "loop", "runs", "."),
+        ("The", "is", "not", "operator", ",", "and", "x", ".", "y", ":", "right", "."),
+        ("This", "is", "one", "(", ")", "."),
+    ]
+    assert train[0].tags == ("O", "B-code", "O", "O", "O")
+    assert train[1].tags == ("O", "B-code", "I-code", *"OOO", "B-code", "I-code", "I-code", *"OOO")
+
+
+def test_code_is_in_every_python():
+    train, held_out = corpora.code()
+    assert len(train) > 700
+    assert len(held_out) > 200
+    assert not {example.words for example in train} & {example.words for example in held_out}
 
 
 def test_demo_prints_a_table_for_each_task(minilm):
