@@ -175,12 +175,25 @@ def write(
     tensors: dict[str, Tensor],
     names: tuple[str, str] = (CONFIG_NAME, WEIGHTS_NAME),
 ) -> None:
-    """Write both files, each whole or not at all; the config last, so that a folder which has one is complete."""
+    """Write both files, each whole or not at all; the config last, so that a folder which has one is complete.
+
+    Raises what `check_free` does.
+    """
+    if names[1] == WEIGHTS_NAME:
+        check_free(folder)
     os.makedirs(folder, exist_ok=True)
     tensors = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in tensors.items()}
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     replace_file(Path(folder, names[1]), lambda path: save_file(tensors, path, metadata={"format": "pt"}))
     replace_file(Path(folder, names[0]), lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def check_free(folder: str | os.PathLike[str]) -> None:
+    """Raises `ValueError` for the folder of a whole model, whose weights prompts would be written over."""
+    if Path(folder, "config.json").exists():
+        raise ValueError(
+            f"{folder}: expected a folder for prompts, got one of a model, which they would be written over"
+        )
 
 
 def replace_file(path: Path, write_to: Callable[[Path], Any]) -> None:

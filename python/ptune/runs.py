@@ -28,7 +28,7 @@ from .auto import (
     AutoPTuneModelForSequenceClassification,
     AutoPTuneModelForTokenClassification,
 )
-from .checkpoint import WEIGHTS_NAME, fingerprint, is_prompt_folder, read_config, replace_file
+from .checkpoint import WEIGHTS_NAME, check_free, fingerprint, is_prompt_folder, read_config, replace_file
 from .data import Columns, DataError, hold_out
 from .loading import check_base
 from .support import ENCODER_DECODERS, position_limit
@@ -188,6 +188,8 @@ def prepare(options: Options, say: Callable[[str], None]) -> Run:
     steps = options.steps or max(MIN_STEPS, EPOCHS * math.ceil(len(train) / options.batch_size))
     rate = options.learning_rate or LEARNING_RATES[options.tuning_mode]
     trained = model.num_trainable_parameters()
+    if labels and not model._head:
+        say(f"The base's own head for {len(labels)} labels is kept as it is.")
     say(f"{trained:,} parameters train: {steps} steps of {options.batch_size}, learning rate {rate:g}.")
     encoded = map(task.encode, train)
     cut = sum(task.max_length in (len(its["input_ids"]), len(its["labels"])) for its in encoded)
@@ -207,11 +209,17 @@ def new_model(
     init_text: str | Sequence[str],
     **options: Any,
 ) -> Any:
-    """A frozen base with a new head for `labels` and new prompts, which start from `init_text` or samples of it."""
+    """A frozen base with a head for `labels` and new prompts, which start from `init_text` or samples of it.
+
+    The head is new, unless the base has one for as many labels.
+    """
     if tuning_mode is not None:
         options |= {"pre_seq_len": pre_seq_len, "prompt_init": "text", "prompt_init_text": init_text}
     if labels:
         options |= {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+        options["ignore_mismatched_sizes"] = True  # a head for other labels
+    if task == "classification":
+        options["problem_type"] = "single_label_classification"
     return MODELS[task].from_pretrained(base, tuning_mode=tuning_mode, **options)
 
 
@@ -352,6 +360,7 @@ def _check(options: Options) -> None:
         raise ValueError(f"head_learning_rate: expected a positive number, got {options.head_learning_rate}")
     check_base(options.model)
     out = options.out
+    check_free(out)
     nearest = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not nearest.is_dir():
         raise ValueError(f"out: {nearest} is a file")

@@ -94,6 +94,7 @@ class PromptSaving:
         if push_to_hub and save_base:
             raise ValueError("push_to_hub: expected False with save_base=True, for a base is never uploaded")
         self._check_adapters()
+        checkpoint.check_free(save_directory)
         origin = self.origin
         if save_base:
             # as it is now: its config may have been changed since it was loaded
@@ -143,6 +144,7 @@ class PromptSaving:
 
     def _description(self: Any, origin: Origin) -> dict[str, Any]:
         settings = self.ptune_config
+        labelled = bool(self._head) or "Classification" in self.base_class.__name__  # the base may have had the head
         return {
             "format_version": checkpoint.FORMAT_VERSION,
             "base": {
@@ -165,8 +167,8 @@ class PromptSaving:
             "hidden_size": self.config.hidden_size,
             "num_layers": self.config.num_hidden_layers,
             "head": list(self._head),
-            "id2label": {str(i): label for i, label in self.config.id2label.items()} if self._head else None,
-            "problem_type": self.config.problem_type if self._head else None,
+            "id2label": {str(i): label for i, label in self.config.id2label.items()} if labelled else None,
+            "problem_type": self.config.problem_type if labelled else None,
         }
 
     def _check_compiled(self: Any) -> None:

@@ -314,7 +314,10 @@ class Generation(Task[Passage]):
     def _complete(self, model: Any, prompts: Sequence[list[int]], **options: Any) -> list[str]:
         apart = model.config.is_encoder_decoder  # prompts, which are not written again
         batch = {name: tensor.to(model.device) for name, tensor in self._pad(prompts, left=not apart).items()}
-        ids = model.generate(**batch, pad_token_id=self.tokenizer.pad_token_id, **{"do_sample": False, **options})
+        ends = model.generation_config.eos_token_id
+        ends = {self.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [] if ends is None else [ends])}
+        fixed = {"pad_token_id": self.tokenizer.pad_token_id, "eos_token_id": sorted(ends)}
+        ids = model.generate(**batch, **{"do_sample": False, **fixed, **options})
         first = 0 if apart else batch["input_ids"].shape[1]
         return self.tokenizer.batch_decode(ids[:, first:], skip_special_tokens=True)
 

@@ -1,11 +1,14 @@
 """Trains and evaluates a model on a task: transformers' Trainer does the loop, this file sets it up."""
 
 import json
+import random
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -61,6 +64,11 @@ class ResumableTrainer(Trainer):
             index, _, key = name.partition(".")
             state.setdefault(int(index), {})[key] = tensor
         rest = json.loads(Path(checkpoint, _RATES).read_text(encoding="utf-8"))
+        began, now = (
+            [its["initial_lr"] for its in groups] for groups in (rest["param_groups"], self.optimizer.param_groups)
+        )
+        if began != now:
+            raise ValueError(f"learning_rate: the run to resume has {began}, got {now}")
         self.optimizer.load_state_dict({"state": state, "param_groups": rest["param_groups"]})
         self.lr_scheduler.load_state_dict(rest["scheduler"])
 
@@ -231,8 +239,20 @@ def fit(
     return trainer.state.log_history
 
 
+@contextmanager
+def _random_state_kept() -> Iterator[None]:
+    """After it, random numbers go on as if nothing had been in between: a Trainer seeds all generators."""
+    python, arrays = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(arrays)
+
+
 def evaluate(model: torch.nn.Module, task: Task, examples: Sequence[Any]) -> dict[str, float]:
     """The task's metrics of `model` on `examples`, and `loss`."""
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, _random_state_kept():
         scores = _trainer(model, task, [], examples, True, output_dir=scratch).evaluate()
     return {name: scores[f"eval_{name}"] for name in ("loss", *task.metrics)}

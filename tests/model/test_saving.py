@@ -384,6 +384,34 @@ def test_broken_files(base_of, tmp_path):
     assert not (model.prompt_embeddings.weight == 2).any()
 
 
+def test_a_model_is_not_written_over(base_of, tmp_path):
+    base_of("llama").stock().save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    model = ptune.AutoPTuneModelForCausalLM.from_pretrained(tmp_path, **settings_for("shallow"))
+    for save in (
+        model.save_prompts,
+        model.save_pretrained,
+        lambda folder: model.save_pretrained(folder, save_base=True),
+        model.save_prefix,
+    ):
+        with pytest.raises(ValueError, match="expected a folder for prompts, got one of a model"):
+            save(tmp_path)
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_labels_are_kept_where_the_base_has_a_head_for_as_many(base_of, tmp_path):
+    base, prompts = tmp_path / "base", tmp_path / "prompts"
+    base_of("bert").tuned(CLASSIFIER, num_labels=2).save_pretrained(prompts, save_base=True)
+    (prompts / "base").rename(base)
+    labels = {"id2label": {0: "ham", 1: "spam"}, "label2id": {"ham": 0, "spam": 1}}
+    model = CLASSIFIER.from_pretrained(base, **labels, **settings_for("shallow"))
+    assert not any("classifier" in name for name, p in model.named_parameters() if p.requires_grad)
+    model.save_prompts(prompts)
+    loaded = CLASSIFIER.from_pretrained(prompts)
+    assert loaded.config.id2label == {0: "ham", 1: "spam"}
+    assert same(state(loaded), state(model))
+
+
 def test_a_failed_save_leaves_the_old_files(base_of, tmp_path, monkeypatch):
     model = base_of("llama").tuned(**settings_for("shallow"))
     model.save_prompts(tmp_path)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForSeq2SeqLM, MBartTokenizer, Trainer
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, BertForSequenceClassification, MBartTokenizer, Trainer
 from typer.testing import CliRunner
 
 import ptune as package
@@ -208,6 +208,7 @@ def test_a_run_is_resumed_with_what_it_began_with(tiny_bert, tmp_path, monkeypat
     settings = json.loads((base / "config.json").read_text())
     for changes, problem in (
         ({"pre-seq-len": 5}, "pre_seq_len: the run to resume has 16, got 5"),
+        ({"learning-rate": 0.5}, "learning_rate: the run to resume has [0.01, 0.1], got [0.5, 0.1]"),
         ({"model": tiny_bert}, f"model: the run to resume has {base}, got {tiny_bert}"),
         ({"data": others}, "the run to resume has the labels no, yes; got aye, no"),
         ({}, f"the config of {base} has changed"),
@@ -219,6 +220,26 @@ def test_a_run_is_resumed_with_what_it_began_with(tiny_bert, tmp_path, monkeypat
         assert problem in refused.stderr
     (base / "config.json").write_text(json.dumps(settings))
     succeed("train", *arguments(), "--resume")
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_base_with_a_head_of_its_own(tiny_bert, tmp_path, monkeypatch, count):
+    base, out, data = tmp_path / "base", tmp_path / "out", classification_file(tmp_path)
+    shutil.copytree(tiny_bert, base)
+    config = AutoConfig.from_pretrained(base, num_labels=count, problem_type="regression")
+    BertForSequenceClassification(config).save_pretrained(base)
+    weights = (base / "model.safetensors").read_bytes()
+    arguments = ["--model", base, "--task", "classification", "--data", data, "--steps", 20, "--out"]
+    refused = ptune("train", *arguments, base, "--overwrite")
+    assert refused.exit_code == 2
+    assert "expected a folder for prompts, got one of a model" in refused.stderr
+    interrupt(monkeypatch, *arguments, out, step=8)
+    kept = ptune("train", *arguments, out, "--resume").stderr.count("own head for 2 labels is kept")
+    assert kept == (count == 2)
+    assert ("classifier.weight" in load_file(out / "model.safetensors")) == (count == 3)
+    assert json.loads(succeed("predict", out, "good red"))["label"] in ("no", "yes")
+    succeed("eval", out, "--data", data)
+    assert (base / "model.safetensors").read_bytes() == weights
 
 
 def test_a_base_that_was_moved(tiny_bert, tmp_path):

@@ -111,6 +111,15 @@ def test_completions_end_where_positions_do(tiny_gpt2, caplog, rows):
         assert next(task.predict(model, [text], 12, **words_only)) == answer
 
 
+def test_a_completion_ends_at_the_tokenizers_end(tiny_llama):
+    model, task = AutoPTuneModelForCausalLM.from_pretrained(tiny_llama), Generation(word_tokenizer("[CLS] $A"), 24)
+    word = next(task.predict(model, ["red"], 1))["completion"]
+    assert len(word.split()) == 1
+    task.tokenizer.eos_token = word
+    model.generation_config.eos_token_id = SEP
+    assert next(task.predict(model, ["red"], 8))["completion"] == word
+
+
 def test_an_encoder_reads_the_prompt_and_a_decoder_writes_the_completion():
     task = Seq2Seq(word_tokenizer("$A [SEP]"), 4)
     pairs = [Passage("the red", "is good"), Passage("one two three red", "a"), Passage("bad", "two bad one red")]

@@ -1,5 +1,8 @@
-"""What an optimizer step does."""
+"""What an optimizer step does, and an evaluation does not."""
 
+import random
+
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModel, set_seed
@@ -9,7 +12,7 @@ from ptune.data import Labelled
 from ptune.mix import TaskMix
 from ptune.runs import load_tokenizer, new_model
 from ptune.tasks import Classification
-from ptune.train import fit
+from ptune.train import evaluate, fit
 
 EXAMPLES = [Labelled("good one two", "yes"), Labelled("bad red", "no")] * 4
 
@@ -28,6 +31,20 @@ def test_prompts_and_head_move_at_their_own_rates(tiny_bert, mode):
         rate = 1e-2 if mode and "prompt" not in name else 1e-3
         assert moved == pytest.approx(rate, rel=1e-3), name
     assert any("prompt" in name for name in before) == (mode is not None)
+
+
+def test_an_evaluation_draws_no_random_numbers(tiny_bert):
+    task = Classification(load_tokenizer(str(tiny_bert), "classification"), 16, ["no", "yes"])
+    model = new_model("classification", str(tiny_bert), task.labels, tuning_mode=None, pre_seq_len=0, init_text=())
+
+    def draws():
+        return random.random(), np.random.rand(), torch.rand(1).item()
+
+    set_seed(3)
+    expected = draws()
+    set_seed(3)
+    evaluate(model, task, EXAMPLES)
+    assert draws() == expected
 
 
 def test_heads_of_a_mix_drop_out_what_they_do_alone(tiny_bert, tmp_path):
