@@ -87,9 +87,15 @@ def read_passages(path: Path, columns: Columns = Columns(), pairs: bool = False)
         raise DataError(path, None, "expected prompts and completions, for an encoder-decoder, got a text column alone")
     named = pairs or columns.prompt or columns.completion
     usual = _by_name(header, PROMPT_NAMES) and _by_name(header, COMPLETION_NAMES)
+    text = _by_name(header, TEXT_NAMES)
+    if usual and text is not None and not (named or columns.text):
+        hint = "name them with --text-column, or --prompt-column and --completion-column"
+        raise DataError(
+            path, None, f"texts, or prompts and completions? {hint}; the first line names {', '.join(header)}"
+        )
     if columns.text or not (named or usual):
-        (text,) = _find_columns(path, header, {"text": (columns.text, TEXT_NAMES)})
-        return [Passage("", _cell(path, line, row, text)) for line, row in rows]
+        (whole,) = _find_columns(path, header, {"text": (columns.text, TEXT_NAMES)})
+        return [Passage("", _cell(path, line, row, whole)) for line, row in rows]
     roles = {"prompt": (columns.prompt, PROMPT_NAMES), "completion": (columns.completion, COMPLETION_NAMES)}
     prompt, completion = _find_columns(path, header, roles)
     return [Passage(_cell(path, line, row, prompt), _cell(path, line, row, completion)) for line, row in rows]

@@ -107,6 +107,12 @@ def test_passages_are_pairs_or_whole_texts(tmp_path):
     assert read_passages(whole) == [Passage("", "once"), Passage("", "twice")]
     assert read_passages(whole, Columns(prompt="id")) == [Passage("1", "once"), Passage("2", "twice")]
     assert read_passages(pairs, Columns(text="completion")) == [Passage("", " c")]
+    either = written(tmp_path, "c.jsonl", '{"text": "once", "source": "web", "target": "train"}')
+    with pytest.raises(DataError, match="texts, or prompts and completions"):
+        read_passages(either)
+    assert read_passages(either, Columns(text="text")) == [Passage("", "once")]
+    assert read_passages(either, Columns(prompt="source")) == [Passage("web", "train")]
+    assert read_passages(either, pairs=True) == [Passage("web", "train")]
 
 
 def test_pairs_alone(tmp_path):
