@@ -117,7 +117,10 @@ def to_peft(
             "peft_type": "PREFIX_TUNING", "token_dim": heads * width, "num_attention_heads": heads,
             "encoder_hidden_size": heads * width, "prefix_projection": False,
         }  # fmt: skip
-    head = {f"base_model.{name}": model.get_parameter(name) for name in model._head}
+    own = model._head
+    if not own and task_type in ("SEQ_CLS", "TOKEN_CLS"):  # of which PEFT wants the base's
+        own = [name for name, _ in model.named_parameters() if name.partition(".")[0] in ("classifier", "score")]
+    head = {f"base_model.{name}": model.get_parameter(name) for name in own}
     checkpoint.write(out, described, head | {"prompt_embeddings": prompts}, (CONFIG_NAME, WEIGHTS_NAME))
 
 

@@ -15,7 +15,7 @@ from ptune.checkpoint import MisfitError
 from ptune.convert import convert, to_peft
 from ptune.models import ptune_class
 
-from .common import close
+from .common import close, set_prompts
 from .families import LAYERS, VOCABULARY
 
 TASKS = {
@@ -110,6 +110,19 @@ def test_peft_reads_what_is_written(base_of, tmp_path, name, task, mode):
     convert(tmp_path / "peft", tmp_path / "again")
     again = TASKS[task][1].from_pretrained(tmp_path / "again").eval()
     close(logits(again, ids, mask), expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "roberta"])
+def test_peft_reads_the_head_of_the_base(base_of, tmp_path, name):
+    base_of(name).stock(TASKS["SEQ_CLS"][0], num_labels=3).save_pretrained(tmp_path / "base")
+    model = TASKS["SEQ_CLS"][1].from_pretrained(tmp_path / "base", tuning_mode="deep_ptune", pre_seq_len=3).eval()
+    assert model._head == []
+    set_prompts(model, "overwrite")
+    model.save_prompts(tmp_path / "ours")
+    to_peft(tmp_path / "ours", tmp_path / "peft")
+    theirs = peft.PeftModel.from_pretrained(TASKS["SEQ_CLS"][0].from_pretrained(tmp_path / "base"), tmp_path / "peft")
+    ids, mask = texts()
+    close(logits(theirs.eval(), ids, mask), logits(model, ids, mask))
 
 
 @pytest.mark.parametrize("kind", ["PROMPT_TUNING", "PREFIX_TUNING"])
