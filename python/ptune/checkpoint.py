@@ -114,14 +114,18 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"{path}: head: expected names of parameters, got {config['head']!r}")
     if not all(isinstance(its, str) and _NUMBERS.fullmatch(its) for its in config["base"].get("weights") or ()):
         raise ValueError(f"{path}: weights: expected 16 numbers in hexadecimal each, got {config['base']['weights']!r}")
-    labels = config["id2label"] or {}
-    if not all(number.isdecimal() and isinstance(label, str | int) for number, label in labels.items()):
-        raise ValueError(f"{path}: id2label: expected labels by their numbers, got {labels!r}")
+    _check_labels(path, config)
     try:
         settings_of(config)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
     return config
+
+
+def _check_labels(path: Any, config: dict[str, Any]) -> None:
+    labels = config.get("id2label") or {}  # PEFT's have none
+    if not all(number.isdecimal() and isinstance(label, str | int) for number, label in labels.items()):
+        raise ValueError(f"{path}: id2label: expected labels by their numbers, got {labels!r}")
 
 
 def read_json(path: Path) -> Any:
@@ -177,8 +181,9 @@ def write(
 ) -> None:
     """Write both files, each whole or not at all; the config last, so that a folder which has one is complete.
 
-    Raises what `check_free` does.
+    Raises what `check_free` does, and `ValueError` for labels that are neither text nor numbers.
     """
+    _check_labels(folder, config)
     if names[1] == WEIGHTS_NAME:
         check_free(folder)
     os.makedirs(folder, exist_ok=True)

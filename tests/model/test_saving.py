@@ -399,6 +399,15 @@ def test_a_model_is_not_written_over(base_of, tmp_path):
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+@pytest.mark.parametrize("label", [0.5, None])
+def test_labels_that_nothing_could_read(base_of, tmp_path, label):
+    model = base_of("bert").tuned(CLASSIFIER, num_labels=2, **settings_for("shallow"))
+    model.config.id2label = {0: "ham", 1: label}
+    with pytest.raises(ValueError, match="id2label: expected labels by their numbers"):
+        model.save_prompts(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
 def test_labels_are_kept_where_the_base_has_a_head_for_as_many(base_of, tmp_path):
     base, prompts = tmp_path / "base", tmp_path / "prompts"
     base_of("bert").tuned(CLASSIFIER, num_labels=2).save_pretrained(prompts, save_base=True)
