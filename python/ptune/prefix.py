@@ -126,7 +126,8 @@ class PrefixPath:
         watched = self._watched()
         device = watched[0].device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        how = token_type, autocast, self.body.config._attn_implementation
+        config = self.body.config
+        how = token_type, autocast, config._attn_implementation, config.num_hidden_layers  # lowered for drafts
         # the parameters themselves, as addresses are used again
         state = _State(how, [(w, w.dtype, 0 if w.is_inference() else w._version) for w in watched])
         kept = self._compiled  # read once: other threads write it too

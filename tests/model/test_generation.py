@@ -268,3 +268,14 @@ def test_bare_base_generates_as_stock(base_of):
             with model.disable_prompts():
                 got = model.generate(ids, **how)
             assert got.tolist() == stock.generate(ids, **how).tolist()
+
+
+@pytest.mark.parametrize("mode", ["shallow", "overwrite"])
+def test_a_draft_of_fewer_layers_keeps_no_prefix(base_of, mode):
+    model = base_of("llama").tuned(ptune.AutoPTuneModelForCausalLM, **settings_for(mode)).eval()
+    ids = torch.randint(3, 61, (1, 6))
+    how = GREEDY | {"attention_mask": torch.ones_like(ids), "pad_token_id": 0}
+    expected = model.generate(ids, **how).tolist()
+    model.compile_prompts()
+    assert model.generate(ids, **how, assistant_early_exit=1).tolist() == expected
+    assert model.generate(ids, **how).tolist() == expected

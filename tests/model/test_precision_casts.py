@@ -7,11 +7,13 @@ from functools import partial
 import pytest
 import torch
 import transformers
+from torch.utils._pytree import register_pytree_node
 from transformers import AutoModelForCausalLM
 
 from ptune.precision import audit, keep_fp32, to_half
 from ptune.precision.casts import loaded_in
 
+from .common import close
 from .test_precision_audit import BF16, FP16, inputs, states, t5
 
 
@@ -148,3 +150,23 @@ class TestKeepFp32:
             keep_fp32(model, names)
         assert {p.dtype for p in model.parameters()} == {FP16}
         assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_a_cache_is_filled_where_torch_export_knows_it(base_of):
+    class Cache(transformers.DynamicCache):
+        """As `register_dynamic_cache_export_support` makes that of all of the process."""
+
+    def made_again(layers, _):
+        cache = Cache()
+        for depth, (key, value) in enumerate(layers):
+            cache.update(key, value, depth)
+        return cache
+
+    register_pytree_node(Cache, lambda cache: ([(its.keys, its.values) for its in cache.layers], None), made_again)
+    model, cache = base_of("llama").stock(AutoModelForCausalLM), Cache()
+    keep_fp32(model, ["model.layers.0", "model.layers.1.self_attn"])
+    ids = torch.randint(3, 61, (1, 6))
+    expected = model(ids, use_cache=False).logits
+    model(ids[:, :4], past_key_values=cache)
+    assert [layer.get_seq_length() for layer in cache.layers] == [4] * len(cache.layers)
+    close(model(ids[:, 4:], past_key_values=cache).logits, expected[:, 4:])

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from ..attention import no_autocast
 from ..mixin import PTuneMixin
@@ -94,12 +94,17 @@ def _apply(module: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool 
 
 def cast(value: Any, dtype: torch.dtype) -> Any:
     """``value`` with every floating point tensor in it in ``dtype``."""
-    return tree_map_only(Tensor, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, value)
+    return _mapped(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, value)
 
 
 def rounded(value: Any, dtype: torch.dtype) -> Any:
     """``value`` with every floating point tensor in it rounded to ``dtype``, and in the dtype that it has."""
-    return tree_map_only(Tensor, lambda x: x.to(dtype).to(x.dtype) if x.is_floating_point() else x, value)
+    return _mapped(lambda x: x.to(dtype).to(x.dtype) if x.is_floating_point() else x, value)
+
+
+def _mapped(change: Callable[[Tensor], Tensor], value: Any) -> Any:
+    # a cache is filled in place, so a copy would be filled for nobody; to torch.export it is a tree of tensors
+    return tree_map_only(Tensor, change, value, is_leaf=lambda each: isinstance(each, Cache))
 
 
 def _forward_in(
