@@ -50,6 +50,15 @@ class PromptGeneration:
             read = is_first_iteration or isinstance(seen, int)
             if read and seen > 0 and next_sequence_length == text.shape[1] - int(seen):
                 next_sequence_length += self.prompt_columns
+        original, columns = getattr(self.config, "original_max_position_embeddings", None), self.prompt_columns
+        if (
+            columns > 0
+            and original is not None
+            and past_key_values is not None
+            and 0 < past_key_values.get_seq_length() <= original < input_ids.shape[1] + columns
+        ):
+            # beyond it rotary embeddings are others: Phi-3 computes all anew there, but counts the text alone
+            past_key_values = next_sequence_length = None
         return super().prepare_inputs_for_generation(  # type: ignore[misc]
             input_ids,
             next_sequence_length=next_sequence_length,

@@ -94,9 +94,9 @@ class PromptSaving:
         if push_to_hub and save_base:
             raise ValueError("push_to_hub: expected False with save_base=True, for a base is never uploaded")
         self._check_adapters()
-        checkpoint.check_free(save_directory)
         origin = self.origin
         if save_base:
+            checkpoint.check_free(save_directory)
             # as it is now: its config may have been changed since it was loaded
             origin = Origin(checkpoint.BASE_FOLDER, checkpoint.base_config(self.config))
         else:
