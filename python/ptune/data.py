@@ -88,7 +88,7 @@ def read_passages(path: Path, columns: Columns = Columns(), pairs: bool = False)
     named = pairs or columns.prompt or columns.completion
     usual = _by_name(header, PROMPT_NAMES) and _by_name(header, COMPLETION_NAMES)
     text = _by_name(header, TEXT_NAMES)
-    if usual and text is not None and not (named or columns.text):
+    if usual and text and not (named or columns.text):
         hint = "name them with --text-column, or --prompt-column and --completion-column"
         raise DataError(
             path, None, f"texts, or prompts and completions? {hint}; the first line names {', '.join(header)}"
@@ -238,21 +238,26 @@ def _read_jsonl(path: Path) -> tuple[list[str], Rows]:
     return list(rows[0][1]), rows
 
 
-def _by_name(header: list[str], names: Sequence[str]) -> str | None:
+def _by_name(header: list[str], names: Sequence[str]) -> list[str]:
+    """The columns with a usual name: that of the first name alone, where there is one."""
     lowered = {column.strip().lower(): column for column in reversed(header)}
-    return next((lowered[name] for name in names if name in lowered), None)
+    found = [lowered[name] for name in names if name in lowered]
+    return found[:1] if names[0] in lowered else found
 
 
 def _find_columns(path: Path, header: list[str], roles: Mapping[str, tuple[str | None, Sequence[str]]]) -> list[str]:
-    """The column of each role: the one the user named, else one with a usual name, else the only one that is left."""
+    """The column of each role: the one the user named, else one with a usual name, else the only one that is left.
+
+    Of two usual names (`instruction` and `input`) neither is chosen.
+    """
     found = {role: named for role, (named, _) in roles.items() if named is not None}
     for role, named in found.items():
         if named not in header:
             raise DataError(path, None, f"no column {named!r} for the {role}; the first line names {', '.join(header)}")
     for role, (_, usual) in roles.items():
-        column = _by_name([column for column in header if column not in found.values()], usual)
-        if role not in found and column is not None:
-            found[role] = column
+        columns = _by_name([column for column in header if column not in found.values()], usual)
+        if role not in found and len(columns) == 1:
+            found[role] = columns[0]
     missing = [role for role in roles if role not in found]
     free = [column for column in header if column not in found.values()]
     if len(missing) == 1 and len(free) == 1:

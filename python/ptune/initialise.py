@@ -80,6 +80,8 @@ def _from_text(
 ) -> tuple[Tensor, Tensor]:
     count = settings.pre_seq_len
     assert texts is not None  # PTuneConfig sees to it
+    if hasattr(texts, "tolist"):
+        texts = texts.tolist()  # a pandas Series is indexed by its labels
     if isinstance(texts, str) or isinstance(_number(texts[0]), int):
         ids = _token_ids(model, texts, tokenise, special_tokens=False)
         return _states(model, torch.tensor([ids[i % len(ids)] for i in range(count)]), settings.deep)

@@ -59,6 +59,8 @@ class ResumableTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
+        if self.state.global_step > self.args.max_steps:
+            raise ValueError(f"steps: the run to resume has done {self.state.global_step}, got {self.args.max_steps}")
         state: dict[int, dict[str, Tensor]] = {}
         for name, tensor in load_file(Path(checkpoint, _OPTIMIZER)).items():
             index, _, key = name.partition(".")
@@ -71,6 +73,11 @@ class ResumableTrainer(Trainer):
             raise ValueError(f"learning_rate: the run to resume has {began}, got {now}")
         self.optimizer.load_state_dict({"state": state, "param_groups": rest["param_groups"]})
         self.lr_scheduler.load_state_dict(rest["scheduler"])
+
+    def _run_epoch(self, *places: Any, **where: Any) -> None:
+        """One step is done of every epoch that is begun: none may be where the checkpoint was the run's last."""
+        if self.state.global_step < self.args.max_steps:
+            super()._run_epoch(*places, **where)
 
     def _save_rng_state(self, output_dir: str) -> None:
         states = {"cpu": torch.get_rng_state()}

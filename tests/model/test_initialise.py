@@ -172,6 +172,7 @@ KINDS = {
     "tensor": torch.tensor,
     "array": np.array,
     "column": column,
+    "series": lambda rows: pytest.importorskip("pandas").Series(rows, index=range(1, len(rows) + 1)),
     "column of arrays": lambda rows: column([np.array(row) for row in rows]),
     "list of tensors": lambda rows: [torch.tensor(row) for row in rows],
     "dataset": Rows,

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 import ptune as package
 from ptune import AutoPTuneModel
 from ptune.cli import app
+from ptune.runs import Run
 
 from .commands import (
     FILES,
@@ -160,6 +161,23 @@ def test_encoder_decoder_round_trip(kind, request, tmp_path):
 
 def losses(out: Path) -> list[float]:
     return [entry["loss"] for entry in json.loads((out / "train.json").read_text())["log"] if "loss" in entry]
+
+
+def test_a_run_cut_off_after_its_last_checkpoint_trains_no_further(tiny_bert, tmp_path, monkeypatch):
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    arguments = ["--model", tiny_bert, "--task", "classification", "--data", classification_file(tmp_path)]
+    succeed("train", *arguments, "--steps", 5, "--out", whole)
+    with monkeypatch.context() as patch:
+        patch.delattr(Run, "write_record")
+        assert ptune("train", *arguments, "--steps", 5, "--out", out).exit_code != 0
+    refused = ptune("train", *arguments, "--steps", 4, "--out", out, "--resume")
+    assert refused.exit_code == 2
+    assert "steps: the run to resume has done 5, got 4" in refused.stderr
+    succeed("train", *arguments, "--steps", 5, "--out", out, "--resume")
+    record = json.loads((out / "train.json").read_text())
+    assert max(entry["step"] for entry in record["log"]) == 5
+    resumed, finished = load_file(out / "model.safetensors"), load_file(whole / "model.safetensors")
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in finished.items())
 
 
 @pytest.mark.parametrize(("kind", "task"), [("bert", "classification"), ("t5", "generation")])

@@ -51,6 +51,7 @@ def test_jsonl_takes_numbers_as_labels_and_skips_blank_lines(tmp_path):
         ("text,label", Columns(label="text"), 1, 0),
         ("a,b,c", Columns(text="c", label="a"), 2, 0),
         ("a,label,text", Columns(), 2, 1),
+        ("topic,label,body,text", Columns(), 3, 1),
     ],
 )
 def test_columns_are_found(tmp_path, header, columns, text, label):
@@ -70,6 +71,7 @@ def test_columns_are_found(tmp_path, header, columns, text, label):
         ("a.csv", "text,label\na,b\n", Columns(text="txt"), "no column 'txt' for the text"),
         ("a.csv", "a,b\n1,2\n", Columns(), "which column is the text? name it with --text-column"),
         ("a.csv", "text,b,c\n1,2,3\n", Columns(), "which column is the label?"),
+        ("a.csv", "text,topic,class\n1,2,3\n", Columns(), "which column is the label?"),
         ("a.tsv", "text\tlabel\none\tx\n\n\ttwo\n", Columns(), ":4: column 'text' is empty"),
         ("a.tsv", "text\tlabel\none\tx\ty\n", Columns(), ":2: expected 2 columns"),
         ("a.tsv", b"text\tlabel\none\tx\ntw\xff\ty\n", Columns(), ":3: not UTF-8"),
