@@ -156,8 +156,7 @@ struct AssembleRows {
   PTUNE_BOTH void operator()(const Thread& t) const {
     const AssemblePart& p = parts[t.block.z];
     const Assemble& a = p.a;
-    p.tiling.with_row(t, [&](uint32_t g, int64_t r, Lanes lanes) {
-      const auto heads = static_cast<uint32_t>(a.heads), i = g / heads, h = g % heads;
+    p.tiling.with_row(t, [&](int64_t i, int64_t h, int64_t r, Lanes lanes) {
       const Span s = span(a.placement, i, a.pool_rows, a.text_rows, false);
       const Row<Out> row = out_row<Out>(a.out, i, h, r, a.width, p.wide, lanes);
       if (!s.valid) return fill(row, NAN);
@@ -180,13 +179,14 @@ struct AssembleRows {
 
 bool is_plain(const AssemblePart& p) {
   const DType out = p.a.out.dtype, wide = out == DType::f64 ? DType::f64 : DType::f32;
-  return p.wide && !p.a.placement.start.data && (!p.a.ids.data || p.a.scale == 1.0) && p.a.text.dtype == out &&
+  return p.wide && std::max(p.tiling.rows, p.a.width) <= INT32_MAX && !p.a.placement.start.data &&
+         (!p.a.ids.data || p.a.scale == 1.0) && p.a.text.dtype == out &&
          (p.a.prompts.dtype == out || p.a.prompts.dtype == wide);
 }
 
 // What AssembleRows does, as most callers have it: all wide, and so in whole packs, as the output has no gaps; texts of the
-// output's dtype, no placement and no scale. A tenth of the code, with which small outputs are written sooner. A launch hands
-// over all parts that a kernel has room for, so that one part has a kernel of its own.
+// output's dtype, no placement and no scale; rows and columns counted in 32 bits. A twentieth of the code, with which small
+// outputs are written sooner. A launch hands over all parts that a kernel has room for, so that one part has a kernel of its own.
 template <class Out, int kParts>
 struct PlainRows {
   [[maybe_unused]] static constexpr int kBlocksPerSm = kBlocks<Out>;
@@ -197,22 +197,49 @@ struct PlainRows {
   PTUNE_BOTH void operator()(const Thread& t) const {
     const AssemblePart& p = parts[kParts == 1 ? 0 : t.block.z];
     const Assemble& a = p.a;
-    p.tiling.with_row(t, [&](uint32_t g, int64_t r, Lanes lanes) {
-      const auto heads = static_cast<uint32_t>(a.heads), i = g / heads, h = g % heads;
-      const Row<Out> row{row_at<Out>(a.out, i, h, r), 1, a.width, true, lanes};
-      const int64_t m = a.placement.max_length;
-      if (r < m && a.prompts.dtype != a.out.dtype) return copy<Wide<Out>>(row, row_at<Wide<Out>>(a.prompts, 0, h, r));
-      if (r < m) return copy<Out>(row, row_at<Out>(a.prompts, 0, h, r));
-      if (!a.ids.data) return copy<Out>(row, row_at<Out>(a.text, i, h, r - m));
-      const int64_t id = token_id(a.ids, i, r - m);
-      if (id >= 0 && id < a.vocabulary) return copy<Out>(row, row_at<Out>(a.text, 0, 0, id));
-      write_packs<kPack<Out, Out>>(row, 0, row.width, Constant<Out>{convert<Out>(static_cast<Wide<Out>>(NAN))});
+    p.tiling.with_row(t, [&](int64_t i, int64_t h, int64_t row, Lanes lanes) {
+      const auto r = static_cast<uint32_t>(row), m = static_cast<uint32_t>(a.placement.max_length);
+      const auto width = static_cast<uint32_t>(a.width);
+      Out* to = row_at<Out>(a.out, i, h, r);
+      const Out* from;  // one loop serves all rows of the output's dtype
+      if (r < m) {
+        if (a.prompts.dtype != a.out.dtype) return copy(to, row_at<Wide<Out>>(a.prompts, 0, h, r), width, lanes);
+        from = row_at<Out>(a.prompts, 0, h, r);
+      } else if (!a.ids.data) {
+        from = row_at<Out>(a.text, i, h, r - m);
+      } else {
+        const int64_t id = token_id(a.ids, i, r - m);
+        if (id < 0 || id >= a.vocabulary) return poison(to, width, lanes);
+        from = row_at<Out>(a.text, 0, 0, id);
+      }
+      copy(to, from, width, lanes);
     });
   }
 
+  PTUNE_BOTH static void poison(Out* to, uint32_t width, Lanes lanes) {
+    constexpr int N = kPack<Out, Out>;
+    const auto nan = Constant<Out>{convert<Out>(static_cast<Wide<Out>>(NAN))}.template at<N>(0);
+#pragma unroll 1
+    for (uint32_t c = lanes.lane * N; c < width; c += lanes.count * N) store(to + c, nan);
+  }
+
   template <class In>
-  PTUNE_BOTH static void copy(const Row<Out>& row, const In* from) {
-    write_packs<kPack<Out, In>>(row, 0, row.width, Converted<Out, In>{from, 1});
+  PTUNE_BOTH static void copy(Out* to, const In* from, uint32_t width, Lanes lanes) {
+    constexpr int N = kPack<Out, In>;
+    constexpr int ahead = kAhead<Out, N>;
+    const uint32_t step = lanes.count * N;
+#ifdef __CUDA_ARCH__
+    asm("" : "+l"(to));  // or it is computed anew at each store
+#endif
+    for (uint32_t first = lanes.lane * N; first < width; first += ahead * step) {
+      Pack<Out, N> held[ahead];
+#pragma unroll
+      for (int k = 0; k < ahead; ++k)
+        if (k == 0 || first + k * step < width) held[k] = Converted<Out, In>{from, 1}.template at<N>(first + k * step);
+#pragma unroll
+      for (int k = 0; k < ahead; ++k)
+        if (k == 0 || first + k * step < width) store(to + (first + k * step), held[k]);
+    }
   }
 };
 
@@ -230,8 +257,7 @@ struct StripRows {
   PTUNE_BOTH void operator()(const Thread& t) const {
     const StripPart& p = parts[t.block.z];
     const Strip& strip = p.s;
-    p.tiling.with_row(t, [&](uint32_t g, int64_t r, Lanes lanes) {
-      const auto heads = static_cast<uint32_t>(strip.heads), i = g / heads, h = g % heads;
+    p.tiling.with_row(t, [&](int64_t i, int64_t h, int64_t r, Lanes lanes) {
       // What the pool held does not matter here, so any start will do.
       const Span s = span(strip.placement, i, INT64_MAX, strip.text_rows, false);
       const Row<Out> row = out_row<Out>(strip.out, i, h, r, strip.width, p.wide, lanes);
@@ -250,7 +276,7 @@ struct OverwriteRows {  // tiled over all rows, or in place over `max_length` of
 
   PTUNE_BOTH void operator()(const Thread& t) const {
     const bool in_place = o.out.data == o.hidden.data;
-    tiling.with_row(t, [&](int64_t i, int64_t slot, Lanes lanes) {
+    tiling.with_row(t, [&](int64_t i, int64_t, int64_t slot, Lanes lanes) {
       const Span s = span(o.placement, i, o.pool_rows, o.rows, true);
       const int64_t r = in_place ? s.column + slot : slot;
       if (r >= o.rows) return;
@@ -282,7 +308,7 @@ struct SumRows {
   PTUNE_BOTH void operator()(const Thread& t) const {
     const SumPart& part = parts[t.block.z];
     const SumPrompts& p = part.p;
-    part.tiling.with_row(t, [&](int64_t h, int64_t j, Lanes lanes) {
+    part.tiling.with_row(t, [&](int64_t, int64_t h, int64_t j, Lanes lanes) {
       const int64_t slot = int64_t(t.block.y) * lanes.count + lanes.lane;
       constexpr int N = kPack<In, In>;
       if (part.wide && (slot + 1) * N <= p.width) return sum<N>(p, h, j, slot * N);
@@ -369,7 +395,7 @@ int launch_strips(const Strip* params, int count, void* stream) {
     int64_t blocks = 0;
     for (int k = 0; k < count; ++k) {
       const Strip& s = params[k];
-      const Tiling tiling = Tiling::over(s.batch * s.heads, s.text_rows, s.width, kStep<Out>);
+      const Tiling tiling = Tiling::over(s.batch, s.heads, s.text_rows, s.width, kStep<Out>);
       kernel.parts[k] = {s, is_wide(s.out) && is_wide(s.hidden), tiling};
       blocks = std::max(blocks, tiling.blocks());
     }
@@ -390,7 +416,7 @@ int assemble(const Assemble* params, int count, void* stream) {
     for (int k = 0; k < count; ++k) {
       const Assemble& a = params[k];
       const int64_t rows = a.placement.max_length + a.text_rows;
-      const Tiling tiling = Tiling::over(a.batch * a.heads, rows, a.width, kStep<Out>);
+      const Tiling tiling = Tiling::over(a.batch, a.heads, rows, a.width, kStep<Out>);
       kernel.parts[k] = {a, is_wide(a.out) && is_wide(a.prompts) && is_wide(a.text), tiling};
       plain = plain && is_plain(kernel.parts[k]);
       blocks = std::max(blocks, tiling.blocks());
@@ -427,7 +453,7 @@ int overwrite(const Overwrite& params, void* stream) {
   return with_any_type(params.out.dtype, [&](auto element) {
     using Out = decltype(element);
     const int64_t rows = in_place ? m : params.rows;
-    const Tiling tiling = Tiling::over(params.batch, rows, params.width, kStep<Out>);
+    const Tiling tiling = Tiling::over(params.batch, 1, rows, params.width, kStep<Out>);
     const bool wide = is_wide(params.out) && is_wide(params.hidden) && is_wide(params.prompts);
     return launch(OverwriteRows<Out>{params, wide, tiling}, stream, tiling.blocks());
   });
@@ -443,7 +469,7 @@ int sum_prompts(const SumPrompts* params, int count, void* stream) {
       const SumPrompts& p = params[k];
       const bool wide = is_wide(p.out) && is_wide(p.grad) && (!p.last.data || is_wide(p.last));
       const int64_t step = wide ? kPack<In, In> : 1;
-      const Tiling tiling = Tiling::over(p.heads, p.pool_rows, p.width, step);
+      const Tiling tiling = Tiling::over(1, p.heads, p.pool_rows, p.width, step);
       kernel.parts[k] = {p, wide, tiling};
       blocks = std::max(blocks, tiling.blocks());
       // Few rows are written here, so a row is spread over as many blocks as it fills.
