@@ -75,7 +75,8 @@ struct Overwrite {
 };
 
 // out[h, j] = the sum over i, ascending, in fp32 (fp64 for fp64), of the row of grad[i, h] that holds pool row j. The rounding
-// error of every addition is kept, and added at the end (Neumaier's summation, with Knuth's TwoSum); `prepended`: the prompt of row i begins at max_length - length[i] + column[i], else at column[i].
+// error of every addition is kept, and added at the end (Neumaier's summation, with Knuth's TwoSum). `prepended`: the prompt of
+// row i begins at max_length - length[i] + column[i], else at column[i].
 struct SumPrompts {
   View out;   // [heads, pool_rows, width]
   View grad;  // [batch, heads, rows, width]
