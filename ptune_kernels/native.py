@@ -5,6 +5,7 @@ in silence would hide a broken installation.
 """
 
 import ctypes
+import re
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -50,11 +51,13 @@ def serves_gpus() -> bool:
 
     An architecture's own runs on later ones of the same major version; the newest's, from PTX, on all that are newer.
     """
-    built = [int(architecture.removesuffix("-real")) for architecture in libraries["cuda"].build.split()]
+    built = [int(number) for number in re.findall(r"\d+", libraries["cuda"].build)]  # of "80-real 90a-real 120"
     found = [
         10 * major + minor for major, minor in map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))
     ]
-    return all(here >= max(built) or any(one // 10 == here // 10 and one <= here for one in built) for here in found)
+    return all(
+        here >= max(built, default=0) or any(one // 10 == here // 10 and one <= here for one in built) for here in found
+    )
 
 
 def absence(device_type: str) -> str:

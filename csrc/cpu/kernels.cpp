@@ -21,11 +21,13 @@ constexpr int64_t kBytesPerTask = 64 * 1024;
 constexpr int64_t kRowsAtOnce = 8;  // of all heads, where these are side by side in memory
 
 const cpu::RowFunctions& choose_rows() {
+#ifdef __x86_64__
   __builtin_cpu_init();
   const char* forced = std::getenv("PTUNE_CPU_ISA");
   const auto allowed = [&](const char* isa) { return !forced || !*forced || !std::strcmp(forced, isa); };
   if (allowed("avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")) return cpu::rows_avx512;
   if (allowed("avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")) return cpu::rows_avx2;
+#endif
   return cpu::rows_plain;
 }
 

@@ -3,6 +3,8 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from ptune_kernels import __version__
+
     from . import precision
     from .auto import (
         AutoPTuneModel,
@@ -21,6 +23,8 @@ else:
         """What is asked for is imported then: `ptune --help` should not wait for torch and transformers."""
         from importlib import import_module
 
+        if name == "__version__":
+            return import_module("ptune_kernels").__version__
         homes = {"PromptBank": "bank", "PTuneConfig": "config", "hybrid": "half_attention", "PTuneMixin": "mixin"}
         if name in __all__ and name != "precision":
             return getattr(import_module(f".{homes.get(name, 'auto')}", __name__), name)
@@ -44,6 +48,7 @@ __all__ = [
     "PTuneConfig",
     "PTuneMixin",
     "PromptBank",
+    "__version__",
     "hybrid",
     "precision",
 ]

@@ -47,8 +47,8 @@ class AutoPTuneModel:
         return load_model(cls._loader, path, ptune_class, *args, **kwargs)
 
     @classmethod
-    def from_config(cls, config: Any, **kwargs: Any) -> Any:
-        """A base of random weights, with the prompts that ``config`` or the keywords describe."""
+    def from_config(cls, config: Any, *, tokenizer: Any = None, **kwargs: Any) -> Any:
+        """A base of random weights, with the prompts that ``config`` or the keywords of `from_pretrained` describe."""
         check_keywords(kwargs, config)
         config = copy.deepcopy(config)
         settings = take_settings(config) | take_settings(kwargs)
@@ -57,7 +57,7 @@ class AutoPTuneModel:
         model.__class__ = ptune_class(type(model))
         model.adopt(model.fresh_head())
         hybrid(model, **{"attn_dtype": None} | dtypes)
-        model.init_prompts(PTuneConfig(**settings))
+        model.init_prompts(PTuneConfig(**settings), tokenizer)
         return model
 
 
@@ -83,3 +83,11 @@ class AutoPTuneModelForSeq2SeqLM(AutoPTuneModel):
     """Generation by an encoder-decoder with prompts in its encoder (transformers' ``AutoModelForSeq2SeqLM``)."""
 
     _loader = transformers.AutoModelForSeq2SeqLM
+
+
+MODELS = {
+    "classification": AutoPTuneModelForSequenceClassification,
+    "tagging": AutoPTuneModelForTokenClassification,
+    "generation": AutoPTuneModelForCausalLM,
+    "seq2seq": AutoPTuneModelForSeq2SeqLM,
+}

@@ -20,7 +20,6 @@ from .config import SHORT_DTYPES
 # What loads torch and transformers is imported inside the commands: `ptune --help` should not wait seconds for it.
 
 app = typer.Typer(
-    help="Tune soft prompts on frozen transformers.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_show_locals=False,
@@ -73,6 +72,21 @@ CompletionColumn = Annotated[str | None, typer.Option(help="Column of the comple
 def main() -> None:
     """Runs the command that the arguments name."""
     app(prog_name="ptune")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from . import __version__
+
+        typer.echo(f"ptune-kernels {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True)] = False,
+) -> None:
+    """Tune soft prompts on frozen transformers."""
 
 
 # what is said once for all tasks that are trained together

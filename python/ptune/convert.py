@@ -8,10 +8,9 @@ from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
 
 from . import checkpoint, hub
-from .auto import AutoPTuneModel
+from .auto import MODELS, AutoPTuneModel
 from .checkpoint import MisfitError
 from .foreign import CONFIG_NAME, TASK_TYPES, WEIGHTS_NAME, read_foreign, shape_of
-from .runs import MODELS
 from .support import evaluating
 
 _LOADERS: dict[Any, Any] = {**MODELS, None: AutoPTuneModel}

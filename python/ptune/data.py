@@ -142,7 +142,7 @@ def hold_out(
     Both parts keep the order of `examples`. Raises: ValueError if either part would be empty.
     """
     if not 0 < share < 1:
-        raise ValueError(f"share: expected a number between 0 and 1, got {share}")
+        raise ValueError(f"hold_out: expected a number between 0 and 1, got {share}")
     strata: dict[Hashable, list[int]] = defaultdict(list)
     for index, example in enumerate(examples):
         strata[stratum(example)].append(index)

@@ -20,7 +20,7 @@ Tokenise = Callable[[str, bool], list[int]]
 
 
 @torch.no_grad()
-def initial_prompts(model: Any, settings: PTuneConfig, tokenise: Tokenise | None) -> tuple[Tensor, Tensor | None]:
+def initial_prompts(model: Any, settings: PTuneConfig, tokenise: Tokenise) -> tuple[Tensor, Tensor | None]:
     """The first values of the prompts of ``model`` (prompts off, in evaluation mode), on the CPU in float32.
 
     Returns ``prompt_embeddings`` [m, d] and ``intermediate_prompt_embeddings`` [L·m, d] or ``None``. ``tokenise(text,
@@ -75,9 +75,7 @@ def _of_norm(real: Tensor, count: int) -> Tensor:
     return rows * (real.norm(dim=-1).median() / rows.norm(dim=-1, keepdim=True))
 
 
-def _from_text(
-    model: Any, settings: PTuneConfig, texts: InitText | None, tokenise: Tokenise | None
-) -> tuple[Tensor, Tensor]:
+def _from_text(model: Any, settings: PTuneConfig, texts: InitText | None, tokenise: Tokenise) -> tuple[Tensor, Tensor]:
     count = settings.pre_seq_len
     assert texts is not None  # PTuneConfig sees to it
     if hasattr(texts, "tolist"):
@@ -96,10 +94,8 @@ def _from_text(
     return torch.stack([shallow for shallow, _ in rows]), torch.stack([layers for _, layers in rows], dim=1)
 
 
-def _token_ids(model: Any, text: Any, tokenise: Tokenise | None, *, special_tokens: bool) -> list[int]:
+def _token_ids(model: Any, text: Any, tokenise: Tokenise, *, special_tokens: bool) -> list[int]:
     if isinstance(text, str):
-        if tokenise is None:
-            raise ValueError("prompt_init_text: a string needs a tokenizer; pass tokenizer=, or token ids")
         ids = tokenise(text, special_tokens)
     else:
         ids = [_number(token) for token in text] if hasattr(text, "__len__") else text

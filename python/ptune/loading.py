@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,11 @@ def origin_of(config: Any) -> Origin:
     return Origin(config.name_or_path, checkpoint.base_config(config))
 
 
-def tokenizer_of(name: str) -> Any:
-    """The tokenizer saved with a base."""
-    return AutoTokenizer.from_pretrained(name)
+def tokenizer_of(name: str, **options: Any) -> Any:
+    """The tokenizer saved with a base, fetched with transformers' ``options`` for the hub."""
+    if not name:
+        raise ValueError("prompt_init_text: a string needs a tokenizer; pass tokenizer=, or token ids")
+    return AutoTokenizer.from_pretrained(name, **options)
 
 
 def load_model(
@@ -73,7 +76,8 @@ def load_model(
         check_base(path)
     base = _base_of(path, saved, base_model)
     try:
-        own = AutoConfig.from_pretrained(base, **{name: kwargs[name] for name in _FOR_CONFIG if name in kwargs})
+        fetching = {name: kwargs[name] for name in _FOR_CONFIG if name in kwargs}
+        own = AutoConfig.from_pretrained(base, **fetching)
     except (OSError, ValueError) as error:
         if saved is None:
             raise
@@ -101,7 +105,7 @@ def load_model(
         halves = {name: saved["base"].get(name) for name in SETTINGS}
     hybrid(model, **{"attn_dtype": None} | halves)
     if saved is None:
-        model.init_prompts(prompts, tokenizer)
+        model.init_prompts(prompts, tokenizer or partial(tokenizer_of, base, **fetching))
         if model.num_trainable_parameters() == 0:
             _logger.warning(
                 "%s: nothing will train, without prompts and without a new task head; set tuning_mode ('ptune' or "

@@ -5,6 +5,7 @@ import inspect
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -58,8 +59,8 @@ class PTuneMixin(PromptSaving):
     def init_prompts(self: Any, config: Any, tokenizer: Any = None) -> None:
         """Begin anew with the prompts of ``config``: a `PTuneConfig`, or a transformers config that bears its fields.
 
-        ``tokenizer`` reads a ``prompt_init_text`` of strings; by default the base's own is loaded. Raises `ValueError`
-        or `NotImplementedError`, and then changes nothing.
+        ``tokenizer``, or a function that returns one, reads a ``prompt_init_text`` of strings; by default the base's
+        own is loaded. Raises `ValueError` or `NotImplementedError`, and then changes nothing.
         """
         settings = PTuneConfig.of(config)
         shallow = deep = None
@@ -68,7 +69,7 @@ class PTuneMixin(PromptSaving):
                 find_blocks(find_body(self), self.config)
             if settings.prefix_sharing is True and (reason := obstacle(self, settings)) is not None:
                 raise ValueError(f"prefix_sharing: True, but {type(self).__name__} cannot share prompts: {reason}")
-            tokenise = tokenise_with(tokenizer or (lambda: tokenizer_of(self.origin.name)))
+            tokenise = tokenise_with(tokenizer or partial(tokenizer_of, self.origin.name))
             with self.disable_prompts(), evaluating(self):
                 shallow, deep = initial_prompts(self, settings, tokenise)
         self._install(settings, shallow, deep)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -22,25 +23,16 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.trainer import TRAINER_STATE_NAME
 
-from .auto import (
-    AutoPTuneModelForCausalLM,
-    AutoPTuneModelForSeq2SeqLM,
-    AutoPTuneModelForSequenceClassification,
-    AutoPTuneModelForTokenClassification,
-)
+from .auto import MODELS
 from .checkpoint import WEIGHTS_NAME, check_free, fingerprint, is_prompt_folder, read_config, replace_file
 from .data import Columns, DataError, hold_out
 from .loading import check_base
+from .plan import Plan
+from .quantised import is_quantised
 from .support import ENCODER_DECODERS, position_limit
 from .tasks import TASKS, Task
 from .train import HEAD_LEARNING_RATE, fit
 
-MODELS = {
-    "classification": AutoPTuneModelForSequenceClassification,
-    "tagging": AutoPTuneModelForTokenClassification,
-    "generation": AutoPTuneModelForCausalLM,
-    "seq2seq": AutoPTuneModelForSeq2SeqLM,
-}
 WRITING = ("generation", "seq2seq")  # one task, without labels, on two kinds of base
 LEARNING_RATES = {None: HEAD_LEARNING_RATE, "ptune": 3e-2, "deep_ptune": 1e-2}
 EPOCHS = 3
@@ -95,6 +87,7 @@ class Run:
     evaluation: Sequence[Any]
     steps: int
     learning_rate: float
+    prefix_plan: Plan
 
     def fit(self, say: Callable[[str], None] | None = None) -> dict[str, Any]:
         """Trains and writes the output folder. Returns the record that stands in its `train.json`.
@@ -137,6 +130,7 @@ class Run:
             "head_learning_rate": options.head_learning_rate,
             "seed": options.seed,
             "kept_step": best["step"],
+            "prefix_sharing": f"{'yes' if self.prefix_plan.path == 'prefix' else 'no'}: {self.prefix_plan.reason}",
             "metrics": {name: best[f"eval_{name}"] for name in ("loss", *self.task.metrics)},
             "log": log,
         }
@@ -196,7 +190,7 @@ def prepare(options: Options, say: Callable[[str], None]) -> Run:
     if cut:
         why = "--max-length" if task.max_length == options.max_length else "--pre-seq-len leaves no room for more"
         say(f"{cut} of {len(train)} training examples reach {task.max_length} tokens and may be cut ({why}).")
-    return Run(options, model, task, train, evaluation, steps, rate)
+    return Run(options, model, task, train, evaluation, steps, rate, model.prefix_plan)
 
 
 def new_model(
@@ -272,16 +266,15 @@ def load_run(folder: Path, base_model: str | None = None) -> tuple[PreTrainedMod
     record = read_record(folder)
     name, base = record["task"], base_model or read_config(folder)["base"]["name"]
     model = MODELS[name].from_pretrained(folder, base_model=base_model)
+    if torch.cuda.is_available() and not is_quantised(model):  # which is where it belongs already
+        model.to("cuda")
     labels = [] if name in WRITING else [model.config.id2label[i] for i in range(model.config.num_labels)]
     tokenizer = load_tokenizer(base, name)
     return model, TASKS[name](tokenizer, record["max_length"], labels)
 
 
 def describe(folder: Path) -> dict[str, str]:
-    """What an output folder holds, by name; of tasks that were trained together, what each has learnt.
-
-    The base is loaded only where it is a folder, to ask it for its plan.
-    """
+    """What an output folder holds, by name; of tasks that were trained together, what each has learnt."""
     tasks = [] if (folder / RECORD).exists() else sorted(path.parent for path in folder.glob(f"*/{RECORD}"))
     if tasks:
         return {task.name: _learnt(read_record(task)) for task in tasks}
@@ -296,10 +289,9 @@ def describe(folder: Path) -> dict[str, str]:
         "size": f"{weights.stat().st_size / 1024:.0f} KiB",
         "training": f"{record['steps']} steps of {record['batch_size']}, learning rate {record['learning_rate']:g}",
     }
-    if prompts["tuning_mode"] and os.path.isdir(prompts["base"]["name"]):
-        lines["prefix sharing"] = _sharing(folder, record["task"])
-    if "kept_step" in record:  # older runs did not say
-        lines["kept step"] = str(record["kept_step"])
+    for name in ("prefix_sharing", "kept_step"):  # older runs did not say
+        if name in record:
+            lines[name.replace("_", " ")] = str(record[name])
     return lines | _metrics(record)
 
 
@@ -309,15 +301,6 @@ def _metrics(record: dict[str, Any]) -> dict[str, str]:
 
 def _learnt(record: dict[str, Any]) -> str:
     return f"{record['task']}: {', '.join(map(' '.join, _metrics(record).items()))}"
-
-
-def _sharing(folder: Path, task: str) -> str:
-    """Whether prompt rows are computed once for a whole batch, and why."""
-    try:
-        plan = MODELS[task].from_pretrained(folder).prefix_plan
-    except (ValueError, OSError, NotImplementedError) as error:
-        return f"not known: {error}"
-    return f"{'yes' if plan.path == 'prefix' else 'no'}: {plan.reason}"
 
 
 def latest_checkpoint(out: Path) -> Path:

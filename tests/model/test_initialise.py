@@ -147,6 +147,28 @@ def test_strings_are_read_by_the_bases_tokenizer(minilm):
     assert several.intermediate_prompt_embeddings.weight.isfinite().all()
 
 
+def test_the_tokenizer_comes_from_where_the_base_does(minilm, monkeypatch):
+    asked, read = {}, transformers.AutoTokenizer.from_pretrained
+
+    def from_pretrained(name, **options):
+        asked.update(options)
+        return read(name)
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", from_pretrained)
+    options = {"token": "secret", "revision": "v2", "trust_remote_code": False}
+    ptune.AutoPTuneModel.from_pretrained(minilm, **settings_for("shallow", 3, prompt_init_text="a b"), **options)
+    assert asked == options
+
+
+def test_a_base_of_random_weights_has_no_tokenizer(minilm):
+    config, settings = FAMILIES["bert"].config(), settings_for("shallow", 2, prompt_init_text="a b")
+    with pytest.raises(ValueError, match=r"prompt_init_text: .* pass tokenizer="):
+        ptune.AutoPTuneModel.from_config(config, **settings)
+    tokenizer = type("Tokenizer", (), {"encode": staticmethod(lambda text, add_special_tokens: [7, 9])})()
+    model = ptune.AutoPTuneModel.from_config(config, **settings, tokenizer=tokenizer)
+    assert torch.equal(model.prompt_embeddings.weight, model.get_input_embeddings().weight[[7, 9]])
+
+
 class Rows(torch.utils.data.Dataset):
     """A dataset is no sequence."""
 

@@ -39,7 +39,7 @@ def test_an_unknown_device_gets_the_reference():
     ],
 )
 def test_gpus_are_served_by_the_compiled_library_where_it_holds_code_for_them(monkeypatch, capabilities, backend):
-    library = native.Library(Path("libptune_cuda.so"), "80-real 90-real 100-real 120")
+    library = native.Library(Path("libptune_cuda.so"), "80-real 90a-real 100-real 120")
     monkeypatch.setitem(native.libraries, "cuda", library)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capabilities[index])
