@@ -25,7 +25,7 @@ from .plan import Plan, make_plan, obstacle
 from .quantised import is_quantised, prepare, unquantised_head
 from .saving import PromptSaving
 from .seq2seq import EncoderHooks
-from .support import check_base, device_of, evaluating, find_blocks, find_body
+from .support import check_base, device_of, evaluating, find_blocks, find_body, whole
 
 
 class PTuneMixin(PromptSaving):
@@ -341,6 +341,7 @@ def _table(rows: Tensor | None, embedding: Any) -> nn.Embedding | None:
 
 
 def _expanded(rows: Tensor, batch_size: int, dtype: torch.dtype) -> Tensor:
+    rows = whole(rows)
     if dtype == torch.float64:
         rows = rows.double()
     return prepend(rows, torch.empty(batch_size, 0, rows.shape[1], dtype=dtype, device=rows.device))

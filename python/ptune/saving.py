@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,7 @@ from .half_attention import dtypes_of
 from .likeness import sample, warn_of_other_weights
 from .loading import Origin
 from .quantised import described
-from .support import evaluating
+from .support import evaluating, whole
 
 _PROMPT_MODULES = ("prompt_embeddings", "intermediate_prompt_embeddings", "compiled_prefix")
 
@@ -28,11 +28,12 @@ class PromptSaving:
         """Write prompts and head, float32, with what they fit, and a model card, to ``folder``; each file atomically.
 
         A card that was edited is left as it is. ``push_to_hub=True`` then uploads the files, with the ``options`` of
-        `ptune.hub.upload`, ``repo_id`` among them.
+        `ptune.hub.upload`, ``repo_id`` among them. Prompts that FSDP2 has sharded are gathered, for which every process
+        must call this.
         """
         self._check_adapters()
         self._check_vocabulary()
-        self._write(folder, self.origin, self.state_dict(), hub.write)
+        hub.write(folder, self._description(self.origin), self._own(self.state_dict()))
         if push_to_hub:
             hub.upload(folder, **options)
 
@@ -109,8 +110,10 @@ class PromptSaving:
             }
             with self._as_base():
                 self.save_pretrained(folder, is_main_process=is_main_process, state_dict=base_state, **kwargs)
+        own = self._own(state)  # by every process, as in `save_prompts`
         if is_main_process:
-            self._write(save_directory, origin, state, hub.write if push_to_hub else checkpoint.write)
+            write = hub.write if push_to_hub else checkpoint.write
+            write(save_directory, self._description(origin), own)
             if push_to_hub:
                 hub.upload(save_directory, **kwargs)
 
@@ -130,8 +133,8 @@ class PromptSaving:
                 "prompts does not hold resized embeddings: save with save_base=True"
             )
 
-    def _write(self: Any, folder: Any, origin: Origin, state: dict[str, Tensor], write: Callable[..., None]) -> None:
-        write(folder, self._description(origin), {name: state[name] for name in self._own_names()})
+    def _own(self: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: whole(state[name]) for name in self._own_names()}
 
     def _own_names(self: Any) -> list[str]:
         prompts = zip(checkpoint.PROMPTS, self._tables(), strict=True)

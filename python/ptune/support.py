@@ -96,6 +96,11 @@ def find_blocks(body: nn.Module, config: Any) -> nn.ModuleList:
     _refuse(type(body).__name__, f"found no list of its {count} blocks, which deep prompts need")
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor itself; of one that is sharded (a DTensor), what all processes together have."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
 def device_of(embedding: Any) -> torch.device:
     """Where ``embedding`` looks tokens up; accelerate keeps the weight of an offloaded one elsewhere between calls."""
     device = embedding.weight.device

@@ -1,4 +1,4 @@
-"""Two processes (gloo) train as one does: DDP, and FSDP2 around the frozen base."""
+"""Two processes (gloo) train as one does: DDP, and FSDP2 around the frozen base, or around all."""
 
 import gc
 import os
@@ -6,12 +6,14 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.multiprocessing import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 import ptune
+from ptune.support import whole
 
 from .common import settings_for
 from .families import FAMILIES
@@ -51,7 +53,7 @@ def loss_of(model, name, rows):
 def train(rank, kind, name, mode, checkpointing, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    outcome = gradients_of(rank, kind, name, mode, checkpointing)
+    outcome = gradients_of(rank, kind, name, mode, checkpointing, folder)
     if rank == 0:
         torch.save(outcome, f"{folder}/gradients.pt")
     # what was wrapped must not outlive the group that it speaks through, and hooks make circles
@@ -61,7 +63,7 @@ def train(rank, kind, name, mode, checkpointing, folder):
     os._exit(0)  # now and then torch's own threads abort the interpreter while it takes itself down
 
 
-def gradients_of(rank, kind, name, mode, checkpointing):
+def gradients_of(rank, kind, name, mode, checkpointing, folder):
     model = make(name, mode)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": checkpointing == "reentrant"})
@@ -70,16 +72,19 @@ def gradients_of(rank, kind, name, mode, checkpointing):
     if kind == "ddp":
         wrapped = DistributedDataParallel(model)
     else:
+        ignored = set(trained.values()) if kind == "fsdp, base" else set()
         mesh = init_device_mesh("cpu", (2,))
         for block in FAMILIES[name].blocks(model.base_model):
-            fully_shard(block, mesh=mesh, ignored_params=set(trained.values()))
-        fully_shard(model, mesh=mesh, ignored_params=set(trained.values()))
+            fully_shard(block, mesh=mesh, ignored_params=ignored)
+        fully_shard(model, mesh=mesh, ignored_params=ignored)
+        trained = {key: p for key, p in model.named_parameters() if p.requires_grad}
     for _ in range(2):  # the second step runs on what the first left behind
         model.zero_grad()
         rows = slice(rank * ROWS // 2, (rank + 1) * ROWS // 2)
         loss_of(wrapped, name, rows).backward()
-    gradients = {key: p.grad.clone() for key, p in trained.items()}
-    if kind == "fsdp":
+    gradients = {key: whole(p.grad).clone() for key, p in trained.items()}
+    model.save_prompts(f"{folder}/prompts")
+    if kind == "fsdp, base":
         for gradient in gradients.values():
             dist.all_reduce(gradient)
             gradient /= 2
@@ -91,8 +96,10 @@ def gradients_of(rank, kind, name, mode, checkpointing):
     [
         ("ddp", "llama", "add", None),
         ("ddp", "modernbert", "overwrite", "not reentrant"),
-        ("fsdp", "llama", "overwrite", None),
-        ("fsdp", "gpt2", "shallow", "not reentrant"),
+        ("fsdp, base", "llama", "overwrite", None),
+        ("fsdp, base", "gpt2", "shallow", "not reentrant"),
+        ("fsdp", "llama", "overwrite", "not reentrant"),
+        ("fsdp", "modernbert", "overwrite", None),
     ],
 )
 def test_two_processes_have_the_gradients_of_one(tmp_path, kind, name, mode, checkpointing):
@@ -101,7 +108,9 @@ def test_two_processes_have_the_gradients_of_one(tmp_path, kind, name, mode, che
     assert path == "prefix"
     model = make(name, mode)
     (loss_of(model, name, slice(None)) / 2).backward()
+    saved = load_file(tmp_path / "prompts" / "model.safetensors")
     for key, parameter in model.named_parameters():
         if parameter.requires_grad:
             scale = parameter.grad.abs().max().item()
             torch.testing.assert_close(gradients[key], parameter.grad, rtol=0, atol=1e-5 * scale)
+            assert torch.equal(saved[key], parameter)
