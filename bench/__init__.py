@@ -1,2 +1,1 @@
-"""Measurements: ``python -m bench``, ``python -m bench.aot``, ``pytest bench --benchmark-only``,
-``bench/quality.py``."""
+"""Measurements, each a command of its own: CONTRIBUTING.md lists them, README.md here what they found."""

@@ -46,7 +46,7 @@ def main(base: str, out: str, steps: int = 100) -> float:
             train_dataset=encode(train),
             eval_dataset=encode(random.Random(0).sample(held_out, 300)),
             processing_class=tokenizer,
-            optimizers=(torch.optim.AdamW(parameter_groups(model, 1e-2, HEAD_LEARNING_RATE)), None),
+            optimizers=(torch.optim.AdamW(parameter_groups(model, 1e-2, HEAD_LEARNING_RATE), weight_decay=0.0), None),
             compute_metrics=lambda p: {"accuracy": (p.predictions.argmax(-1) == p.label_ids).mean()},
         )
         trainer.train()

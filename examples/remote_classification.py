@@ -35,7 +35,7 @@ def train(
     model: Any, tokenizer: Any, train_on: list[tuple[str, int]], held_out: list[tuple[str, int]], at: dict[int, Any]
 ) -> float:
     """Accuracy on ``held_out`` after a pass over ``train_on``; before step i, ``at[i]()`` is called."""
-    optimizer = torch.optim.AdamW(parameter_groups(model, 1e-2, HEAD_LEARNING_RATE))
+    optimizer = torch.optim.AdamW(parameter_groups(model, 1e-2, HEAD_LEARNING_RATE), weight_decay=0.0)
 
     def encode(examples: list[tuple[str, int]]) -> dict[str, torch.Tensor]:
         texts, labels = zip(*examples, strict=True)

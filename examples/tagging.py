@@ -53,7 +53,7 @@ def main(base: str, out: str, steps: int = 100) -> float:
             train_dataset=encode(train),
             eval_dataset=encode(held_out),
             data_collator=DataCollatorForTokenClassification(tokenizer),
-            optimizers=(torch.optim.AdamW(parameter_groups(model, 1e-2, HEAD_LEARNING_RATE)), None),
+            optimizers=(torch.optim.AdamW(parameter_groups(model, 1e-2, HEAD_LEARNING_RATE), weight_decay=0.0), None),
             compute_metrics=f1,
         )
         trainer.train()
