@@ -1,10 +1,13 @@
-"""What all tests share: Triton's interpreter where there is no GPU, real data and a real model.
+"""What all tests share: Triton's interpreter where there is no GPU, fresh seeds, real data and a real model.
 
 Real data is found, or the test skips and says why; `PTUNE_REQUIRE_DATA=1` makes that a failure.
 """
 
 import importlib.util
 import os
+import random
+import secrets
+import zlib
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,16 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def fresh_seed(request):
+    """New random inputs on every run; a failure prints the seed that repeats it."""
+    seed = int(os.environ.get("PTUNE_TEST_SEED", secrets.randbits(31)))
+    print(f"repeat with PTUNE_TEST_SEED={seed}")
+    own = seed ^ zlib.crc32(request.node.nodeid.encode())
+    torch.manual_seed(own)
+    random.seed(own)
 
 
 def _missing(what: str) -> None:
