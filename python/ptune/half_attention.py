@@ -84,6 +84,8 @@ def dtypes_of(model: Any) -> dict[str, str | None]:
 
 
 def _check(model: Any, parts: list[Any]) -> None:
+    if not getattr(model, "blocks_are_here", True):
+        _refuse(model, "it runs on servers, in the dtype of their weights; attn_dtype=None goes on without")
     if is_quantised(model):
         _refuse(model, "a quantised model decides the dtypes of its own modules")
     for name, parameter in model.named_parameters():

@@ -21,13 +21,15 @@ _logger = logging.getLogger(__name__)
 def sample(model: Any) -> list[str]:
     """Of the table of tokens, and of the first and the last block's first matrix: bfloat16, in hexadecimal.
 
-    Empty where a weight is quantised, sharded or elsewhere.
+    Empty where a weight is quantised, sharded or elsewhere; blocks on servers say theirs.
     """
     body = find_body(model)
     modules = [body.get_input_embeddings()]
+    if not model.blocks_are_here:
+        return [numbers_of(modules[0]), *model.remote.link.weights]
     with suppress(NotImplementedError):
         modules += [find_blocks(body, model.config)[i] for i in (0, -1)]
-    return [_numbers(module) for module in modules]
+    return [numbers_of(module) for module in modules]
 
 
 def warn_of_other_weights(model: Any, saved: dict[str, Any], folder: Any) -> None:
@@ -37,7 +39,8 @@ def warn_of_other_weights(model: Any, saved: dict[str, Any], folder: Any) -> Non
         _logger.warning("%s: these prompts were trained on a base like this one, but of other weights", folder)
 
 
-def _numbers(module: nn.Module) -> str:
+def numbers_of(module: nn.Module) -> str:
+    """Of a module's first matrix."""
     weight = next((parameter.detach() for parameter in module.parameters() if parameter.dim() == 2), None)
     if weight is None or type(weight) is not Tensor or weight.is_meta or not weight.is_floating_point():
         return ""

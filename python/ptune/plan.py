@@ -74,15 +74,19 @@ def obstacle(model: Any, settings: PTuneConfig) -> str | None:
     return None
 
 
+def rope_kinds(config: Any) -> list[dict[str, Any]]:
+    """The parameters of a model's rotary embeddings, of which kinds of layers may have their own."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    return [parameters] if "rope_type" in parameters else [p for p in parameters.values() if isinstance(p, dict)]
+
+
 def rope_limit(config: Any) -> int | None:
     """How many positions a rotary embedding serves before its frequencies change; ``None`` if they never do."""
-    parameters = getattr(config, "rope_parameters", None) or {}
-    kinds = [parameters] if "rope_type" in parameters else [p for p in parameters.values() if isinstance(p, dict)]
     limits = [
         p.get("original_max_position_embeddings")
         or getattr(config, "original_max_position_embeddings", None)
         or config.max_position_embeddings
-        for p in kinds
+        for p in rope_kinds(config)
         if p.get("rope_type", "default") not in _STATIC_ROPE
     ]
     return min(limits, default=None)

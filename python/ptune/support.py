@@ -193,10 +193,15 @@ def check_inputs(arguments: dict[str, Any], parameters: tuple[str, ...]) -> None
         raise NotImplementedError(
             f"{packed[0]}: packed batches are not supported, for each packed text needs its own prompt"
         )
+    check_unpacked(positions, mask, "each packed text needs its own prompt")
+
+
+def check_unpacked(positions: Tensor | None, mask: Tensor | None, reason: str) -> None:
+    """Raises `NotImplementedError`, with the ``reason``, for what transformers reads as packed texts."""
     if positions is not None and mask is None and _restarts(positions):
         raise NotImplementedError(
             "position_ids: packed batches (positions that restart, without an attention_mask) are not supported, for "
-            "each packed text needs its own prompt"
+            + reason
         )
 
 

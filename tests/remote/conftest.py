@@ -14,7 +14,7 @@ from .common import LAYERS
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
-SERVED = [("llama", 1), ("llama", 2), ("llama", 4), ("qwen3", 1), ("mistral", 1), ("bert", 2)]
+SERVED = [("llama", 1), ("llama", 2), ("llama", 4), ("qwen3", 1), ("mistral", 1), ("gpt2", 1), ("bert", 2)]
 
 
 @pytest.fixture(scope="session")

@@ -156,7 +156,7 @@ def test_training_follows_the_local_curve(serve, folder_of):
     "how", [{}, {"num_beams": 3}, {"do_sample": True, "top_k": 5}], ids=["greedy", "beams", "sample"]
 )
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(("family", "servers"), [("llama", 2), ("qwen3", 1), ("mistral", 1)])
+@pytest.mark.parametrize(("family", "servers"), [("llama", 2), ("qwen3", 1), ("mistral", 1), ("gpt2", 1)])
 def test_generate(family, servers, mode, how, serve, folder_of):
     local, far = pair_of("CausalLM", folder_of(family), serve(family, servers), mode)
     ids, mask = batch_of("left")
@@ -404,9 +404,10 @@ def test_prompts_travel_once_per_version(serve, folder_of):
 
 
 def test_a_link_promises_what_each_server_can():
+    same = {"fingerprint": "", "weights": ["", ""]}
     both = [
-        {"fingerprint": "", "max_tokens": 9, "dtype": "float32", "unshared": None, "causal": True},
-        {"fingerprint": "", "max_tokens": 8, "dtype": "bfloat16", "unshared": "of a reason", "causal": False},
+        same | {"max_tokens": 9, "dtype": "float32", "unshared": None, "causal": True},
+        same | {"max_tokens": 8, "dtype": "bfloat16", "unshared": "of a reason", "causal": False},
     ]
     for states in (both, both[::-1]):
         link = remote.Link([], remote.Retries(), states)

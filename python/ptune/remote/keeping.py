@@ -15,13 +15,14 @@ class Keeping:
         self.budget = budget
         self.idle = idle
         self._values: OrderedDict[Any, tuple[Any, int, float]] = OrderedDict()
+        self._unwanted: dict[Any, float] = {}
         self._lock = threading.Lock()  # status is read beside a running request
 
     def put(self, key: Any, value: Any, nbytes: int) -> None:
         """Keep ``value``, unless it alone is over the budget."""
         with self._lock:
             self._values.pop(key, None)
-            if nbytes <= self.budget:
+            if nbytes <= self.budget and self._unwanted.pop(key, None) is None:
                 self._values[key] = value, nbytes, time.monotonic()
             while self._nbytes() > self.budget:
                 self._values.popitem(last=False)
@@ -40,9 +41,18 @@ class Keeping:
         with self._lock:
             return self._values.pop(key, (None,))[0]
 
+    def drop(self, key: Any) -> None:
+        """Keep the value no longer, nor one that a running request puts there yet."""
+        with self._lock:
+            if key not in self._values:
+                self._unwanted[key] = time.monotonic()
+            self._values.pop(key, None)
+
     def drop_idle(self) -> None:
         before = time.monotonic() - self.idle
         with self._lock:
+            for key in [key for key, since in self._unwanted.items() if since < before]:
+                del self._unwanted[key]
             for key in [key for key, (_, _, used) in self._values.items() if used < before]:
                 del self._values[key]
 

@@ -4,6 +4,7 @@ import itertools
 import uuid
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ class Link:
         dtype: in which they compute; the least precise where they differ.
         unshared: why they do not run prompt rows once for a batch; ``None`` where they do.
         causal: whether their blocks read text from left to right.
+        weights: a few numbers of the first and the last block (see `ptune.likeness`).
         traffic: bytes of arrays, by what they were: ``"hidden"``, ``"gradients"``, ``"prompts"`` and ``"prompt
             gradients"`` between client and servers, and each of them with ``" between servers"``.
     """
@@ -37,6 +39,7 @@ class Link:
         dtypes = [getattr(torch, state["dtype"]) for state in states]
         self.dtype: torch.dtype = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
         self.unshared = next((state["unshared"] for state in states if state["unshared"] is not None), None)
+        self.weights: list[str] = [states[0]["weights"][0], states[-1]["weights"][1]]
         self.causal = all(state["causal"] for state in states)
         self.client = uuid.uuid4().hex
         self.traffic: Counter[str] = Counter()
@@ -45,6 +48,12 @@ class Link:
 
     def __len__(self) -> int:
         return self.spans[-1].last
+
+    def __deepcopy__(self, memo: Any) -> "Link":
+        return self  # a copy would count versions of prompts that servers take for this one's
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a model whose blocks are on servers cannot be pickled; save_prompts writes what is here")
 
     def legs(self, first: int, last: int) -> list[Leg]:
         """The way through blocks ``first`` … ``last - 1``."""
@@ -80,3 +89,10 @@ class Link:
 def call(server: Any, method: str, returns: int, *args: Any) -> list[Any]:
     """Ask an actor; references to what it returns."""
     return getattr(server, method).options(num_returns=returns).remote(*args)
+
+
+def tell(server: Any, method: str, name: str) -> None:
+    """Ask an actor for nothing in return, if it is still there: its cluster may have been left for another."""
+    if ray.is_initialized():
+        with suppress(Exception):
+            getattr(server, method).remote(name)

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import os
+import re
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -24,19 +25,20 @@ from ..hooks import PromptHooks, named
 from ..layout import Layout
 from ..loading import load_model
 from ..mixin import PTuneMixin
-from ..mixture import current_mixture
 from ..models import class_of
 from ..prefix import PrefixPath
-from ..support import find_body
+from ..support import check_unpacked, find_body
 from .relay import Retries
 from .sequential import RemoteSequential
 from .serve import Servers, connect
 from .session import InferenceSession
 from .shards import HUB_OPTIONS, read_tensors
 from .span import block_pattern, find_remote_blocks
-from .standin import StandIn, rows_in
+from .standin import StandIn, cache_in, rows_in
 
 _thread = threading.local()
+# settings that may be others here than on the servers
+_OF_NO_BLOCK = re.compile(r".*_token_id|tie_word_embeddings|initializer_range|summary_.*")
 _RECORDS = ("output_hidden_states", "output_attentions", "output_router_logits")
 
 
@@ -67,7 +69,8 @@ class _SharedPath(PrefixPath):
         embeds = arguments.get("inputs_embeds")
         given = [*self.model.prompt_parameters(), *([] if embeds is None else [embeds])]
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
-            return None  # sessions are without gradients
+            _refuse_cache(arguments)
+            return None
         return super()._cache(body, arguments)
 
 
@@ -79,11 +82,14 @@ class RemoteBlock(StandIn):
         self.blocks: RemoteSequential | None = None
         self.sessions: WeakKeyDictionary[Any, InferenceSession] = WeakKeyDictionary()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"sessions": WeakKeyDictionary()}  # a copy has none of the caches
+
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         running: _Running | None = getattr(_thread, "running", None)
         if running is None or self.blocks is None:
             raise RuntimeError("remote blocks: expected a call of the model that they are of")
-        cache, shared = kwargs.get("past_key_values"), kwargs.get(KEYWORD)
+        cache, shared = cache_in(args, kwargs), kwargs.get(KEYWORD)
         if isinstance(shared, Capture):
             if self.blocks.link.unshared is not None:
                 raise NotImplementedError(f"its servers share no prompt rows: {self.blocks.link.unshared}")
@@ -119,7 +125,7 @@ class RemoteBlock(StandIn):
                 "past_key_values: expected a cache as an earlier call of this model left it, its blocks watched or not "
                 "as now, or an empty one; what remote blocks keep cannot be cropped or filled"
             )
-        elif torch.equal(rows.cpu(), torch.arange(len(rows))):
+        elif len(rows) == session.rows and torch.equal(rows.cpu(), torch.arange(len(rows))):
             rows = None
         return session.step(*given, **how, rows=rows, shared=shared)
 
@@ -175,6 +181,14 @@ class DistributedMixin(PTuneMixin):
             body.register_forward_hook(_after_remote, always_call=True),
         ]
 
+    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """As transformers' own, but for what crops caches."""
+        settings = kwargs.get("generation_config") or self.generation_config
+        for name in ("assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens"):
+            if kwargs.get(name, getattr(settings, name, None)) is not None:
+                raise NotImplementedError(f"{name}: expected None, as what remote blocks keep cannot be cropped")
+        return super().generate(*args, **kwargs)  # type: ignore[misc]
+
     def compile_prompts(self: Any) -> None:
         raise ValueError("compile_prompts: expected blocks that are here; servers make keys and values for each call")
 
@@ -200,8 +214,6 @@ class DistributedMixin(PTuneMixin):
             remote.wire_dtype = wire_dtype
 
     def _before_remote(self: Any, body: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        if current_mixture(self) is not None:
-            raise NotImplementedError(f"{type(self).__name__}: remote blocks are not supported by a PromptBank")
         parameters = tuple(inspect.signature(body.forward).parameters)
         arguments = named(parameters, args, kwargs)
         for name in _RECORDS:
@@ -217,22 +229,30 @@ class DistributedMixin(PTuneMixin):
             prompts = table.weight.view(self.config.num_hidden_layers, -1, table.weight.shape[1])
             starts = call.layout.column if call.placement is not None else None
             call.depth = self.config.num_hidden_layers
+        check_unpacked(arguments.get("position_ids"), mask, "servers would let the texts read one another")
         watched = any(map(_is_watched, self._blocks))
         mode = self.ptune_config.deep_prompt_mode
         _thread.running = _Running(mask, arguments.get("position_ids"), prompts, starts, mode, watched)
         if "use_cache" in parameters and torch.is_grad_enabled():
             embeds = arguments.get("inputs_embeds")
             if any(t is not None and t.requires_grad for t in (embeds, prompts)):
-                past = arguments.get("past_key_values")
-                if past is not None and past.get_seq_length():
-                    raise NotImplementedError("past_key_values: expected none where gradients are wanted")
-                # sessions are without gradients
+                _refuse_cache(arguments)
                 arguments |= {"use_cache": False, "past_key_values": None}
         return (), arguments
 
 
+def _refuse_cache(arguments: dict[str, Any]) -> None:
+    """Raises `NotImplementedError` for a cache that was asked for, where gradients are wanted."""
+    if arguments.get("past_key_values") is not None or arguments.get("use_cache"):
+        raise NotImplementedError(
+            "past_key_values, use_cache: expected none where gradients are wanted, which sessions are without; call "
+            "the model under torch.no_grad()"
+        )
+
+
 def _is_watched(block: nn.Module) -> bool:
-    return bool(block._forward_pre_hooks or block._forward_hooks)
+    hooks = block._forward_pre_hooks, block._forward_hooks, block._backward_pre_hooks, block._backward_hooks
+    return any(hooks)
 
 
 def _after_remote(body: nn.Module, args: tuple, output: Any) -> None:
@@ -255,6 +275,12 @@ def load_distributed(
     **kwargs: Any,
 ) -> Any:
     """`ptune.loading.load_model` of a model whose blocks are served."""
+    if servers is not None and not isinstance(servers, Servers | str):
+        raise TypeError(f"servers: expected Servers or their name, got {servers!r}")
+    if retries is not None and not isinstance(retries, Retries):
+        raise TypeError(f"retries: expected Retries, got {retries!r}")
+    if kwargs.get("quantization_config") is not None:
+        raise NotImplementedError("quantization_config: expected None, as servers hold the blocks as they are")
     name = servers.name if isinstance(servers, Servers) else servers
     client = _Client(loader, name, retries, wire_dtype, micro_batch)
     return load_model(client, path, client.class_for, *args, **kwargs)
@@ -290,9 +316,14 @@ class _Client:
             config, kwargs = AutoConfig.from_pretrained(source, return_unused_kwargs=True, **hub, **kwargs)
         kind = self.stock = self._stock_class(config)
         link = connect(self.servers or path, self.retries)
-        own = AutoConfig.from_pretrained(path, **hub)
-        if checkpoint.fingerprint(checkpoint.base_config(own)) != link.fingerprint:
+        own = checkpoint.base_config(AutoConfig.from_pretrained(path, **hub))
+        if checkpoint.fingerprint(own) != link.fingerprint:
             raise ValueError(f"servers: expected those of {path}, got those of a model of another config")
+        wanted = checkpoint.base_config(config).items()
+        if changed := [n for n, value in wanted if own.get(n) != value and not _OF_NO_BLOCK.fullmatch(n)]:
+            raise ValueError(
+                f"{', '.join(changed)}: expected as in the config of {path}, with which its blocks are served"
+            )
         with torch.device("meta"):
             body = find_body(kind(config))
             pattern = block_pattern(body, find_remote_blocks(body, config))

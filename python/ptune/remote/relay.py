@@ -110,6 +110,8 @@ class Relay:
         send: Callable[[Leg, Any], list[Any]],
         lost: Callable[[], None] | None = None,
     ) -> None:
+        if not ray.is_initialized():
+            raise RemoteError("expected the Ray cluster of the servers, got none: it was left (ray.shutdown)")
         self.legs = legs
         self.retries = retries
         self._begin, self._send, self._lost = begin, send, lost
@@ -166,7 +168,7 @@ class Relay:
         leg = self.legs[i]
         cause = error.cause if isinstance(error, RayTaskError) else error
         if not isinstance(cause, (*_SERVER_FAILED, ObjectLostError, SessionGone)):
-            raise cause from None
+            raise cause from error  # which has the server's own traceback
         causes = self._causes[i]
         causes.append(f"{type(cause).__name__}: {str(cause).partition(chr(10))[0]}")
         if len(causes) >= self.retries.attempts:

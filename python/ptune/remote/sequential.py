@@ -10,18 +10,19 @@ import ray
 import torch
 from torch import Tensor, nn
 
-from .link import Link, call
+from .link import Link, call, tell
 from .relay import Leg, Relay, way_back
 from .session import InferenceSession
 from .shared import SharedRows, deep_gradient
-from .wire import Request, TooLarge, check_shapes, geometry, name_of, to_array, to_tensor
+from .wire import Request, TooLarge, check_shapes, checked_dtype, geometry, name_of, to_array, to_tensor
 
 
 class RemoteSequential(nn.Module):
     """Blocks ``first`` … ``last - 1`` of a model, on the servers that ``link`` leads to; ``remote[2:5]`` are some.
 
     Args:
-        wire_dtype: of hidden states and their gradients on their way; ``None`` for that of the hidden states.
+        wire_dtype: of hidden states and their gradients on their way (``"bfloat16"`` or the like); ``None`` for that of
+            the hidden states.
         micro_batch: how many rows travel together. The next ones are sent while these are with a later server; a
             request that is too large for a server is split in any case.
     """
@@ -36,8 +37,9 @@ class RemoteSequential(nn.Module):
         micro_batch: int | None = None,
     ) -> None:
         super().__init__()
-        if micro_batch is not None and micro_batch < 1:
-            raise ValueError(f"micro_batch: expected at least one row, got {micro_batch}")
+        if micro_batch is not None and (type(micro_batch) is not int or micro_batch < 1):
+            raise ValueError(f"micro_batch: expected at least one row, got {micro_batch!r}")
+        wire_dtype = None if wire_dtype is None else checked_dtype("wire_dtype", wire_dtype)
         self.link = link
         self.first = first
         self.last = len(link) if last is None else last
@@ -233,9 +235,8 @@ class _Chunk:
 
         Servers that do not hear of it drop them in time.
         """
-        if ray.is_initialized():
-            for server, keep in self._outstanding:
-                server.forget.remote(keep)
+        for server, keep in self._outstanding:
+            tell(server, "forget", keep)
         self._outstanding.clear()
         del self.relay  # which holds this in turn
 

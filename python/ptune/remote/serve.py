@@ -1,5 +1,6 @@
 """Starting, finding and stopping the servers of a model's blocks: named Ray actors, which Ray places and restarts."""
 
+import logging
 import os
 from collections import defaultdict
 from collections.abc import Sequence
@@ -9,16 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import torch
 import yaml  # type: ignore[import-untyped]
 from ray.exceptions import GetTimeoutError, RayError
 from transformers import AutoConfig
 
-from ..config import SHORT_DTYPES
 from .link import Link
 from .relay import Leg, Relay, RemoteError, Replicas, Retries
 from .server import BlockServer, Limits
+from .wire import checked_dtype
 
 NAMESPACE = "ptune"
+
+_started: dict[str, Sequence[Any]] = {}  # Ray ends an actor when its last handle goes
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -61,7 +66,12 @@ class ServeConfig:
             self.limits = _made_of(Limits, "limits", self.limits)
         if self.gpus is None:
             self.gpus = 1.0 if self.device.startswith("cuda") else 0.0
-        self.dtype = SHORT_DTYPES.get(self.dtype, self.dtype)
+        if self.dtype != "auto":
+            self.dtype = checked_dtype("dtype", self.dtype)
+        try:
+            torch.device(self.device)
+        except RuntimeError:
+            raise ValueError(f"device: expected 'cpu' or 'cuda', got {self.device!r}") from None
         if os.path.isdir(self.model):
             self.model = os.path.abspath(self.model)
 
@@ -80,6 +90,8 @@ class ServeConfig:
                 raise ValueError(f"servers: expected at most {num_layers}, one for each block, got {self.servers}")
             ends = [round(num_layers * i / self.servers) for i in range(self.servers + 1)]
             return list(pairwise(ends))
+        if not all(isinstance(span, list | tuple) and [type(end) for end in span] == [int, int] for span in self.spans):
+            raise ValueError(f"spans: expected pairs [first, last], got {self.spans!r}")
         spans = [(first, last) for first, last in self.spans]
         if [first for first, _ in spans] + [num_layers] != [0] + [last for _, last in spans]:
             raise ValueError(f"spans: expected blocks 0 to {num_layers} without a gap, got {self.spans}")
@@ -97,13 +109,21 @@ class Servers:
 
     def wait(self, timeout: float = 600.0) -> None:
         """Until all have loaded their blocks. Raises `RemoteError` with what kept one from it."""
+        answers = [actor.status.remote() for actor in self.actors]
         try:
-            ray.get([actor.status.remote() for actor in self.actors], timeout=timeout)
+            ray.get(answers, timeout=timeout)
+        except GetTimeoutError as error:
+            _, missing = ray.wait(answers, num_returns=len(answers), timeout=0)
+            raise RemoteError(
+                f"{self.name}: {len(missing)} of {len(answers)} servers have not started in {timeout:g} s; they wait "
+                "for what Ray is to reserve, or still load"
+            ) from error
         except RayError as error:
             raise RemoteError(f"{self.name}: a server did not start: {error}") from error
 
     def stop(self) -> None:
         """End them, for all clients."""
+        _started.pop(self.name, None)
         for actor in self.actors:
             ray.kill(actor)
 
@@ -121,6 +141,8 @@ def serve_blocks(config: ServeConfig | None = None, **settings: Any) -> Servers:
     layers = AutoConfig.from_pretrained(config.model, revision=config.revision or "main").num_hidden_layers
     options: dict[str, Any] = {"concurrency_groups": {"beside": 1}}
     kind: Any = ray.remote(**options)(BlockServer)
+    spans = config.spans_of(layers)
+    _warn_of_what_lacks(config, len(spans) * config.replicas)
     actors = [
         kind.options(
             name=_actor_name(name, first, last, replica),
@@ -131,10 +153,22 @@ def serve_blocks(config: ServeConfig | None = None, **settings: Any) -> Servers:
             max_restarts=config.max_restarts,
             scheduling_strategy="SPREAD",
         ).remote(config.model, first, last, config.dtype, config.device, config.limits, config.revision)
-        for first, last in config.spans_of(layers)
+        for first, last in spans
         for replica in range(config.replicas)
     ]
+    _started[name] = actors
     return Servers(name, actors)
+
+
+def _warn_of_what_lacks(config: ServeConfig, count: int) -> None:
+    """Ray lets a server wait, without a word, for what no machine has."""
+    there = ray.cluster_resources()
+    for name, each in {"CPU": config.cpus, "GPU": config.gpus, **config.resources}.items():
+        if each and count * each > there.get(name, 0.0):
+            _logger.warning(
+                "%d servers reserve %g %s, and this cluster has %g: some will wait until there is more (cpus, gpus and "
+                "resources of a --config say what each reserves)", count, count * each, name, there.get(name, 0.0)
+            )  # fmt: skip
 
 
 def join(address: str | None = None) -> None:

@@ -38,6 +38,12 @@ class Limits:
     session_bytes: int = 1024 * _MIB
     idle_seconds: float = 600.0
 
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            least = 1 if name == "max_tokens" else 0
+            if not isinstance(value, int | float) or value < least:
+                raise ValueError(f"{name}: expected a number of at least {least}, got {value!r}")
+
 
 class BlockServer:
     """Runs blocks ``first`` … ``last - 1`` of the checkpoint ``path``; one request at a time, in their order.
@@ -164,7 +170,7 @@ class BlockServer:
         if nbytes > self.limits.session_bytes:
             raise TooLarge(
                 f"session: expected at most {self.limits.session_bytes} bytes of keys and values (session_bytes), got "
-                f"{nbytes}"
+                f"{nbytes}; without a cache (use_cache=False) none are kept"
             )
         self._sessions.put(session, cache, nbytes)
         return to_array(output, request.dtype), True
@@ -172,12 +178,12 @@ class BlockServer:
     @ray.method(concurrency_group="beside")
     def close(self, session: str) -> None:
         """Forget a session."""
-        self._sessions.take(session)
+        self._sessions.drop(session)
 
     @ray.method(concurrency_group="beside")
     def forget(self, keep: str) -> None:
         """Forget the activations of a forward whose backward will not come, or what shared rows were run for."""
-        self._kept.take(keep)
+        self._kept.drop(keep)
 
     @ray.method(concurrency_group="beside")
     def status(self) -> dict[str, Any]:
@@ -191,6 +197,7 @@ class BlockServer:
             "fingerprint": self.span.fingerprint,
             "unshared": self.span.unshared,
             "causal": self.span.causal,
+            "weights": self.span.weights,
             "dtype": str(self.span.dtype).removeprefix("torch."),
             "node": ray.get_runtime_context().get_node_id(),
             "pid": os.getpid(),

@@ -11,7 +11,7 @@ import ray
 import torch
 from torch import Tensor
 
-from .link import Link, call
+from .link import Link, call, tell
 from .relay import Leg, Relay
 from .shared import SharedRows
 from .wire import Prompts, Request, TooLarge, check_shapes, geometry, name_of, to_array, to_tensor
@@ -43,6 +43,11 @@ class InferenceSession:
     @property
     def length(self) -> int:
         return 0 if self._past.hidden is None else self._prompt_columns + self._past.hidden.shape[1]
+
+    @property
+    def rows(self) -> int:
+        """How many rows the batch of the last step had."""
+        return 0 if self._past.hidden is None else len(self._past.hidden)
 
     @property
     def _prompt_columns(self) -> int:
@@ -78,7 +83,7 @@ class InferenceSession:
         first step alone; rows that are shared take m columns before each row's first token. Raises as that does, and
         the session is then as it was.
         """
-        self._check(hidden, prompts, shared)
+        self._check(hidden, prompts, shared, rows)
         arrays = geometry(attention_mask, position_ids, starts if prompts is not None else None)
         selected = None if rows is None else rows.detach().cpu().numpy()
         past = self._past if selected is None else self._past.of_rows(selected)
@@ -98,18 +103,29 @@ class InferenceSession:
         self.link.count("hidden", array.nbytes + output.nbytes, array.nbytes * (len(self.legs) - 1))
         return to_tensor("hidden", output, self._dtype, array.shape).to(hidden.device, hidden.dtype)
 
-    def _check(self, hidden: Tensor, prompts: Tensor | None, shared: Tensor | None) -> None:
+    def _check(self, hidden: Tensor, prompts: Tensor | None, shared: Tensor | None, rows: Tensor | None) -> None:
         """Raises `ValueError` for what cannot be the next step."""
         if not self._finalizer.alive:
             raise ValueError("session: expected an open one, got one that was closed")
         check_shapes(hidden, prompts, shared, self.last - self.first)
         seen = self.length
+        if rows is not None:
+            if not seen:
+                raise ValueError("rows: expected in a later step than the first")
+            if rows.dtype.is_floating_point or rows.dim() != 1 or not bool(((rows >= 0) & (rows < self.rows)).all()):
+                raise ValueError(f"rows: expected numbers [b] from 0 to {self.rows - 1}, got {rows}")
+        expected = self.rows if rows is None else len(rows)
+        if seen and len(hidden) != expected:
+            raise ValueError(f"hidden: expected {expected} rows, as the session has, got {len(hidden)}")
         added = hidden.shape[1] + (0 if shared is None else shared.shape[1])
         total = seen + added
         if self.max_length is not None and total > self.max_length:
             raise ValueError(f"hidden: expected at most {self.max_length - seen} more columns, got {added}")
         if (tokens := hidden.shape[0] * total) > self.link.max_tokens:
-            raise TooLarge(f"hidden: expected at most {self.link.max_tokens} tokens in all (max_tokens), got {tokens}")
+            raise TooLarge(
+                f"hidden: expected at most {self.link.max_tokens} tokens in all (max_tokens), got {tokens}; without a "
+                "cache (use_cache=False) rows travel in parts"
+            )
         if seen and (prompts is not None or shared is not None):
             name = "prompts" if prompts is not None else "shared"
             raise ValueError(f"{name}: expected in the first step of a session alone")
@@ -144,8 +160,7 @@ class _Past:
     starts: np.ndarray | None = None
 
     def of_rows(self, rows: np.ndarray) -> "_Past":
-        if self.hidden is None:
-            raise ValueError("rows: expected in a later step than the first")
+        assert self.hidden is not None
         positions, starts = self.positions, self.starts
         return _Past(
             self.hidden[rows],
@@ -253,6 +268,5 @@ class _Step:
 def _close(places: dict[int, tuple[Any, str]], shared: list[SharedRows]) -> None:
     for rows in shared:
         rows.release()
-    if ray.is_initialized():
-        for server, name in places.values():
-            server.close.remote(name)
+    for server, name in places.values():
+        tell(server, "close", name)

@@ -9,7 +9,7 @@ import ray
 import torch
 from torch import Tensor
 
-from .link import Link, call
+from .link import Link, call, tell
 from .relay import Leg, Relay, way_back
 from .wire import Prompts, Request, Shared, to_array, to_tensor
 
@@ -79,9 +79,8 @@ class SharedRows:
 
     def forget(self) -> None:
         """Let the servers forget keys and values; they make them again if they must."""
-        if ray.is_initialized():
-            for server in self._holders:
-                server.forget.remote(self._name)
+        for server in self._holders:
+            tell(server, "forget", self._name)
         self._holders.clear()
 
     def _send(self, leg: Leg, rows: Any) -> list[Any]:

@@ -22,7 +22,8 @@ from ..capture import Capture
 from ..concat import matching
 from ..config import PTuneConfig
 from ..layout import Layout
-from ..plan import KNOWN, disorder, obstacle
+from ..likeness import numbers_of
+from ..plan import KNOWN, disorder, obstacle, rope_kinds
 from ..prefix import injected_call
 from ..support import check_base, find_blocks, find_body
 from .shards import read_tensors
@@ -43,6 +44,7 @@ class Span:
 
     Attributes:
         unshared: why prompt rows cannot run once for a batch here; ``None`` where they can.
+        weights: a few numbers of the first and the last of these blocks (see `ptune.likeness`).
         causal: whether text is read from left to right, as far as `unshared` is ``None``.
 
     Raises `ValueError` or `NotImplementedError` for blocks that there are not, or a body that cannot be run so.
@@ -60,6 +62,11 @@ class Span:
         config = AutoConfig.from_pretrained(path, **hub)
         if getattr(config, "quantization_config", None) is not None:
             raise NotImplementedError(f"{path}: expected weights as they are, got quantised ones; serve the original")
+        if any(parameters.get("rope_type") == "dynamic" for parameters in rope_kinds(config)):
+            raise NotImplementedError(
+                f"{path}: its rotary embeddings follow the longest text of a call (rope_type 'dynamic'), and what "
+                "passes servers is split into calls as it comes"
+            )
         if not 0 <= first < last <= config.num_hidden_layers:
             raise ValueError(f"blocks: expected some of 0 to {config.num_hidden_layers - 1}, got {first} to {last - 1}")
         wanted = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype, None)
@@ -89,8 +96,11 @@ class Span:
                     zero = torch.zeros((), dtype=wanted, device=self.device)
                     module._parameters[name] = nn.Parameter(zero.expand(weight.shape), requires_grad=False)
         self.body.to(self.device)
+        self.weights = [numbers_of(blocks[index]) for index in (first, last - 1)]
         self.causal = True
         self.unshared = self._try_sharing()
+        with torch.no_grad():  # what cannot run should not seem to be served
+            self(torch.zeros(1, 1, self.width, device=self.device), first, last)
 
     def __call__(
         self,

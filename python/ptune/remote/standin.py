@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 
 from ..cache import PrefixedCache
 
@@ -24,9 +24,14 @@ class StandIn(nn.Module):
                 setattr(self, name, value)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if (cache := kwargs.get("past_key_values")) is not None:
+        if (cache := cache_in(args, kwargs)) is not None:
             count_columns(cache, self.index, hidden_states)
         return hidden_states
+
+
+def cache_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The cache that a block is given, which each family calls or places as it likes, or ``None``."""
+    return next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
 
 
 def count_columns(cache: Any, index: int, hidden: Tensor) -> None:

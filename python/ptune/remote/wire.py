@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..config import SHORT_DTYPES
+
 # numpy has no bfloat16: its bits travel
 _ARRAYS: dict[str, tuple[torch.dtype, Any]] = {
     "float64": (torch.float64, np.float64),
@@ -15,6 +17,15 @@ _ARRAYS: dict[str, tuple[torch.dtype, Any]] = {
     "float16": (torch.float16, np.float16),
     "bfloat16": (torch.bfloat16, np.uint16),
 }
+
+
+def checked_dtype(name: str, dtype: Any) -> str:
+    """The name of a dtype that can travel: itself, a short one, or torch's. Raises `ValueError` for any other."""
+    given = str(dtype).removeprefix("torch.")
+    known = SHORT_DTYPES.get(given, given)
+    if known not in _ARRAYS:
+        raise ValueError(f"{name}: expected one of {', '.join(_ARRAYS)}, got {dtype!r}")
+    return known
 
 
 class SessionGone(Exception):
