@@ -64,14 +64,18 @@ class Placement(NamedTuple):
             )
         rows = []
         for i, (s, m, c) in enumerate(zip(start, length, column, strict=True)):
-            if int(s) != s or int(m) != m or int(c) != c:
+            try:
+                whole = int(s) == s and int(m) == m and int(c) == c
+            except (TypeError, ValueError, OverflowError):  # None, NaN, infinity
+                whole = False
+            if not whole:
                 raise TypeError(f"row {i}: expected integers, got start {s!r}, length {m!r}, column {c!r}")
             s, m, c = int(s), int(m), int(c)
             rows.append((s, m, c))
-            if s < 0 or m < 0 or c < 0 or s + m > pool_rows:
+            if not all(0 <= number < 2**31 for number in (s, m, c)) or s + m > pool_rows:
                 raise IndexError(
-                    f"row {i}: expected start, length and column of at least 0 and start + length of at most "
-                    f"{pool_rows}, got start {s}, length {m}, column {c}"
+                    f"row {i}: expected start, length and column of at least 0 (and of 31 bits), and start + length of "
+                    f"at most {pool_rows}, got start {s}, length {m}, column {c}"
                 )
         numbers = torch.tensor(rows, dtype=torch.int32).view(-1, 3).T.contiguous().to(device)
         return cls(numbers[0], numbers[1], numbers[2], max([m for _, m, _ in rows], default=0))

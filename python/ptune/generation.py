@@ -95,6 +95,11 @@ class PromptGeneration:
         batch_size: int,
         max_cache_length: int,
     ) -> None:
+        if self.prompt_columns > 0 and generation_config.use_cache and self.training and self.is_gradient_checkpointing:
+            raise ValueError(
+                "generate: gradient checkpointing keeps no cache while the model is in training mode; call "
+                "model.eval(), or pass use_cache=False"
+            )
         needed, cache = max_cache_length + self.prompt_columns, model_kwargs.get("past_key_values")
         if self.prompt_columns > 0 and isinstance(cache, Cache) and cache.is_compileable:
             layers: list[Any] = cache.layers
@@ -108,6 +113,15 @@ class PromptGeneration:
             generation_config, model_kwargs, generation_mode, batch_size, needed
         )
         made = model_kwargs.get("past_key_values")
+        limit, mask = None if self._hooks is None else self._hooks.position_limit, model_kwargs.get("attention_mask")
+        if limit is not None and self.prompt_columns > 0 and isinstance(made, Cache) and made.is_compileable:
+            # it counts in a tensor, which no step reads
+            positions = needed - (0 if mask is None else int((mask == 0).sum(-1).min()))
+            if positions > limit:
+                raise ValueError(
+                    f"input too long: {self.prompt_columns} prompt rows, the text and what may follow it make "
+                    f"{positions} positions, and {type(self).__name__} has learned {limit}"
+                )
         if self.prompt_columns > 0 and generation_config.is_assistant and made is not None and made is not cache:
             # who drafts with it counts what to take away as all columns less those of the text to keep
             made.crop = partial(_crop_text, made, self.prompt_columns)

@@ -36,6 +36,9 @@ class PromptHooks:
         self.parameters = tuple(inspect.signature(body.forward).parameters)
         self.model_parameters = tuple(inspect.signature(model.forward).parameters)
         self.first_position, self.position_limit = position_limit(body)
+        # each row has positions of its own, unless the body numbers columns by itself, or has a table of a causal mask
+        tables = any(b.dim() == 4 and b.shape[-1] == b.shape[-2] > 1 for b in body.buffers())
+        self.padding_has_no_positions = "position_ids" in self.parameters and not tables
         self.num_prompts = model.ptune_config.pre_seq_len
         self.concat = ConcatPath(model, self.parameters, self.first_position)
         self.prefix = PrefixPath(model, body, self.parameters, self.first_position)
@@ -217,9 +220,11 @@ class PromptHooks:
         count, limit = layout.num_prompts, self.position_limit
         if limit is None or count + length <= limit:
             return
-        if layout.mixture is not None and mask is not None:
-            # each row has positions of its own, which padding does not take
-            counts, lengths = layout.mixture.length, mask.sum(-1)
+        if mask is not None and self.padding_has_no_positions:
+            if torch.compiler.is_compiling():  # a graph would break here
+                return
+            lengths = mask.sum(-1)
+            counts = torch.full_like(lengths, count) if layout.mixture is None else layout.mixture.length
             row = int((counts + lengths).argmax())
             count, length = int(counts[row]), int(lengths[row])
             if count + length <= limit:

@@ -330,6 +330,8 @@ def remove_checkpoints(folder: Path) -> None:
 
 
 def _check(options: Options) -> None:
+    if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise ValueError(f"WORLD_SIZE: expected one process, got {processes}; transformers' Trainer trains on several")
     if options.task not in TASKS:
         raise ValueError(f"task: expected one of {', '.join(TASKS)}, got {options.task!r}")
     if options.tuning_mode is None and options.task in WRITING:

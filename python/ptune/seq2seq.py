@@ -7,6 +7,7 @@ text's, and are extended where the decoder takes them.
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .call import Call
@@ -25,6 +26,8 @@ class EncoderHooks(PromptHooks):
     def before_body(self, body: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         mask = named(self.parameters, args, kwargs).get("attention_mask")
         by_column = self.model.config.model_type not in BY_DISTANCE
+        if torch.compiler.is_compiling():  # reading the mask would break the graph
+            mask = None
         if by_column and self.model.prompts_enabled and isinstance(mask, Tensor) and not bool(mask[:, 0].all()):
             raise NotImplementedError(
                 f"attention_mask: left padding is not supported, as the encoder of {type(self.model).__name__} numbers "

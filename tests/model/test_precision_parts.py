@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, FunnelConfig, FunnelModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -61,6 +61,14 @@ def test_places_of_t5():
     assert {site.name for site in sites if site.kind == "mlp out"} == {
         f"encoder.block.{layer}.layer.1.DenseReluDense.wo" for layer in range(2)
     }
+
+
+def test_places_of_lists_in_lists():
+    """Funnel's blocks stand in several lists, which stand in one."""
+    sizes = {"d_model": 24, "n_head": 4, "d_head": 6, "d_inner": 40, "block_sizes": [2, 1], "num_decoder_layers": 1}
+    model = FunnelModel(FunnelConfig(vocab_size=61, **sizes)).eval()
+    layers = [site.layer for site in sites_of(model, inputs()) if site.kind == "residual"]
+    assert layers == [0, 1, 2, 0]  # the decoder has a list of its own
 
 
 def test_places_of_albert(base_of):

@@ -247,6 +247,46 @@ def test_learned_positions_of_roberta(base_of):
         model(input_ids=torch.randint(3, 61, (1, 63 - COUNT)))
 
 
+def test_a_static_cache_past_the_learned_positions(model):
+    """Said before anything is generated; padding takes none."""
+    ids, how = torch.randint(3, 61, (2, 58)), {"cache_implementation": "static", "pad_token_id": 0}
+    with pytest.raises(ValueError, match=r"input too long: 4 prompt rows, the text and .* make 65 positions"):
+        model.generate(ids, max_new_tokens=4, **how)
+    mask = torch.ones_like(ids)
+    mask[:, :3] = 0
+    new = {"max_new_tokens": 4, "min_new_tokens": 4}
+    assert model.generate(ids, attention_mask=mask, **new, **how).shape == (2, 62)
+
+
+@pytest.mark.parametrize("mode", ["shallow", "overwrite"])
+def test_generating_in_training_with_checkpoints(base_of, mode):
+    model = base_of("llama").tuned(ptune.AutoPTuneModelForCausalLM, **settings_for(mode)).eval()
+    ids, how = torch.randint(3, 61, (2, 6)), {"max_new_tokens": 4, "pad_token_id": 0}
+    expected = model.generate(ids, **how)
+    model.gradient_checkpointing_enable()
+    assert torch.equal(model.generate(ids, **how), expected)
+    model.train()
+    with pytest.raises(ValueError, match=r"generate: gradient checkpointing keeps no cache .* use_cache=False"):
+        model.generate(ids, **how)
+    assert torch.equal(model.generate(ids, use_cache=False, **how), expected)
+
+
+@pytest.mark.parametrize("mode", ["shallow", "overwrite"])
+@pytest.mark.parametrize("name", ["gpt2", "bert", "roberta"])
+def test_padding_takes_no_learned_positions(base_of, name, mode):
+    """Texts that a tokenizer has padded to the greatest length."""
+    model = base_of(name).tuned(**settings_for(mode)).eval()
+    ids = torch.randint(3, 61, (2, 8))
+    for pad in ((0, 54), (54, 0)):
+        full, mask = (torch.nn.functional.pad(tensor, pad) for tensor in (ids, torch.ones_like(ids)))
+        output = model(full, attention_mask=mask).last_hidden_state[mask.bool()].view(2, 8, -1)
+        torch.testing.assert_close(output, model(ids).last_hidden_state)
+    full, mask = torch.randint(3, 61, (2, 62)), torch.ones(2, 62, dtype=torch.long)
+    mask[0, 5:] = 0
+    with pytest.raises(ValueError, match="input too long: 4 prompt rows and the text make 66 positions"):
+        model(full, attention_mask=mask)
+
+
 @pytest.mark.parametrize(
     "text", [[3, 99], [[3], []], [-1], ["a"]], ids=["unknown", "empty", "negative", "no tokenizer"]
 )

@@ -1,5 +1,7 @@
 """Encoder-decoders against an oracle: every row alone, unpadded, through the stock model, its prompt joined by hand."""
 
+from functools import cache
+
 import peft
 import pytest
 import tokenizers
@@ -10,8 +12,8 @@ from torch import nn
 import ptune
 from ptune.convert import convert, to_peft
 
-from .common import COUNT, MODES, close, set_prompts, settings_for, texts_for
-from .oracle import pad
+from .common import COUNT, MODES, close, moved_by_a_bit, set_prompts, settings_for, texts_for
+from .oracle import Prompt, pad
 
 _SIZES = {"vocab_size": 61, "d_model": 24, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _T5 = _SIZES | {
@@ -64,7 +66,9 @@ def pair_of(tmp_path_factory):
 
     def make(name: str) -> Pair:
         if name not in made:
-            made[name] = Pair(name, tmp_path_factory.mktemp("seq2seq"))
+            with torch.random.fork_rng():
+                torch.manual_seed(len(name))
+                made[name] = Pair(name, tmp_path_factory.mktemp("seq2seq"))
         return made[name]
 
     return make
@@ -110,20 +114,33 @@ def test_logits_states_and_gradients(pair_of, name, mode):
         model.zero_grad()
         output = model(input_ids=ids, attention_mask=mask, labels=labels)
         output.loss.backward()
-        losses = []
-        for row, text in enumerate(texts):
-            encoded, expected = alone(stock, prompt, text, labels=labels[row : row + 1])
-            close(output.logits[row], expected.logits[0])
+
+        def rows_alone(stock, prompt, texts=texts, labels=labels):
+            """Encoder states and logits of each row, and the loss, whose gradients `prompt` gets."""
+            rows = [alone(stock, prompt, text, labels=labels[i : i + 1]) for i, text in enumerate(texts)]
+            tokens = (labels != -100).sum(1)
+            loss = sum(out.loss * count for (_, out), count in zip(rows, tokens, strict=True)) / tokens.sum()
+            loss.backward()
+            return [(encoded.last_hidden_state[0], out.logits[0]) for encoded, out in rows], loss
+
+        @cache
+        def nudged(prompt=prompt, rows_alone=rows_alone):
+            leaves = [None if t is None else moved_by_a_bit(t).requires_grad_() for t in (prompt.shallow, prompt.deep)]
+            moved = Prompt(*leaves, prompt.mode)
+            return *rows_alone(moved_by_a_bit(stock), moved), moved
+
+        rows, loss = rows_alone(stock, prompt)
+        for row, (states, logits) in enumerate(rows):
+            close(output.logits[row], logits, nudged=lambda row=row, nudged=nudged: nudged()[0][row][1])
             column = 0 if mask is None else int(mask[row].argmax())
-            got = output.encoder_last_hidden_state[row, column : column + COUNT + len(text)]
-            close(got, encoded.last_hidden_state[0])
-            losses.append(expected.loss * (labels[row] != -100).sum())
-        loss = torch.stack(losses).sum() / (labels != -100).sum()
+            got = output.encoder_last_hidden_state[row, column : column + len(states)]
+            close(got, states, nudged=lambda row=row, nudged=nudged: nudged()[0][row][0])
         close(output.loss, loss)
-        loss.backward()
-        close(model.prompt_embeddings.weight.grad, prompt.shallow.grad)
+        shallow, deep = model.prompt_embeddings.weight, model.intermediate_prompt_embeddings
+        close(shallow.grad, prompt.shallow.grad, nudged=lambda nudged=nudged: nudged()[2].shallow.grad)
         if mode != "shallow":
-            close(model.intermediate_prompt_embeddings.weight.grad, prompt.deep.grad.flatten(0, 1))
+            got = deep.weight.grad.view_as(prompt.deep)
+            close(got, prompt.deep.grad, nudged=lambda nudged=nudged: nudged()[2].deep.grad)
     assert {n for n, p in model.named_parameters() if p.requires_grad} <= {
         "prompt_embeddings.weight",
         "intermediate_prompt_embeddings.weight",

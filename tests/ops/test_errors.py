@@ -1,5 +1,6 @@
 """Bad input: an error that names the argument, what was expected and what came, before anything is written."""
 
+import math
 import re
 
 import numpy as np
@@ -350,6 +351,11 @@ def test_placement_of_checks_on_the_host():
         Placement.of([0], [1, 1], [0], pool_rows=4)
     with pytest.raises(TypeError, match=r"row 1: expected integers, got start 0, length 1\.7, column 0"):
         Placement.of([0, 0], [1, 1.7], [0, 0], pool_rows=4)
+    for number in (None, math.nan, math.inf, "a"):
+        with pytest.raises(TypeError, match="row 1: expected integers"):
+            Placement.of([0, 0], [1, number], [0, 0], pool_rows=4)
+    with pytest.raises(IndexError, match=r"row 0: .* of 31 bits"):
+        Placement.of([2**31], [1], [0], pool_rows=2**33)
     with pytest.raises(IndexError, match=r"row 0.*at most 250, got start 200, length 100"):
         Placement.of(*np.array([[200], [100], [0]], dtype=np.uint8), pool_rows=250)  # their sum wraps
     assert Placement.of([], [], [], pool_rows=4).start.shape == (0,)

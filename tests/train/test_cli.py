@@ -576,6 +576,14 @@ def test_dtypes_go_by_two_names(tmp_path, monkeypatch, command, given, name):
         assert f"expected one of {expected}, got {given!r}" in " ".join(result.stderr.replace("│", "").split())
 
 
+def test_several_processes_are_refused(tiny_bert, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    arguments = ["--model", tiny_bert, "--task", "classification", "--data", classification_file(tmp_path)]
+    refused = ptune("train", *arguments, "--out", tmp_path / "out")
+    assert refused.exit_code == 2
+    assert "WORLD_SIZE: expected one process, got 2" in refused.stderr
+
+
 def test_version():
     assert succeed("--version") == f"ptune-kernels {package.__version__}\n"
 

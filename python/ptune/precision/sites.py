@@ -139,6 +139,12 @@ def find_sites(model: nn.Module, run: Callable[[], Any]) -> list[Site]:
     return sites
 
 
+def _flat(blocks: nn.ModuleList) -> Iterator[nn.Module]:
+    """The blocks of a list, or of lists in it (Funnel's)."""
+    for block in blocks:
+        yield from _flat(block) if isinstance(block, nn.ModuleList) else [block]
+
+
 class Anatomy:
     """Which part of a model each module is."""
 
@@ -149,7 +155,7 @@ class Anatomy:
             child: int(index)
             for module in model.modules()
             if isinstance(module, nn.ModuleList) and self._within(module, nn.ModuleList) is None
-            for index, child in module.named_children()
+            for index, child in enumerate(_flat(module))
         }
         self.poolings = {m for m in self.names if "Pool" in type(m).__name__ and m is not model}
         self.kept = {module for module in self.names if hasattr(module, BORDERED)}
