@@ -17,7 +17,7 @@ from ptune.convert import convert, to_peft
 
 from .common import MODES, close, moved_by_a_bit, set_prompts, settings_for, texts_for
 from .families import FAMILIES
-from .oracle import pad, real, run_row
+from .oracle import Prompt, pad, real, run_row
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 torchao = pytest.importorskip("torchao.quantization")
@@ -93,9 +93,22 @@ def test_outputs_are_those_of_the_quantised_stock_model(base_of, backend, mode):
     ids, mask = pad(texts, "left", 0)
     with torch.no_grad():
         rows = real(model(input_ids=ids, attention_mask=mask).last_hidden_state, mask)
+    blocks, table = FAMILIES["llama"].blocks(body), body.get_input_embeddings().weight.data
+
+    def moved(values):
+        """By the last bit of float16, in which LLM.int8 reads what it rounds."""
+        return None if values is None else values.detach() * (1 + torch.randn_like(values).sign() * 2**-11)
+
+    def nudged(text):
+        leaves, before = [moved(leaf) for leaf in (prompt.shallow, prompt.deep)], table.clone()
+        table.copy_(moved(table))
+        states = run_row(body, blocks, Prompt(*leaves, prompt.mode), text).states[-1].detach()
+        table.copy_(before)
+        return states
+
+    rounds = {"tolerance": INT8, "nudged": lambda: nudged(text)} if backend == "LLM.int8 without outliers" else {}
     for text, row in zip(texts, rows, strict=True):
-        expected = run_row(body, FAMILIES["llama"].blocks(body), prompt, text).states[-1].detach()
-        close(row, expected, INT8 if backend == "LLM.int8 without outliers" else 1e-5)
+        close(row, run_row(body, blocks, prompt, text).states[-1].detach(), **rounds)
 
 
 @pytest.mark.parametrize("sharing", ["auto", False])
