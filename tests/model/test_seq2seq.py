@@ -147,6 +147,17 @@ def test_logits_states_and_gradients(pair_of, name, mode):
     }
 
 
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_it_compiles_whole(pair_of, name):
+    model = pair_of(name).model.eval()
+    set_prompts(model, "overwrite")
+    ids, mask = pad(texts_for("right"), "right", 0)
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": torch.randint(3, 61, ids.shape)}
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    close(compiled(**batch).loss, model(**batch).loss)
+
+
 @pytest.mark.parametrize(
     "how",
     [
