@@ -95,27 +95,27 @@ struct Row {
   Lanes lanes;
 };
 
-// Columns [begin, end) in packs of N.
-template <int N, class Out, class From>
-PTUNE_BOTH void write_packs(const Row<Out>& row, int64_t begin, int64_t end, const From& from) {
+// Columns [begin, end) of the row at `to` in packs of N.
+template <int N, class Index, class Out, class From>
+PTUNE_BOTH void write_packs(Out* to, Index stride, Lanes lanes, Index begin, Index end, const From& from) {
   constexpr int ahead = kAhead<Out, N>;
-  const int64_t step = int64_t(row.lanes.count) * N;
-  for (int64_t first = begin + int64_t(row.lanes.lane) * N; first < end; first += ahead * step) {
+  const Index step = Index(lanes.count) * N;
+  for (Index first = begin + Index(lanes.lane) * N; first < end; first += ahead * step) {
     Pack<Out, N> held[ahead];
 #pragma unroll
     for (int k = 0; k < ahead; ++k)
       if (first + k * step < end) held[k] = from.template at<N>(first + k * step);
 #pragma unroll
     for (int k = 0; k < ahead; ++k)
-      if (first + k * step < end) store(row.data + (first + k * step) * row.stride, held[k]);
+      if (first + k * step < end) store(to + (first + k * step) * stride, held[k]);
   }
 }
 
 template <int N, class Out, class From>
 PTUNE_BOTH void write(const Row<Out>& row, const From& from) {
   const int64_t packed = row.wide ? row.width / N * N : 0;
-  if (packed) write_packs<N>(row, 0, packed, from);
-  write_packs<1>(row, packed, row.width, from);
+  if (packed) write_packs<N, int64_t>(row.data, row.stride, row.lanes, 0, packed, from);
+  write_packs<1, int64_t>(row.data, row.stride, row.lanes, packed, row.width, from);
 }
 
 template <class Out>
@@ -185,8 +185,8 @@ bool is_plain(const AssemblePart& p) {
 }
 
 // What AssembleRows does, as most callers have it: all wide, and so in whole packs, as the output has no gaps; texts of the
-// output's dtype, no placement and no scale; rows and columns counted in 32 bits. A twentieth of the code, with which small
-// outputs are written sooner. A launch hands over all parts that a kernel has room for, so that one part has a kernel of its own.
+// output's dtype, no placement and no scale; rows and columns counted in 32 bits. Far less code, with which small outputs
+// are written sooner. A launch hands over all parts that a kernel has room for, so that one part has a kernel of its own.
 template <class Out, int kParts>
 struct PlainRows {
   [[maybe_unused]] static constexpr int kBlocksPerSm = kBlocks<Out>;
@@ -209,37 +209,25 @@ struct PlainRows {
         from = row_at<Out>(a.text, i, h, r - m);
       } else {
         const int64_t id = token_id(a.ids, i, r - m);
-        if (id < 0 || id >= a.vocabulary) return poison(to, width, lanes);
+        if (id < 0 || id >= a.vocabulary)
+          return write_all<Out>(to, width, lanes, Constant<Out>{convert<Out>(static_cast<Wide<Out>>(NAN))});
         from = row_at<Out>(a.text, 0, 0, id);
       }
       copy(to, from, width, lanes);
     });
   }
 
-  PTUNE_BOTH static void poison(Out* to, uint32_t width, Lanes lanes) {
-    constexpr int N = kPack<Out, Out>;
-    const auto nan = Constant<Out>{convert<Out>(static_cast<Wide<Out>>(NAN))}.template at<N>(0);
-#pragma unroll 1
-    for (uint32_t c = lanes.lane * N; c < width; c += lanes.count * N) store(to + c, nan);
-  }
-
   template <class In>
   PTUNE_BOTH static void copy(Out* to, const In* from, uint32_t width, Lanes lanes) {
-    constexpr int N = kPack<Out, In>;
-    constexpr int ahead = kAhead<Out, N>;
-    const uint32_t step = lanes.count * N;
+    write_all<In>(to, width, lanes, Converted<Out, In>{from, 1});
+  }
+
+  template <class In, class From>
+  PTUNE_BOTH static void write_all(Out* to, uint32_t width, Lanes lanes, const From& from) {
 #ifdef __CUDA_ARCH__
     asm("" : "+l"(to));  // or it is computed anew at each store
 #endif
-    for (uint32_t first = lanes.lane * N; first < width; first += ahead * step) {
-      Pack<Out, N> held[ahead];
-#pragma unroll
-      for (int k = 0; k < ahead; ++k)
-        if (k == 0 || first + k * step < width) held[k] = Converted<Out, In>{from, 1}.template at<N>(first + k * step);
-#pragma unroll
-      for (int k = 0; k < ahead; ++k)
-        if (k == 0 || first + k * step < width) store(to + (first + k * step), held[k]);
-    }
+    write_packs<kPack<Out, In>, uint32_t>(to, 1, lanes, 0, width, from);
   }
 };
 
