@@ -116,8 +116,9 @@ class PromptGeneration:
         limit, mask = None if self._hooks is None else self._hooks.position_limit, model_kwargs.get("attention_mask")
         if limit is not None and self.prompt_columns > 0 and isinstance(made, Cache) and made.is_compileable:
             # it counts in a tensor, which no step reads
-            padding = mask is not None and self._hooks.padding_has_no_positions
-            positions = needed - (int((mask == 0).sum(-1).min()) if padding else 0)
+            positions = needed
+            if mask is not None and self._hooks.padding_has_no_positions:
+                positions -= int((mask == 0).sum(-1).min())
             if positions > limit:
                 raise ValueError(
                     f"input too long: {self.prompt_columns} prompt rows, the text and what may follow it make "
