@@ -19,6 +19,7 @@ from .fit import check_compiled
 from .heads import Head, Heads
 from .layout import first_column, ones_and_zeros
 from .likeness import warn_of_other_weights
+from .loading import base_inside
 from .mixin import PTuneMixin
 from .mixture import Mixture, Overwriting, mixing
 from .models import ptune_class
@@ -118,6 +119,8 @@ class PromptBank:
         check_name(name)
         here = hub.folder_of(folder, **options)
         saved, tensors = checkpoint.read_config(here), checkpoint.read_tensors(here)
+        if (inside := base_inside(here, saved)) is not None:
+            saved["base"]["name"] = str(inside.absolute())  # for `save`, to a folder without it
         with self._lock, torch.inference_mode(False):  # heads may train later
             if name in self._entries:
                 raise ValueError(f"name: {name!r} is taken; remove it first")
@@ -376,6 +379,10 @@ def _check_labels(labels: Any, rows_of: Mapping[Any, list[int]], heads: Mapping[
             raise ValueError(f"labels: expected names that the batch has, got {name!r}")
         if not heads[name].takes_labels:
             raise ValueError(f"labels: expected none for {name!r}, for {heads[name].model_class.__name__} has no head")
+        if getattr(heads[name].model.config, "output_router_logits", False) and heads[name].model.can_generate():
+            raise NotImplementedError(
+                "labels: the loss of routers (output_router_logits=True) is of all rows, and not of one task's"
+            )
         count = len(rows_of[name])
         if not isinstance(its, Tensor) or its.shape[:1] != (count,):
             raise ValueError(f"labels: expected a tensor of {count} rows for {name!r}, got {_said(its)}")

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import re
-import tempfile
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,11 @@ def base_config(config: Any) -> dict[str, Any]:
 def fingerprint(described: dict[str, Any]) -> str:
     """sha256 of what `base_config` returns."""
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+
+
+def trained_config(saved: dict[str, Any]) -> dict[str, Any]:
+    """The base's config in the training of prompts that a ``ptune_config.json`` describes."""
+    return saved["base"]["config"] | saved["base"]["overrides"]
 
 
 def differences(saved: dict[str, Any], present: dict[str, Any]) -> list[str]:
@@ -203,18 +208,13 @@ def check_free(folder: str | os.PathLike[str]) -> None:
 
 def replace_file(path: Path, write_to: Callable[[Path], Any]) -> None:
     """Make the file at ``path`` what ``write_to`` writes to the scratch path it is given, whole or not at all."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
+    scratch = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    scratch.touch(exist_ok=False)  # with the permissions that new files have here, which ``write_to`` may not keep
+    mode = scratch.stat().st_mode
     try:
-        write_to(Path(name))
-        os.chmod(name, 0o666 & ~_umask())  # mkstemp makes private files
-        os.replace(name, path)
+        write_to(scratch)
+        scratch.chmod(mode)
+        os.replace(scratch, path)
     except BaseException:
-        os.unlink(name)
+        scratch.unlink(missing_ok=True)
         raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -1,5 +1,6 @@
 """Prompts of other libraries made into folders of ours, and ours written for PEFT."""
 
+import logging
 import os
 from typing import Any
 
@@ -22,6 +23,8 @@ _CLASSES: dict[str, Any] = {
     "FEATURE_EXTRACTION": modeling_auto.MODEL_MAPPING_NAMES,
 }
 _OUTPUT_LAYERS = ("out_proj.weight", "score.weight", "classifier.weight")
+
+_logger = logging.getLogger(__name__)
 
 
 def convert(
@@ -60,7 +63,7 @@ def convert(
         "pre_seq_len": rows.shape[0],
     }
     labels: dict[str, Any] = {}
-    if foreign.head and task is not None:
+    if foreign.head and task in ("classification", "tagging"):
         labels = {"num_labels": _num_labels(foreign.head), "ignore_mismatched_sizes": True}
     model = _LOADERS[task].from_pretrained(base, **settings, **labels)
     _set_head(model, foreign.head)
@@ -121,6 +124,8 @@ def to_peft(
         own = [name for name, _ in model.named_parameters() if name.partition(".")[0] in ("classifier", "score")]
     head = {f"base_model.{name}": model.get_parameter(name) for name in own}
     checkpoint.write(out, described, head | {"prompt_embeddings": prompts}, (CONFIG_NAME, WEIGHTS_NAME))
+    if changed := model.origin.overrides:
+        _logger.warning("%s: PEFT's folder does not say that its base was loaded with %s", out, changed)
 
 
 def _keys_and_values(model: Any, folder: str | os.PathLike[str]) -> list[Tensor]:
@@ -151,7 +156,7 @@ def _num_labels(head: dict[str, Tensor]) -> int:
 
 
 def _set_head(model: Any, head: dict[str, Tensor]) -> None:
-    parameters = dict(model.named_parameters())
+    parameters = dict(model.named_parameters(remove_duplicate=False))  # PEFT may save a table under both its names
     # of a whole model, what the base has already is no head
     head = {
         name: tensor

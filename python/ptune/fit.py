@@ -1,5 +1,7 @@
 """Whether the prompts of a folder fit a model, and what does not."""
 
+import logging
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -8,6 +10,8 @@ from torch import Tensor
 from . import checkpoint
 from .support import lack_of_positions
 
+_logger = logging.getLogger(__name__)
+
 
 def check_fit(model: Any, saved: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """Raises `MisfitError` for a folder's config and tensors that do not fit ``model`` (a `PTuneMixin`), saying why."""
@@ -15,6 +19,17 @@ def check_fit(model: Any, saved: dict[str, Any], tensors: dict[str, Tensor]) -> 
     reasons = [*_of_the_base(model, saved, here), *_of_the_head(model, saved, here), *_of_shapes(model, saved, tensors)]
     if reasons:
         raise checkpoint.MisfitError("these prompts do not fit this model: " + "; ".join(reasons))
+
+
+def warn_of_other_settings(model: Any, saved: dict[str, Any], folder: str | os.PathLike[str]) -> None:
+    """Say so where the config of ``model``, into which the prompts of ``folder`` fit, is not that of their training."""
+    changed = checkpoint.differences(checkpoint.trained_config(saved), checkpoint.base_config(model.config))
+    # of which the prompts' base knew nothing: users set them for a tokenizer
+    changed = [difference for difference in changed if not difference.partition(":")[0].endswith("token_id")]
+    if changed:
+        _logger.warning(
+            "%s: these prompts were trained with other settings of the base: %s", folder, "; ".join(changed)
+        )
 
 
 def check_compiled(names: Sequence[str], compiled: Sequence[Tensor], own: Sequence[Tensor]) -> None:
@@ -33,7 +48,8 @@ def _of_the_base(model: Any, saved: dict[str, Any], here: dict[str, Any]) -> Ite
         yield lack
     base, own = saved["base"], here["base"]
     now = checkpoint.fingerprint(checkpoint.base_config(model.config))
-    if base["fingerprint"] not in (own["fingerprint"], now):
+    known = base["fingerprint"], checkpoint.fingerprint(checkpoint.trained_config(saved))
+    if base["fingerprint"] != own["fingerprint"] and now not in known:
         yield from checkpoint.differences(base["config"], own["config"])
 
 

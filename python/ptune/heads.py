@@ -40,7 +40,7 @@ class Heads:
         skeleton = self._skeleton(saved)
         skeleton._set_head(saved["head"])
         # the base as it was in training: here nothing can be changed of it any more
-        config = saved["base"]["config"] | saved["base"]["overrides"]
+        config = checkpoint.trained_config(saved)
         base = saved["base"] | {"config": config, "fingerprint": checkpoint.fingerprint(config)}
         check_fit(skeleton, saved | {"base": base}, tensors)
         return Head(skeleton, self.runner, {name: tensors[name] for name in saved["head"]})

@@ -156,7 +156,8 @@ def card(config: dict[str, Any]) -> str:
         ((tag, f"For{loader}") for tag, (loader, names) in _TASKS.items() if name in names.values()),
         ("feature-extraction", ""),
     )
-    on_hub = base != checkpoint.BASE_FOLDER and _is_valid(base)
+    folder = _folder_name(base)
+    on_hub = folder is None and _is_valid(base)
     data = ModelCardData(
         base_model=base if on_hub else None,
         library_name="ptune-kernels",
@@ -164,7 +165,6 @@ def card(config: dict[str, Any]) -> str:
         tags=["prompt-tuning", "ptune-kernels"],
     )
     elsewhere = "" if on_hub else ", base_model=…"
-    folder = _folder_name(base)
     local = f" The base was a local folder, `{folder}`: `base_model` is where a copy lies." if folder else ""
     return f"""---
 {data.to_yaml()}
@@ -194,7 +194,7 @@ def _folder_name(base: str) -> str | None:
     ``None`` where ``base`` is no path: the name of a repository, or nothing.
     """
     # a path of Windows may have the separators of any system
-    return None if _is_valid(base) else PureWindowsPath(base).name or None
+    return None if _is_valid(base) and base != checkpoint.BASE_FOLDER else PureWindowsPath(base).name or None
 
 
 def _is_valid(repo_id: str) -> bool:

@@ -177,10 +177,16 @@ def _base_of(path: Any, saved: dict[str, Any] | None, base_model: Any) -> str:
             raise ValueError(
                 f"base_model: expected one, since the base of {path} was made from a config, and was not saved with it"
             )
-        if base == checkpoint.BASE_FOLDER and (inside := Path(path, base)).is_dir():
+        if (inside := base_inside(path, saved)) is not None:
             base = inside
     # absolute, so that what is saved can be found from another directory
     return os.path.abspath(base) if os.path.isdir(base) else os.fspath(base)
+
+
+def base_inside(folder: str | os.PathLike[str], saved: dict[str, Any]) -> Path | None:
+    """The base that ``folder`` holds beside its prompts, if it does: see ``save_pretrained``."""
+    inside = Path(folder, checkpoint.BASE_FOLDER)
+    return inside if saved["base"]["name"] == checkpoint.BASE_FOLDER and inside.is_dir() else None
 
 
 def saved_overrides(saved: dict[str, Any], own: Any) -> dict[str, Any]:

@@ -45,6 +45,11 @@ class Plan:
     limit: int | None = None
     packs: bool | None = None
 
+    def run_apart(self, why: str) -> None:
+        """Never run prompt rows and text in one pass."""
+        self.packs = False
+        self.reason += f"; they run apart from it, as {why}"
+
     def holds_for(self, body: Any) -> bool:
         """Whether the model still has the attention that the plan was made with."""
         return sharing_name(body.config._attn_implementation) == body.config._attn_implementation
@@ -96,7 +101,7 @@ def _set_attention(model: Any, name: str | None) -> None:
     model.base_class.set_attn_implementation(model, name)  # the mixin's own would plan again
 
 
-_checked: dict[tuple, tuple[str | None, bool]] = {}
+_exact: dict[tuple, str | None] = {}  # by what `_agree` has compared, why prompt rows must run apart
 
 
 def make_plan(hooks: Any) -> Plan:
@@ -179,17 +184,21 @@ def _agree(hooks: Any) -> str | None:
         type(model), described, settings.tuning_mode, settings.deep_prompt_mode, settings.pre_seq_len,
         model.config._attn_implementation, weight.dtype, model.blocks_dtype, weight.device.type,
     )  # fmt: skip
-    if key not in _checked:
-        length = min(6, (hooks.position_limit or 6 + hooks.num_prompts) - hooks.num_prompts)
-        _checked[key] = _compare(hooks, length, weight) if length > 1 else (None, True)
-    reason, may_pack = _checked[key]
-    if not may_pack:
-        hooks.prefix.plan.packs = False
-    return reason
+    length = min(6, (hooks.position_limit or 6 + hooks.num_prompts) - hooks.num_prompts)
+    if length < 2:
+        return None
+    if key not in _exact:
+        reason, why_apart = _compare(hooks, length, weight)
+        if reason is not None:
+            return reason  # perhaps for a lack of memory, which passes
+        _exact[key] = why_apart
+    if (why := _exact[key]) is not None:
+        hooks.prefix.plan.run_apart(why)
+    return None
 
 
-def _compare(hooks: Any, length: int, weight: Tensor) -> tuple[str | None, bool]:
-    """Why prompt rows that run apart from the text disagree with the concat path, and whether those packed agree."""
+def _compare(hooks: Any, length: int, weight: Tensor) -> tuple[str | None, str | None]:
+    """Why prompt rows that run apart from the text disagree with the concat path, and why they must run apart."""
     plan = hooks.prefix.plan
     ids = torch.randint(weight.shape[0], (2, length), generator=torch.Generator().manual_seed(0)).to(weight.device)
     mask = torch.ones_like(ids)
@@ -204,20 +213,27 @@ def _compare(hooks: Any, length: int, weight: Tensor) -> tuple[str | None, bool]
         whole = _states(hooks, replace(plan, path="concat"), ids, mask)
         apart = _states(hooks, replace(plan, packs=False), ids, mask)
         if not (off := error(apart)) <= bound:
-            return f"a check on random rows found it {off:.1e} off the concat path", False
+            return f"a check on random rows found it {off:.1e} off the concat path", None
     except ConnectionError:
         raise  # blocks on servers that cannot be reached say nothing of the paths
     except Exception as failure:
-        first_line = str(failure).partition("\n")[0]
-        return f"a check on random rows failed with {type(failure).__name__}: {first_line}", False
+        return f"a check on random rows failed with {_said(failure)}", None
     finally:
         hooks.prefix.plan = plan
+    if plan.packs is False:
+        return None, None
     try:
-        return None, plan.packs is None and error(_states(hooks, replace(plan, packs=True), ids, mask)) <= bound
-    except Exception:
-        return None, False
+        off = error(_states(hooks, replace(plan, packs=True), ids, mask))
+        return None, None if off <= bound else f"a check on random rows found one pass {off:.1e} off the concat path"
+    except Exception as failure:
+        return None, f"a check on random rows in one pass failed with {_said(failure)}"
     finally:
         hooks.prefix.plan = plan
+
+
+def _said(failure: Exception) -> str:
+    first_line = str(failure).partition("\n")[0]
+    return f"{type(failure).__name__}: {first_line}"
 
 
 def _states(hooks: Any, plan: Plan, ids: Tensor, mask: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import DynamicCache
 
 from ptune_kernels import prepend
@@ -42,6 +43,10 @@ class PrefixPath:
         self._compiled: tuple[_State, Prefix] | None = None
         self._products: list[tuple[nn.Module, Any]] = []
         self.user_hooks = UserHooks(body)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # the weights of a copy count their versions anew
+        return vars(self) | {"_compiled": None}
 
     def serves(self, arguments: dict[str, Any], layout: Layout, text: Tensor) -> bool:
         """Whether this call takes the prefix path."""
@@ -127,7 +132,8 @@ class PrefixPath:
         device = watched[0].device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         config = self.body.config
-        how = token_type, autocast, config._attn_implementation, config.num_hidden_layers  # lowered for drafts
+        # the number of layers is lowered for drafts
+        how = token_type, autocast, config._attn_implementation, config.num_hidden_layers, _steps
         # the parameters themselves, as addresses are used again
         state = _State(how, [(w, w.dtype, 0 if w.is_inference() else w._version) for w in watched])
         kept = self._compiled  # read once: other threads write it too
@@ -189,7 +195,10 @@ class PrefixPath:
         chunked = getattr(self.body.config, "chunk_size_feed_forward", 0)  # which divides the length
         # prompt rows have one mask in all blocks
         narrow = capture.window is not None and capture.window < self.num_prompts and not capture.overwritten
-        self.plan.packs = False if chunked or narrow else None
+        if chunked or narrow:
+            self.plan.run_apart(
+                "its feed-forward is cut into chunks" if chunked else "the prompt is longer than its window"
+            )
         modules = capture.modules
         for depth, module in enumerate(modules):
             vars(module)["ptune_depth"] = depth
@@ -294,6 +303,18 @@ def injected_call(layout: Layout, mask: Tensor) -> tuple[Call, Tensor]:
     call.padded = layout.padded and _holds_padding(mask)
     call.columns = layout.columns_of_keys(mask.shape[1]) if call.padded else None
     return call, torch.cat([mask.new_ones(mask.shape[0], layout.num_prompts), mask], 1)
+
+
+_steps = 0
+
+
+def _count_step(*_: Any) -> None:
+    """Fused optimizers, and those of bitsandbytes, change weights and leave their versions."""
+    global _steps
+    _steps += 1
+
+
+register_optimizer_step_post_hook(_count_step)
 
 
 @dataclass

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import checkpoint, hub
 from .cache import CompiledPrefix
-from .fit import check_compiled, check_fit
+from .fit import check_compiled, check_fit, warn_of_other_settings
 from .half_attention import dtypes_of
 from .likeness import sample, warn_of_other_weights
 from .loading import Origin
@@ -52,6 +52,7 @@ class PromptSaving:
         self._check_adapters()
         if self.prefix_plan.path != "prefix":
             raise ValueError(f"save_prefix: prompts are not shared here: {self.prefix_plan.reason}")
+        self._hooks.prefix.forget()  # what was kept before an edit that cannot be seen
         with torch.no_grad(), evaluating(self):
             compiled = CompiledPrefix(self._hooks.prefix.prefix())
         state = self.state_dict()
@@ -75,6 +76,7 @@ class PromptSaving:
         with torch.no_grad():
             for name in saved["head"]:
                 self.get_parameter(name).copy_(tensors[name])
+        warn_of_other_settings(self, saved, folder)
         warn_of_other_weights(self, saved, folder)
 
     def save_pretrained(

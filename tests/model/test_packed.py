@@ -339,6 +339,7 @@ def test_a_window_narrower_than_the_prompt_is_run_apart(base_of, monkeypatch):
     for count, packs in ((5, None), (6, False)):  # the window is 5
         model = base.tuned(**settings_for("add") | {"pre_seq_len": count})
         assert (model.prefix_plan.path, model.prefix_plan.packs) == ("prefix", packs)
+        assert ("the prompt is longer than its window" in model.prefix_plan.reason) is (packs is False)
         set_prompts(model, "add")
         ids = torch.randint(3, VOCABULARY, (3, 9))
         shared = model(ids, use_cache=False).last_hidden_state
@@ -368,6 +369,7 @@ def test_feed_forwards_in_chunks_are_run_apart(base_of):
     config.chunk_size_feed_forward = 2
     model = ptune.AutoPTuneModel.from_config(config, **settings_for("overwrite"))
     assert (model.prefix_plan.path, model.prefix_plan.packs) == ("prefix", False)
+    assert model.prefix_plan.reason.endswith("as its feed-forward is cut into chunks")
 
 
 def test_what_fails_packed_alone_is_run_apart(base_of, monkeypatch, shapes):
@@ -382,9 +384,10 @@ def test_what_fails_packed_alone_is_run_apart(base_of, monkeypatch, shapes):
         return forward(self, states)
 
     monkeypatch.setattr(LlamaMLP, "forward", refusing)
-    monkeypatch.setattr("ptune.plan._checked", {})
+    monkeypatch.setattr("ptune.plan._exact", {})
     model = base.tuned(**settings_for("shallow"))
     assert (model.prefix_plan.path, model.prefix_plan.packs) == ("prefix", False)
+    assert model.prefix_plan.reason.endswith("in one pass failed with ValueError: too long")
     shapes.clear()
     model(torch.randint(3, VOCABULARY, (3, 5)), use_cache=False)
     assert set(shapes) == {(1, COUNT), (3, 5)}
