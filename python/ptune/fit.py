@@ -23,10 +23,7 @@ def check_fit(model: Any, saved: dict[str, Any], tensors: dict[str, Tensor]) -> 
 
 def warn_of_other_settings(model: Any, saved: dict[str, Any], folder: str | os.PathLike[str]) -> None:
     """Say so where the config of ``model``, into which the prompts of ``folder`` fit, is not that of their training."""
-    changed = checkpoint.differences(checkpoint.trained_config(saved), checkpoint.base_config(model.config))
-    # of which the prompts' base knew nothing: users set them for a tokenizer
-    changed = [difference for difference in changed if not difference.partition(":")[0].endswith("token_id")]
-    if changed:
+    if changed := _changes(model, saved):
         _logger.warning(
             "%s: these prompts were trained with other settings of the base: %s", folder, "; ".join(changed)
         )
@@ -40,6 +37,12 @@ def check_compiled(names: Sequence[str], compiled: Sequence[Tensor], own: Sequen
             raise checkpoint.MisfitError(f"{name}: expected {expected}, got {tuple(got.shape)}")
 
 
+def _changes(model: Any, saved: dict[str, Any]) -> list[str]:
+    """What of the config of ``model`` is not as it was in training; users set its tokens to those of a tokenizer."""
+    changes = checkpoint.differences(checkpoint.trained_config(saved), checkpoint.base_config(model.config))
+    return [change for change in changes if not change.partition(":")[0].endswith("token_id")]
+
+
 def _of_the_base(model: Any, saved: dict[str, Any], here: dict[str, Any]) -> Iterator[str]:
     for name in ("embedding_size", "hidden_size", "num_layers"):
         if saved[name] != here[name]:
@@ -48,8 +51,9 @@ def _of_the_base(model: Any, saved: dict[str, Any], here: dict[str, Any]) -> Ite
         yield lack
     base, own = saved["base"], here["base"]
     now = checkpoint.fingerprint(checkpoint.base_config(model.config))
-    known = base["fingerprint"], checkpoint.fingerprint(checkpoint.trained_config(saved))
-    if base["fingerprint"] != own["fingerprint"] and now not in known:
+    if base["fingerprint"] in (own["fingerprint"], now):
+        return
+    if _changes(model, saved):
         yield from checkpoint.differences(base["config"], own["config"])
 
 

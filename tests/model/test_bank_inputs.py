@@ -217,6 +217,18 @@ class TestRefusals:
             with pytest.raises(ValueError, match=r"labels: expected a tensor of 1 rows for 'a', got torch\.int64"):
                 bank(ids, prompt_names=["a", None], labels={"a": wrong})
 
+    def test_labels_of_routers(self, base_of, tmp_path):
+        """Their loss is one of the whole batch."""
+        base = base_of("mixtral")
+        base.tuned(LOADERS["lm"], output_router_logits=True, **KINDS["shallow"]).save_prompts(tmp_path)
+        bank = ptune.PromptBank(base.stock(transformers.AutoModelForCausalLM, output_router_logits=True))
+        bank.add("a", tmp_path)
+        ids, mask = batch(2, "right")
+        expected = bank(ids, mask, prompt_names=["a", "a"]).logits
+        assert expected[0].shape == (ids.shape[1], VOCABULARY)
+        with pytest.raises(NotImplementedError, match=r"labels: the loss of routers \(output_router_logits=True\)"):
+            bank(ids, mask, prompt_names=["a", "a"], labels={"a": ids})
+
     def test_labels_without_a_head(self, base_of):
         ids = torch.randint(3, VOCABULARY, (2, 5))
         with pytest.raises(ValueError, match="labels: expected none for None, for BertModel has no head"):

@@ -84,6 +84,34 @@ def test_reads_peft_on_an_encoder(base_of, tmp_path, kind):
     close(logits(ours, ids, mask), logits(model, ids, mask))
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])  # two tables, and one under two names
+@pytest.mark.parametrize("task", ["CAUSAL_LM", "SEQ_CLS"])
+def test_tables_of_tokens_beside_the_prompt(base_of, tmp_path, name, task):
+    """PEFT's ``save_embedding_layers=True``: the base's own are no head, and others are not dropped."""
+    base = base_of(name)
+    model = peft_model(base, "PROMPT_TUNING", task)
+    model.save_pretrained(tmp_path / "peft", save_embedding_layers=True)
+    assert len(load_file(tmp_path / "peft" / "adapter_model.safetensors")) > 1 + (task == "SEQ_CLS")
+    convert(tmp_path / "peft", tmp_path / "ours")
+    ids, mask = texts()
+    ours = TASKS[task][1].from_pretrained(tmp_path / "ours").eval()
+    close(logits(ours, ids, mask), logits(model, ids, mask)[:, -ids.shape[1] :])
+    model.get_base_model().resize_token_embeddings(VOCABULARY + 3)
+    model.save_pretrained(tmp_path / "resized", save_embedding_layers=True)
+    with pytest.raises(MisfitError, match="head: does not fit"):
+        convert(tmp_path / "resized", tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_changed_settings_are_said(base_of, tmp_path, caplog):
+    settings = {"tuning_mode": "ptune", "pre_seq_len": 2}
+    for name, changes in (("stock", {}), ("changed", {"rms_norm_eps": 0.5})):
+        TASKS["CAUSAL_LM"][1].from_pretrained(base_of("llama").folder, **settings, **changes).save_prompts(tmp_path)
+        to_peft(tmp_path, tmp_path / name)
+    (said,) = (record.message for record in caplog.records if "was loaded with" in record.message)
+    assert said == f"{tmp_path / 'changed'}: PEFT's folder does not say that its base was loaded with {changes}"
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 @pytest.mark.parametrize("task", ["CAUSAL_LM", "SEQ_CLS"])
 @pytest.mark.parametrize("mode", ["shallow", "overwrite", "add", "compiled"])

@@ -149,6 +149,19 @@ def test_where_a_local_base_lies_is_told_to_nobody(model, hub, tmp_path, monkeyp
     assert same(CLASSIFIER.from_pretrained("user/spam", **hub.options), model)
 
 
+def test_a_base_inside_stays_where_it_is(model, hub, tmp_path, base_of):
+    """What is uploaded names no repository that happens to be called "base", and what a bank saves finds it."""
+    model.save_pretrained(tmp_path / "whole", save_base=True)
+    ptune.hub.upload(tmp_path / "whole", "user/spam")
+    assert same(hub.load("user/spam"), model)
+    with pytest.raises(OSError, match=r"its base, '\./base', cannot be loaded; base_model .* says where it is"):
+        CLASSIFIER.from_pretrained("user/spam", **hub.options)
+    bank = ptune.PromptBank(base_of("llama").stock(transformers.AutoModelForCausalLM))
+    bank.add("spam", tmp_path / "whole")
+    bank.save("spam", tmp_path / "elsewhere")
+    assert same(CLASSIFIER.from_pretrained(tmp_path / "elsewhere"), model)
+
+
 def test_the_folders_name_is_the_default(model, hub, tmp_path):
     model.save_prompts(tmp_path / "spam-prompts", push_to_hub=True)
     assert same(hub.load("me/spam-prompts"), model)

@@ -173,6 +173,26 @@ def test_an_unknown_model_is_tried_when_asked():
     assert NewModel(config).prefix_plan.path == "prefix"
 
 
+def test_a_failure_that_passes_is_not_remembered(base_of, monkeypatch):
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    forward = LlamaMLP.forward
+
+    def lacking(self, states):
+        if states.shape[0] == 1:  # prompt rows alone
+            return forward(self, states)
+        raise torch.OutOfMemoryError("for now")
+
+    monkeypatch.setattr("ptune.plan._exact", {})
+    with monkeypatch.context() as patched:
+        patched.setattr(LlamaMLP, "forward", lacking)
+        model = base_of("llama").tuned(**settings_for("add"))
+    assert (model.prefix_plan.path, model.prefix_plan.reason) == (
+        "concat", "a check on random rows failed with OutOfMemoryError: for now"
+    )  # fmt: skip
+    assert base_of("llama").tuned(**settings_for("add")).prefix_plan.path == "prefix"
+
+
 def longrope(limit):
     factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
     return hf.Phi3Config(

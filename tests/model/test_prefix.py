@@ -295,6 +295,35 @@ class TestCompiledPrompts:
         assert runs()
         assert not runs()
 
+    @pytest.mark.parametrize("how", ["fused", "bitsandbytes"])
+    def test_steps_that_no_version_tells_of(self, tuned, tmp_path, how):
+        model = tuned("llama", "classification", "overwrite").eval()
+        model.compile_prompts()
+        ids = torch.randint(3, VOCABULARY, (2, 5))
+        trained = [p for p in model.parameters() if p.requires_grad]
+        if how == "fused":
+            optimizer = torch.optim.AdamW(trained, lr=0.5, fused=True)
+        else:
+            optimizer = pytest.importorskip("bitsandbytes").optim.AdamW(trained, lr=0.5)
+
+        def agrees():
+            with torch.no_grad():
+                logits = model(ids).logits
+                take(model, "concat")
+                close(logits, model(ids).logits)
+                take(model, "prefix")
+
+        agrees()
+        model(ids, labels=torch.tensor([0, 1])).loss.backward()
+        optimizer.step()
+        agrees()
+        model.prompt_embeddings.weight.data += 1  # which nothing tells of
+        model.save_prefix(tmp_path)
+        with torch.no_grad():
+            loaded = type(model).from_pretrained(tmp_path)
+            take(model, "concat")
+            close(loaded(ids).logits, model(ids).logits)
+
     def test_changed_weights_are_compiled_anew(self, tuned):
         model = tuned("llama", "generation", "overwrite").eval()
         model.compile_prompts()
@@ -355,8 +384,10 @@ class TestCompiledPrompts:
             expected = model(ids).logits
             for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
                 close(twin(ids).logits, expected)
-                twin.prompt_embeddings.weight.mul_(2)
-                assert not torch.equal(twin(ids).logits, expected)
+                # as often as the original's weight was changed: its copy counts anew
+                for _ in range(model.prompt_embeddings.weight._version + 1):
+                    twin.prompt_embeddings.weight.mul_(1.5)
+                    assert not torch.equal(twin(ids).logits, expected)
             close(model(ids).logits, expected)
 
     def test_another_threads_call_does_not_take_them_away(self, base_of, monkeypatch):

@@ -259,6 +259,31 @@ def test_the_bases_changed_settings_are_kept(base_of, tmp_path):
     assert torch.equal(loaded(ids).logits, model(ids).logits)
 
 
+OTHER_SETTINGS = "these prompts were trained with other settings of the base"
+
+
+def test_changed_settings_are_said_of_a_base_without_them(base_of, tmp_path, caplog):
+    base, load = base_of("llama"), ptune.AutoPTuneModelForCausalLM
+    changed = base.tuned(load, rms_norm_eps=0.5, **settings_for("shallow"))
+    changed.save_prompts(tmp_path / "prompts")
+    stock = base.stock(transformers.AutoModelForCausalLM, rms_norm_eps=0.5)
+    stock.save_pretrained(tmp_path / "baked in")
+    load.from_pretrained(tmp_path / "prompts")
+    baked = load.from_pretrained(tmp_path / "prompts", base_model=tmp_path / "baked in")
+    other = base.tuned(load, **settings_for("overwrite"))
+    baked.config.pad_token_id = 7  # set for a tokenizer
+    for model in (baked, changed):
+        model.load_prompts(tmp_path / "prompts")
+    assert OTHER_SETTINGS not in caplog.text
+    other.load_prompts(tmp_path / "prompts")
+    baked.save_prompts(tmp_path / "of baked")
+    load.from_pretrained(tmp_path / "of baked", rms_norm_eps=0.25)
+    assert [record.message for record in caplog.records if OTHER_SETTINGS in record.message] == [
+        f"{tmp_path / folder}: {OTHER_SETTINGS}: rms_norm_eps: 0.5 in the base of the prompts, {here} here"
+        for folder, here in (("prompts", other.config.rms_norm_eps), ("of baked", 0.25))
+    ]
+
+
 def test_a_folder_cannot_slip_in_keywords(base_of, tmp_path, monkeypatch):
     base_of("llama").tuned(**settings_for("shallow")).save_prompts(tmp_path)
     edit(
@@ -435,6 +460,19 @@ def test_a_failed_save_leaves_the_old_files(base_of, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         model.save_prompts(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_files_have_the_permissions_of_new_ones(base_of, tmp_path, monkeypatch):
+    """Without a look at the process's mask of them, which can only be had by setting it for all threads."""
+    mask = os.umask(0o027)
+    monkeypatch.setattr(os, "umask", None)
+    try:
+        base_of("llama").tuned(**settings_for("shallow")).save_prompts(tmp_path / "prompts")
+        modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "prompts").iterdir()}
+    finally:
+        monkeypatch.undo()
+        os.umask(mask)
+    assert modes == {0o640}
 
 
 @pytest.mark.parametrize("change", [lambda t: t[:1], lambda t: t[..., :3]], ids=["heads", "width"])
