@@ -206,6 +206,11 @@ def check_free(folder: str | os.PathLike[str]) -> None:
         )
 
 
+def write_json(path: Path, content: Any) -> None:
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    replace_file(path, lambda scratch: scratch.write_text(text, encoding="utf-8"))
+
+
 def replace_file(path: Path, write_to: Callable[[Path], Any]) -> None:
     """Make the file at ``path`` what ``write_to`` writes to the scratch path it is given, whole or not at all."""
     scratch = path.with_name(f".{path.name}.{secrets.token_hex(8)}")

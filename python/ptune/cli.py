@@ -167,9 +167,9 @@ def train(
                 resume=latest_checkpoint(out) if resume else None,
                 overwrite=overwrite,
             ),
-            notes.print,
+            _say,
         )
-        record = run.fit(None if sys.stderr.isatty() else notes.print)
+        record = run.fit(None if sys.stderr.isatty() else _say)
         if plot:
             from .plot import plot_log
 
@@ -185,10 +185,14 @@ def _train_mix(files: list[Path], out: Path, steps: int | None, resume: bool, **
 
     checkpoint = latest_checkpoint(out) if resume else None
     options = read_mix(files, out, checkpoint, **shared)
-    records = train_mix(options, steps, notes.print, out, checkpoint, quiet=not sys.stderr.isatty())
+    records = train_mix(options, steps, _say, out, checkpoint, quiet=not sys.stderr.isatty())
     for name, record in records.items():
         kept = f"as it was after step {record['kept_step']}"
         _print_metrics(record["metrics"], f"{out / name}, {kept}, on its evaluation examples")
+
+
+def _say(line: str) -> None:
+    notes.print(line, markup=False, soft_wrap=True)
 
 
 @app.command("eval")
@@ -225,7 +229,9 @@ def predict(
 ) -> None:
     """Write one JSON line per text that is not blank: a label, tags and entities, or a completion."""
     with _one_line_errors():
-        texts = [text] if text is not None else _read_texts(file)
+        if text is not None and str(file) != "-":
+            raise ValueError("--file: expected without TEXT")
+        texts = [_decoded(text)] if text is not None else _read_texts(file)
         if not any(map(str.strip, texts)):
             raise ValueError("no text to predict: give one, or lines on standard input or in --file")
         _quieten()
@@ -244,11 +250,11 @@ def info(folder: RunFolder) -> None:
         from .runs import describe
 
         rows = describe(folder)
-    table = Table(title=str(folder), show_header=False)
+    table = Table(title=escape(str(folder)), show_header=False)
     table.add_column()
     table.add_column(overflow="fold")
     for name, value in rows.items():
-        table.add_row(name, str(value))
+        table.add_row(name, escape(str(value)))
     results.print(table)
 
 
@@ -371,9 +377,16 @@ def _one_line_errors() -> Iterator[None]:
     """Turns what the user can mend (a wrong path, file or option) into one line and exit code 2."""
     try:
         yield
-    except (ValueError, OSError, ImportError, NotImplementedError) as error:
+    except _mendable() as error:
         notes.print(f"[bold red]Error:[/] {escape(' '.join(str(error).split()))}", soft_wrap=True)
         raise typer.Exit(2) from None
+
+
+def _mendable() -> tuple[type[Exception], ...]:
+    from huggingface_hub.errors import StrictDataclassError  # a config's value of another kind
+    from safetensors import SafetensorError
+
+    return ValueError, OSError, ImportError, NotImplementedError, SafetensorError, StrictDataclassError
 
 
 def _quieten() -> None:
@@ -387,6 +400,13 @@ def _quieten() -> None:
 
     its_logging.set_verbosity_error()
     its_logging.disable_progress_bar()
+
+
+def _decoded(text: str) -> str:
+    """An argument, whose bytes Python takes as they come."""
+    from .data import decode
+
+    return decode(text.encode("utf-8", "surrogateescape"), "TEXT")
 
 
 def _read_texts(path: Path) -> list[str]:

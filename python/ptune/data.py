@@ -7,8 +7,10 @@ Three kinds of example come out: `Labelled` texts (classification), `Tagged` sen
 import csv
 import io
 import json
+import math
 import random
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -137,9 +139,9 @@ def read_tagged(path: Path) -> list[Tagged]:
 def hold_out(
     examples: Sequence[Example], share: float, stratum: Callable[[Example], Hashable], seed: int
 ) -> tuple[list[Example], list[Example]]:
-    """Splits examples into (kept, held out), with `share` of every stratum held out and at least one of each kept.
+    """Splits examples into (kept, held out), with `share` of every stratum held out, or one more or less.
 
-    Both parts keep the order of `examples`. Raises: ValueError if either part would be empty.
+    At least one of each is kept. Both parts keep the order of `examples`. Raises: ValueError if either were empty.
     """
     if not 0 < share < 1:
         raise ValueError(f"hold_out: expected a number between 0 and 1, got {share}")
@@ -147,11 +149,19 @@ def hold_out(
     for index, example in enumerate(examples):
         strata[stratum(example)].append(index)
     chooser = random.Random(seed)
-    held: set[int] = set()
-    for indices in strata.values():
-        held.update(chooser.sample(indices, min(round(share * len(indices)), len(indices) - 1)))
+    wanted = {key: share * len(indices) for key, indices in strata.items()}
+    sizes = {key: math.floor(number) for key, number in wanted.items()}
+    # whole examples that no stratum has for itself: to those that lack most, by lot among equals
+    lots = random.Random(f"lots {seed}")
+    lacking = sorted(wanted, key=lambda key: (sizes[key] - wanted[key], lots.random()))
+    for key in lacking[: round(share * len(examples)) - sum(sizes.values())]:
+        sizes[key] += 1
+    held = {
+        index for key, indices in strata.items() for index in chooser.sample(indices, min(sizes[key], len(indices) - 1))
+    }
     if not held:
-        raise ValueError(f"{len(examples)} examples are too few to hold out {share:.0%} of them: give evaluation data")
+        why = "each label stands once" if len(strata) == len(examples) > 1 else "they are too few"
+        raise ValueError(f"of {len(examples)} examples {share:.0%} cannot be held out, as {why}: give evaluation data")
     kept = [example for index, example in enumerate(examples) if index not in held]
     return kept, [examples[index] for index in sorted(held)]
 
@@ -197,19 +207,20 @@ def _read_table(path: Path) -> tuple[list[str], Rows]:
 def _read_csv(path: Path) -> tuple[list[str], Rows]:
     # newline="" leaves line ends inside quoted cells to the csv reader; `line_num` then points at a record's last line.
     reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
+    limit = csv.field_size_limit(sys.maxsize)
     try:
-        header = next(reader)
-        records = [(reader.line_num, cells) for cells in reader if cells]
+        (_, header), *records = ((reader.line_num, cells) for cells in reader if cells)
     except csv.Error as error:
         raise DataError(path, reader.line_num, str(error)) from None
+    finally:
+        csv.field_size_limit(limit)
     return header, _to_rows(path, header, records)
 
 
 def _read_tsv(path: Path) -> tuple[list[str], Rows]:
     # Quotes are text in TSV: a message may open one and never close it.
-    (_, first), *lines = _read_lines(path)
-    header = first.split("\t")
-    return header, _to_rows(path, header, [(number, line.split("\t")) for number, line in lines if line.strip()])
+    (_, header), *records = ((number, line.split("\t")) for number, line in _read_lines(path) if line.strip())
+    return header, _to_rows(path, header, records)
 
 
 def _to_rows(path: Path, header: list[str], records: list[tuple[int, list[str]]]) -> Rows:
@@ -269,7 +280,9 @@ def _find_columns(path: Path, header: list[str], roles: Mapping[str, tuple[str |
 
 
 def _cell(path: Path, line: int, row: dict[str, object], column: str) -> str:
-    value = row.get(column)
+    if column not in row:
+        raise DataError(path, line, f"expected a column {column!r}, got {', '.join(row) or 'none'}")
+    value = row[column]
     if not isinstance(value, str | int | float):
         raise DataError(path, line, f"column {column!r}: expected text, got {value!r}")
     text = value if isinstance(value, str) else json.dumps(value)

@@ -17,6 +17,7 @@ from . import checkpoint, hub
 from .config import PTuneConfig, settings_on, take_settings
 from .half_attention import SETTINGS, checked_dtypes, hybrid
 from .quantised import config_from
+from .support import find_body
 
 _FOR_CONFIG = (
     "cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token", "trust_remote_code",
@@ -97,9 +98,11 @@ def load_model(
     with _reporting_all_but([] if saved is None else saved["head"]) as loading:
         model, info = loader.from_pretrained(base, *args, output_loading_info=True, **kwargs)
         loading.append(info)
+    missing = _missing(info)
+    _check_whole(base, model, missing)
     take_settings(model.config)
     model.__class__ = class_for(type(model))
-    model.adopt(_missing(info))
+    model.adopt(missing)
     model.origin = _origin(base, model.config, own)
     if not halves and saved is not None and model.dtype == torch.float32:
         halves = {name: saved["base"].get(name) for name in SETTINGS}
@@ -153,6 +156,19 @@ def check_keywords(keywords: Iterable[str], config: Any) -> None:
 def _missing(info: dict[str, Any]) -> set[str]:
     """Parameters that the checkpoint did not have, or had in another shape."""
     return set(info["missing_keys"]) | {entry[0] for entry in info["mismatched_keys"]}
+
+
+def _check_whole(base: str, model: Any, missing: set[str]) -> None:
+    """Raises `ValueError` where what the checkpoint lacks is no head: a body of random weights would train as one."""
+    body = find_body(model)
+    # some have their pooler in the body, which checkpoints of other tasks are without
+    own = {id(its) for name, its in body.named_parameters() if "pooler" not in name.split(".")}
+    random = sorted(name for name, its in model.named_parameters() if name in missing and id(its) in own)
+    if random:
+        raise ValueError(
+            f"{base}: expected all weights of {type(body).__name__}, in the shapes of its config; lacking or of other "
+            f"shapes: {', '.join(random[:3])}{', …' * (len(random) > 3)}"
+        )
 
 
 def _origin(name: str, used: Any, own: Any) -> Origin:

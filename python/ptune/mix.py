@@ -22,12 +22,12 @@ from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import AutoConfig, PrinterCallback, TrainerCallback, TrainingArguments
 
 from .bank import PromptBank, check_name
-from .checkpoint import PROMPTS
+from .checkpoint import PROMPTS, write_json
 from .data import Columns
 from .loading import check_base
-from .runs import CHECKPOINTS, Options, Run, prepare, remove_checkpoints, write_json
+from .runs import CHECKPOINTS, Options, Run, prepare, remove_checkpoints
 from .tasks import IGNORED, Features
-from .train import EVALUATIONS, ResumableTrainer, evaluate, groups_of, line_of
+from .train import BEGAN_WITH, EVALUATIONS, ResumableTrainer, evaluate, groups_of, line_of
 
 # What a task's file may say, and of what kind it is; the rest is said once, for all.
 _KEYS: dict[str, type] = {
@@ -339,6 +339,7 @@ class _Trainer(ResumableTrainer):
         bank = self.best.mix.bank
         for name in bank.names:
             bank.save(name, folder / _PROMPTS / name)
+            write_json(folder / _PROMPTS / name / BEGAN_WITH, self.best.runs[name].began_with)
         self.best.save(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:

@@ -4,6 +4,7 @@ The folder holds the prompts and head (`model.safetensors`, `ptune_config.json`)
 log) and, until the run has finished, Trainer's checkpoints. It is written only once training has begun.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -24,14 +25,14 @@ from transformers.models.auto.modeling_auto import (
 from transformers.trainer import TRAINER_STATE_NAME
 
 from .auto import MODELS
-from .checkpoint import WEIGHTS_NAME, check_free, fingerprint, is_prompt_folder, read_config, replace_file
+from .checkpoint import WEIGHTS_NAME, check_free, fingerprint, is_prompt_folder, read_config, read_json, write_json
 from .data import Columns, DataError, hold_out
 from .loading import check_base
 from .plan import Plan
 from .quantised import is_quantised
 from .support import ENCODER_DECODERS, position_limit
 from .tasks import TASKS, Task
-from .train import HEAD_LEARNING_RATE, fit
+from .train import BEGAN_WITH, HEAD_LEARNING_RATE, fit
 
 WRITING = ("generation", "seq2seq")  # one task, without labels, on two kinds of base
 LEARNING_RATES = {None: HEAD_LEARNING_RATE, "ptune": 3e-2, "deep_ptune": 1e-2}
@@ -89,6 +90,17 @@ class Run:
     learning_rate: float
     prefix_plan: Plan
 
+    @property
+    def began_with(self) -> dict[str, Any]:
+        """What a run that is resumed must have as it had."""
+        return {
+            "seed": self.options.seed,
+            "batch_size": self.options.batch_size,
+            "max_length": self.task.max_length,
+            "training examples": _digest(self.train),
+            "evaluation examples": _digest(self.evaluation),
+        }
+
     def fit(self, say: Callable[[str], None] | None = None) -> dict[str, Any]:
         """Trains and writes the output folder. Returns the record that stands in its `train.json`.
 
@@ -110,6 +122,7 @@ class Run:
             seed=options.seed,
             checkpoints=checkpoints,
             resume=options.resume,
+            began_with=self.began_with,
             quiet=say is not None,
             say=say,
         )
@@ -154,7 +167,7 @@ def prepare(options: Options, say: Callable[[str], None]) -> Run:
     options = replace(options, task=_task_on(options.model, options.task))
     kind = TASKS[options.task]
     train = kind.read(options.data, options.columns)
-    labels = kind.label_names(train)
+    labels = _order_of_the_base(options.model, kind.label_names(train))
     if len(labels) == 1:  # there are none in generation
         raise DataError(options.data, None, f"expected at least two labels, got {labels[0]}")
     if options.eval_data:
@@ -172,25 +185,55 @@ def prepare(options: Options, say: Callable[[str], None]) -> Run:
         labels,
         tuning_mode=options.tuning_mode,
         pre_seq_len=options.pre_seq_len,
-        init_text=options.init_text or [kind.text_of(example) for example in train],
+        init_text=[kind.text_of(example) for example in train] if options.init_text is None else options.init_text,
         deep_prompt_mode=options.deep_prompt_mode,
         dtype=options.dtype,
     )
     if options.resume:
         _check_same(read_config(options.resume), model, labels)
-    task = kind(tokenizer, _room(model, options), labels)
+    task = kind(tokenizer, _room(model, tokenizer, options), labels)
     steps = options.steps or max(MIN_STEPS, EPOCHS * math.ceil(len(train) / options.batch_size))
     rate = options.learning_rate or LEARNING_RATES[options.tuning_mode]
     trained = model.num_trainable_parameters()
     if labels and not model._head:
         say(f"The base's own head for {len(labels)} labels is kept as it is.")
     say(f"{trained:,} parameters train: {steps} steps of {options.batch_size}, learning rate {rate:g}.")
-    encoded = map(task.encode, train)
+    encoded = _encoded(task, train, options.data)
+    _encoded(task, evaluation, options.eval_data or options.data)
     cut = sum(task.max_length in (len(its["input_ids"]), len(its["labels"])) for its in encoded)
     if cut:
         why = "--max-length" if task.max_length == options.max_length else "--pre-seq-len leaves no room for more"
         say(f"{cut} of {len(train)} training examples reach {task.max_length} tokens and may be cut ({why}).")
-    return Run(options, model, task, train, evaluation, steps, rate, model.prefix_plan)
+    run = Run(options, model, task, train, evaluation, steps, rate, model.prefix_plan)
+    if options.resume:
+        _check_began(options.resume, run.began_with)
+    return run
+
+
+def _check_began(checkpoint: Path, now: dict[str, Any]) -> None:
+    """Raises ValueError unless the run to resume began with the same."""
+    path = checkpoint / BEGAN_WITH
+    for name, value in (read_json(path) if path.exists() else {}).items():  # there is none in older checkpoints
+        if value != now[name]:
+            raise ValueError(f"{name}: the run to resume has {value}, got {now[name]}")
+
+
+def _digest(examples: Sequence[Any]) -> str:
+    return f"{len(examples)} ({hashlib.sha256(repr(examples).encode()).hexdigest()[:16]})"
+
+
+def _order_of_the_base(base: str, labels: list[str]) -> list[str]:
+    """The labels in the order of a head that the base may have for them."""
+    own = AutoConfig.from_pretrained(base).id2label
+    ordered = [own[index] for index in sorted(own)]
+    return ordered if sorted(ordered) == sorted(labels) else labels
+
+
+def _encoded(task: Task, examples: Sequence[Any], path: Path) -> list[dict[str, list[int]]]:
+    try:
+        return [task.encode(example) for example in examples]
+    except ValueError as error:
+        raise DataError(path, None, str(error)) from None
 
 
 def new_model(
@@ -219,7 +262,16 @@ def new_model(
 
 def load_tokenizer(base: str, task: str) -> PreTrainedTokenizerBase:
     """The base's tokenizer, with a padding token, and what else the task needs of it. Raises: ValueError without."""
-    tokenizer = AutoTokenizer.from_pretrained(base, **({"add_prefix_space": True} if task == "tagging" else {}))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(base, **({"add_prefix_space": True} if task == "tagging" else {}))
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # reading damaged files may fail in any way
+        raise ValueError(f"model: the tokenizer of {base} cannot be read: {error}") from None
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # made from the config alone
+        raise ValueError(
+            f"model: expected a tokenizer in {base}, got one without a vocabulary; save it beside the base"
+        )
     if task == "tagging" and not tokenizer.is_fast:
         raise ValueError(f"model: tagging needs a fast tokenizer, and {base} has none")
     if tokenizer.pad_token is None:
@@ -235,7 +287,7 @@ def load_tokenizer(base: str, task: str) -> PreTrainedTokenizerBase:
 
 def check_labels(kind: type[Task], examples: Sequence[Any], labels: Sequence[str], path: Path) -> None:
     """Raises DataError if an example has a label that training did not see."""
-    unseen = [label for label in kind.label_names(examples) if label not in labels]
+    unseen = [label for label in kind.label_names(examples) if not kind.is_known(label, labels)]
     if unseen:
         raise DataError(path, None, f"labels not seen in training: {', '.join(unseen)}; it saw {', '.join(labels)}")
 
@@ -339,10 +391,14 @@ def _check(options: Options) -> None:
     if options.tuning_mode not in LEARNING_RATES:
         modes = ", ".join(map(str, LEARNING_RATES))
         raise ValueError(f"tuning_mode: expected one of {modes}, got {options.tuning_mode!r}")
-    if options.learning_rate is not None and not options.learning_rate > 0:
-        raise ValueError(f"learning_rate: expected a positive number, got {options.learning_rate}")
-    if not options.head_learning_rate > 0:
-        raise ValueError(f"head_learning_rate: expected a positive number, got {options.head_learning_rate}")
+    for name in ("learning_rate", "head_learning_rate"):
+        rate = getattr(options, name)
+        if rate is not None and not 0 < rate < math.inf:
+            raise ValueError(f"{name}: expected a positive number, got {rate}")
+    writes = options.task in WRITING
+    for name in ("label",) if writes else ("prompt", "completion"):
+        if getattr(options.columns, name) is not None:
+            raise ValueError(f"{name}_column: expected for {'classification' if writes else 'generation'} alone")
     check_base(options.model)
     out = options.out
     check_free(out)
@@ -399,8 +455,10 @@ def _task_on(base: str, task: str) -> str:
     return "generation"
 
 
-def _room(model: Any, options: Options) -> int:
+def _room(model: Any, tokenizer: PreTrainedTokenizerBase, options: Options) -> int:
     """The tokens that an example may have: `max_length`, or what a table of positions leaves beside the prompt."""
+    if options.max_length < (least := tokenizer.num_special_tokens_to_add() + 2):
+        raise ValueError(f"max_length: expected {least} or more with this tokenizer, got {options.max_length}")
     _, positions = position_limit(model.base_model)
     if positions is None:
         return options.max_length
@@ -408,8 +466,3 @@ def _room(model: Any, options: Options) -> int:
     if left < MIN_ROOM:
         raise ValueError(f"pre_seq_len: {options.pre_seq_len} rows leave no room in the model's {positions} positions")
     return min(options.max_length, left)
-
-
-def write_json(path: Path, content: Any) -> None:
-    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-    replace_file(path, lambda scratch: scratch.write_text(text, encoding="utf-8"))

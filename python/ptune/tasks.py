@@ -10,6 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
@@ -86,6 +87,11 @@ class Task(ABC, Generic[Example]):
     def label_names(cls, examples: Sequence[Example]) -> list[str]:
         """Every label of the examples, in the order of the head's outputs: "O" first, then by name."""
         return sorted({label for example in examples for label in cls.labels_of(example)}, key=lambda x: (x != "O", x))
+
+    @staticmethod
+    def is_known(label: str, labels: Sequence[str]) -> bool:
+        """Whether what was learnt with `labels` can be scored on `label`."""
+        return label in labels
 
     @abstractmethod
     def encode(self, example: Example) -> Features:
@@ -195,6 +201,11 @@ class Tagging(Task[Tagged]):
         return example.tags
 
     @staticmethod
+    def is_known(label: str, labels: Sequence[str]) -> bool:
+        # one that goes on with an entity, of which training had but those of one word
+        return label in labels or label[2:] in {tag[2:] for tag in labels if tag != "O"}
+
+    @staticmethod
     def stratum(example: Tagged) -> Hashable:
         return any(tag != "O" for tag in example.tags)
 
@@ -207,7 +218,9 @@ class Tagging(Task[Tagged]):
         labels = [IGNORED] * len(features["input_ids"])
         for tag, position in zip(example.tags, features["first_pieces"], strict=True):
             if position != IGNORED:
-                labels[position] = self._ids[tag]
+                labels[position] = self._ids.get(
+                    tag, IGNORED
+                )  # one that no training example had counts in scores alone
         return {**features, "labels": labels}
 
     def _encode_words(self, words: Sequence[str]) -> Features:
@@ -218,12 +231,17 @@ class Tagging(Task[Tagged]):
                 first_pieces[word] = position
         return {"input_ids": encoded["input_ids"], "first_pieces": first_pieces}
 
+    def reduce(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """[b, 2 + n]: `_summed_loss`, and the ids of the tags."""
+        return torch.cat([_summed_loss(logits, labels), logits.argmax(-1)], 1)
+
     def score(self, examples: Sequence[Tagged], features: Sequence[Features], reduced: Any) -> dict[str, float]:
         gold = [list(example.tags) for example in examples]
-        predicted = [self._tags(feature, row) for feature, row in zip(features, reduced, strict=True)]
+        ids = reduced[:, 2:].astype(int)
+        predicted = [self._tags(feature, row) for feature, row in zip(features, ids, strict=True)]
         scores = (f1_score, precision_score, recall_score)
         values = [float(score(gold, predicted, zero_division=0)) for score in scores]
-        return dict(zip(self.metrics, values, strict=True))
+        return {"loss": _mean_loss(reduced)} | dict(zip(self.metrics, values, strict=True))
 
     def predict(self, model: PreTrainedModel, texts: Sequence[str], **options: Any) -> Iterator[dict[str, Any]]:
         sentences = [text.split() for text in texts]
@@ -266,25 +284,47 @@ class Generation(Task[Passage]):
 
     def encode(self, example: Passage) -> Features:
         prompt = self._encode_prompt(example.prompt)
-        completion = self.tokenizer(example.completion, add_special_tokens=False)["input_ids"]
+        completion = self._encode_completion(prompt, example)
         completion = [*completion, self.tokenizer.eos_token_id][: self.max_length - len(prompt)]
         return {"input_ids": prompt + completion, "labels": [IGNORED] * len(prompt) + completion}
 
+    def _encode_completion(self, prompt: list[int], example: Passage) -> list[int]:
+        """The tokens that follow ``prompt``, which stand where both texts are read as one if these begin with it."""
+        both = self._encode(example.prompt + example.completion)
+        if both[: len(prompt)] == prompt:
+            return both[len(prompt) :]
+        # A token would reach over the seam. Many tokenizers put a space before a text, but none before a second line.
+        line, lines = (
+            self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("\n", "\n" + example.completion)
+        )
+        if lines[: len(line)] == line:
+            return lines[len(line) :]
+        return self.tokenizer(example.completion, add_special_tokens=False)["input_ids"]
+
+    @cached_property
+    def _closes(self) -> bool:
+        """Whether the tokenizer closes every text."""
+        ids = self.tokenizer("a")["input_ids"]
+        return len(ids) > 0 and ids[-1] == self.tokenizer.eos_token_id
+
+    def _encode(self, text: str) -> list[int]:
+        """As the beginning of a text that goes on."""
+        ids = self.tokenizer(text)["input_ids"]
+        return ids[:-1] if self._closes else ids
+
     def _encode_prompt(self, prompt: str) -> list[int]:
-        ids = self.tokenizer(prompt)["input_ids"]
-        if ids and ids[-1] == self.tokenizer.eos_token_id:  # some tokenizers close every text, but this one goes on
-            ids = ids[:-1]
+        ids = self._encode(prompt)
         if len(ids) >= self.max_length:
             raise ValueError(f"max_length: {self.max_length} tokens leave no room after the prompt {prompt[:60]!r}")
         return ids
 
     def reduce(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """[b, 2] fp32: the summed negative log-likelihood of each row's labels, and their number."""
+        """[b, 2]: `_summed_loss`."""
         return _summed_loss(logits[:, :-1], labels[:, 1:])
 
     def score(self, examples: Sequence[Passage], features: Sequence[Features], reduced: Any) -> dict[str, float]:
-        loss, count = reduced.sum(0, dtype="float64")
-        return {"perplexity": torch.as_tensor(loss / count).exp().item()}  # of a run that diverged, inf
+        loss = _mean_loss(reduced)
+        return {"loss": loss, "perplexity": torch.tensor(loss).exp().item()}  # of a run that diverged, inf
 
     @torch.inference_mode()
     def predict(
@@ -319,7 +359,12 @@ class Generation(Task[Passage]):
         fixed = {"pad_token_id": self.tokenizer.pad_token_id, "eos_token_id": sorted(ends)}
         ids = model.generate(**batch, **{"do_sample": False, **fixed, **options})
         first = 0 if apart else batch["input_ids"].shape[1]
-        return self.tokenizer.batch_decode(ids[:, first:], skip_special_tokens=True)
+        return [self._decode([] if apart else p, row) for p, row in zip(prompts, ids[:, first:].tolist(), strict=True)]
+
+    def _decode(self, prompt: list[int], ids: list[int]) -> str:
+        """The text of ``ids`` after ``prompt``: many tokenizers drop a space that a text begins with."""
+        before, both, after = self.tokenizer.batch_decode([prompt, prompt + ids, ids], skip_special_tokens=True)
+        return both[len(before) :] if both.startswith(before) else after  # half of a character may end the prompt
 
 
 class Seq2Seq(Generation):
@@ -358,10 +403,17 @@ TASKS: dict[str, type[Task]] = {task.name: task for task in (Classification, Tag
 
 
 def _summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """[b, 2] fp32: the summed negative log-likelihood of each row's labels, and their number."""
     loss = torch.nn.functional.cross_entropy(
         logits.float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none"
     )
     return torch.stack([loss.sum(1), (labels != IGNORED).sum(1)], 1)
+
+
+def _mean_loss(reduced: Any) -> float:
+    """Of all labels, whatever the batches were; `reduced` [examples, 2 or more]: `_summed_loss`."""
+    loss, count = reduced[:, :2].sum(0, dtype="float64")
+    return float(loss / count)
 
 
 def _room_after(model: Any, prompt: Sequence[int]) -> float:

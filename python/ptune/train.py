@@ -17,11 +17,13 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallb
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalPrediction
 
+from .checkpoint import write_json
 from .tasks import Task
 
 EVALUATIONS = 5  # of a run, by default
 HEAD_LEARNING_RATE = 1e-1  # a head starts from nothing: at the rate of prompts, which start from real states, it lags
 _OPTIMIZER, _RATES, _RNG = "optimizer.safetensors", "optimizer.json", "rng_state.safetensors"
+BEGAN_WITH = "began_with.json"  # in a checkpoint, beside the prompts of a task
 
 
 class _ByLength(LengthGroupedSampler):
@@ -95,6 +97,13 @@ class ResumableTrainer(Trainer):
 
 
 class _Trainer(ResumableTrainer):
+    began_with: dict[str, Any] | None = None
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.began_with is not None:
+            write_json(Path(str(output_dir), BEGAN_WITH), self.began_with)
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
         data: Any = self.train_dataset if train_dataset is None else train_dataset
         lengths = [len(features["input_ids"]) for features in data]
@@ -127,7 +136,7 @@ def line_of(task: Task, state: Any, metrics: dict[str, float]) -> str:
 
 def _trainer(
     model: torch.nn.Module, task: Task, train: Sequence[Any], evaluation: Sequence[Any], quiet: bool, **arguments: Any
-) -> Trainer:
+) -> _Trainer:
     pairs = [(task.encode(example), example) for example in evaluation]
     pairs.sort(key=lambda pair: len(pair[0]["input_ids"]))  # batches of one length pad nothing
     features = [feature for feature, _ in pairs]
@@ -193,6 +202,7 @@ def fit(
     seed: int = 0,
     checkpoints: Path | None = None,
     resume: Path | None = None,
+    began_with: dict[str, Any] | None = None,
     quiet: bool = False,
     say: Callable[[str], None] | None = None,
 ) -> list[dict[str, float]]:
@@ -208,6 +218,7 @@ def fit(
         checkpoints: a folder for Trainer's checkpoints. With evaluation examples, `model` then ends with the best one's
             weights; else with the last.
         resume: the checkpoint in that folder to go on from.
+        began_with: what a run that goes on must have too, which stands in each checkpoint.
         quiet: shows no progress bar.
         say: gets a line for each evaluation.
     Returns: Trainer's log: a dict per logged step, with `step` and `loss` or `eval_…`.
@@ -240,6 +251,7 @@ def fit(
         )
         groups = parameter_groups(model, learning_rate, head_learning_rate)
         trainer.optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+        trainer.began_with = began_with
         if say is not None:
             trainer.add_callback(_Reporter(task, say))
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, BertForSequenceClassification, MBartTokenizer, Trainer
 from typer.testing import CliRunner
 
 import ptune as package
 from ptune import AutoPTuneModel
 from ptune.cli import app
+from ptune.data import hold_out
 from ptune.runs import Run
 
 from .commands import (
@@ -223,12 +224,21 @@ def test_a_run_is_resumed_with_what_it_began_with(tiny_bert, tmp_path, monkeypat
         ]
 
     interrupt(monkeypatch, *arguments(), step=4)
+    header, *lines = data.read_text().splitlines(keepends=True)
+    kept, _ = hold_out(lines, 0.1, lambda line: line.split("\t")[0], 0)
+    (tmp_path / "kept.tsv").write_text(header + "".join(kept))
+    kept = tmp_path / "kept.tsv"
     settings = json.loads((base / "config.json").read_text())
     for changes, problem in (
         ({"pre-seq-len": 5}, "pre_seq_len: the run to resume has 16, got 5"),
         ({"learning-rate": 0.5}, "learning_rate: the run to resume has [0.01, 0.1], got [0.5, 0.1]"),
         ({"model": tiny_bert}, f"model: the run to resume has {base}, got {tiny_bert}"),
         ({"data": others}, "the run to resume has the labels no, yes; got aye, no"),
+        ({"seed": 1}, "seed: the run to resume has 0, got 1"),
+        ({"batch-size": 8}, "batch_size: the run to resume has 32, got 8"),
+        ({"max-length": 9}, "max_length: the run to resume has 24, got 9"),
+        ({"hold-out": 0.2}, "training examples: the run to resume has 81 ("),
+        ({"eval-data": data, "data": kept}, "evaluation examples: the run to resume has 9 ("),
         ({}, f"the config of {base} has changed"),
     ):
         if not changes:
@@ -298,6 +308,30 @@ def test_overwrite_replaces_a_run_and_leaves_other_files(tiny_bert, tmp_path):
     assert (out / "notes.txt").read_text() == "mine"
 
 
+def _lose_tokenizer(base: Path) -> None:
+    for path in base.glob("tokenizer*"):
+        path.unlink()
+
+
+def _change_config(base: Path, **changes: object) -> None:
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | changes))
+
+
+DAMAGES = {
+    "no tokenizer": _lose_tokenizer,
+    "odd tokenizer": lambda base: (base / "tokenizer.json").write_text('{"version": 1}'),
+    "damaged": lambda base: (base / "model.safetensors").write_bytes(b"\0" * 100),
+    "odd config": lambda base: _change_config(base, hidden_size="32"),
+    "wider": lambda base: _change_config(base, hidden_size=64),
+    "shorter": lambda base: save_file(
+        {name: its for name, its in load_file(base / "model.safetensors").items() if "layer.1." not in name},
+        base / "model.safetensors",
+        {"format": "pt"},
+    ),
+}
+
+
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
@@ -317,6 +351,17 @@ def test_overwrite_replaces_a_run_and_leaves_other_files(tiny_bert, tmp_path):
         ({"--pre-seq-len": "40"}, "expected less than the 40 positions"),
         ({"--out": "empty.tsv/a/b"}, "empty.tsv is a file"),
         ({"--task": "generation"}, "(bert) is none"),
+        ({"--learning-rate": "inf"}, "learning_rate: expected a positive number, got inf"),
+        ({"--head-learning-rate": "nan"}, "head_learning_rate: expected a positive number, got nan"),
+        ({"--prompt-column": "text"}, "prompt_column: expected for generation alone"),
+        ({"--init-text": ""}, "prompt_init_text"),
+        ({"--max-length": "3"}, "max_length: expected 4 or more with this tokenizer, got 3"),
+        ({"--model": "no tokenizer"}, "expected a tokenizer in no tokenizer, got one without a vocabulary"),
+        ({"--model": "odd tokenizer"}, "the tokenizer of odd tokenizer cannot be read"),
+        ({"--model": "damaged"}, "header"),
+        ({"--model": "odd config"}, "hidden_size"),
+        ({"--model": "wider"}, "wider: expected all weights of BertModel, in the shapes of its config; lacking or of"),
+        ({"--model": "shorter"}, "other shapes: bert.encoder.layer.1.attention"),
     ],
 )
 def test_what_is_wrong_takes_one_line(tiny_bert, tmp_path, monkeypatch, changes, problem):
@@ -327,6 +372,9 @@ def test_what_is_wrong_takes_one_line(tiny_bert, tmp_path, monkeypatch, changes,
     Path("short.tsv").write_text("label\ttext\nyes\tone\nno\n")
     Path("one.tsv").write_text("label\ttext\nyes\tone\nyes\ttwo\n")
     Path("new.tsv").write_text("label\ttext\nmaybe\tone\n")
+    if (model := changes.get("--model")) in DAMAGES:
+        shutil.copytree(tiny_bert, model)
+        DAMAGES[model](Path(model))
     options = {"--model": tiny_bert, "--task": "classification", "--data": good, "--out": "out"} | changes
     arguments = [part for pair in options.items() for part in pair if part is not None]
     result = ptune("train", *arguments)
@@ -337,6 +385,57 @@ def test_what_is_wrong_takes_one_line(tiny_bert, tmp_path, monkeypatch, changes,
         assert result.stderr.count("\n") <= 2
         assert result.stderr.splitlines()[-1].startswith("Error: ")
     assert not Path("out").exists()
+
+
+def test_what_a_base_must_be_is_for_its_head_to_lack(tiny_bert, tmp_path):
+    """Layers of random weights would train as a head."""
+    for name in ("wider", "shorter"):
+        shutil.copytree(tiny_bert, tmp_path / name)
+        DAMAGES[name](tmp_path / name)
+        with pytest.raises(ValueError, match=f"{name}: expected all weights of BertModel"):
+            AutoPTuneModel.from_pretrained(tmp_path / name, ignore_mismatched_sizes=True)
+
+
+def test_labels_are_in_the_order_of_the_bases_head(tiny_bert, tmp_path):
+    base, out, data = tmp_path / "base", tmp_path / "out", classification_file(tmp_path)
+    shutil.copytree(tiny_bert, base)
+    stock = BertForSequenceClassification.from_pretrained(base, id2label={0: "yes", 1: "no"})
+    with torch.no_grad():
+        stock.classifier.weight.zero_()
+        stock.classifier.bias.copy_(torch.tensor([5.0, -5.0]))
+    stock.save_pretrained(base)
+    arguments = ["--task", "classification", "--data", data, "--out", out, "--steps", 2]
+    assert "own head for 2 labels is kept" in ptune("train", "--model", base, *arguments).stderr
+    answer = json.loads(succeed("predict", out, "bad"))
+    assert (answer["label"], answer["score"]) == ("yes", pytest.approx(1, abs=1e-3))
+
+
+def test_a_prompt_that_is_too_long_is_found_before_training(tiny_llama, tmp_path):
+    (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "red " * 20, "completion": "one"}))
+    arguments = ["--model", tiny_llama, "--data", generation_file(tmp_path), "--eval-data", tmp_path / "long.jsonl"]
+    refused = ptune("train", *arguments, "--task", "generation", "--max-length", 20, "--out", tmp_path / "out")
+    assert refused.exit_code == 2
+    assert "long.jsonl: max_length: 20 tokens leave no room after the prompt 'red red" in refused.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_labels_are_shown_as_they_are(tiny_bert, tmp_path):
+    data, out = classification_file(tmp_path), tmp_path / "[bold]out"
+    data.write_text(data.read_text().replace("yes", "[/x]").replace("no\t", "[red]no\t"))
+    succeed("train", "--model", tiny_bert, "--task", "classification", "--data", data, "--out", out, "--steps", 2)
+    shown = succeed("info", out)
+    assert "[/x], [red]no" in shown
+    assert "[bold]out" in shown.replace("\n", "")
+
+
+def test_one_text_is_given_in_one_way(tmp_path):
+    for arguments, problem in (
+        (["x", "--file", "none.txt"], "--file: expected without TEXT"),
+        (["\udcff bad"], "TEXT:1: not UTF-8"),
+    ):
+        refused = ptune("predict", tmp_path, *arguments)
+        assert refused.exit_code == 2
+        assert problem in refused.stderr
 
 
 def test_folders_that_are_no_run(tmp_path):

@@ -77,7 +77,12 @@ def test_columns_are_found(tmp_path, header, columns, text, label):
         ("a.tsv", b"text\tlabel\none\tx\ntw\xff\ty\n", Columns(), ":3: not UTF-8"),
         ("a.jsonl", '{"text": "a", "label": "b"}\n{"text": "a"\n', Columns(), ":2: not JSON"),
         ("a.jsonl", '{"text": "a", "label": "b"}\n[1]\n', Columns(), ":2: expected a JSON object, got list"),
-        ("a.jsonl", '{"text": "a", "label": "b"}\n{"text": "c"}\n', Columns(), ":2: column 'label': expected text"),
+        (
+            "a.jsonl",
+            '{"text": "a", "label": "b"}\n{"text": "c"}\n',
+            Columns(),
+            ":2: expected a column 'label', got text",
+        ),
         (
             "a.jsonl",
             '{"text": "a", "label": "b"}\n{"text": "\\ud83d", "label": "b"}\n',
@@ -95,6 +100,26 @@ def test_malformed_tables_are_named_by_line(tmp_path, name, content, columns, pr
         read_labelled(path, columns)
     assert str(error.value).startswith(str(path))
     assert problem in str(error.value)
+
+
+def test_small_classes_are_held_out_too():
+    examples = [f"{label} {i}" for label in range(50) for i in range(4)] + [f"big {i}" for i in range(20)]
+    for seed in range(3):
+        kept, held = hold_out(examples, 0.1, lambda example: example.split()[0], seed)
+        counts = Counter(example.split()[0] for example in held)
+        assert (len(held), counts.pop("big"), max(counts.values())) == (22, 2, 1)
+        assert sorted(kept + held) == sorted(examples)
+    with pytest.raises(ValueError, match="of 30 examples 10% cannot be held out, as each label stands once"):
+        hold_out(examples[::4][:30], 0.1, lambda example: example.split()[0], 0)
+    with pytest.raises(ValueError, match="of 4 examples 10% cannot be held out, as they are too few"):
+        hold_out(examples[:4], 0.1, lambda example: example.split()[0], 0)
+
+
+def test_tables_as_people_have_them(tmp_path):
+    long = "long " * 40_000  # more than Python's csv takes by itself
+    for name, separator in (("a.csv", ","), ("b.tsv", "\t")):
+        path = written(tmp_path, name, f"\n\nlabel{separator}text\n\nx{separator}{long}\n")
+        assert read_labelled(path) == [Labelled(long, "x")]
 
 
 def test_missing_file(tmp_path):

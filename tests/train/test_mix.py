@@ -57,6 +57,16 @@ def test_generation_trained_beside_classification(tiny_llama, tmp_path):
     assert "(add)" in succeed("info", out / "tale")
 
 
+def test_a_prompt_that_is_too_long_is_found_before_training(tiny_llama, tmp_path):
+    (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "red " * 20, "completion": "one"}))
+    task = f"task: generation\ndata: {generation_file(tmp_path).name}\nmax_length: 20\n"
+    mix = mix_of(tmp_path, one=task, other=task + "eval_data: long.jsonl\n")
+    refused = ptune("train", "--task-mix", mix, "--model", tiny_llama, "--steps", 2, "--out", tmp_path / "out")
+    assert refused.exit_code == 2
+    assert "long.jsonl: max_length: 20 tokens leave no room" in refused.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def evaluations_of(folder: Path) -> list[dict[str, float]]:
     return [entry for entry in json.loads((folder / "train.json").read_text())["log"] if "eval_loss" in entry]
 
@@ -113,6 +123,9 @@ def test_an_interrupted_mix_resumes_to_the_same_bits(tiny_bert, tmp_path, monkey
     mix_of(tmp_path, mood=tasks["mood"] + "pre_seq_len: 5\n")
     refused = ptune("train", *arguments, "--out", out, "--resume")
     assert "pre_seq_len: the run to resume has 16, got 5" in refused.stderr
+    mix_of(tmp_path, mood=tasks["mood"] + "hold_out: 0.2\n")
+    refused = ptune("train", *arguments, "--out", out, "--resume")
+    assert "training examples: the run to resume has 81 (" in refused.stderr
     mix_of(tmp_path, **tasks)
 
     succeed("train", *arguments, "--out", out, "--resume")

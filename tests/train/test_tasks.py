@@ -5,6 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.decoders import Metaspace as MetaspaceDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import Metaspace
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from ptune import AutoPTuneModelForCausalLM, AutoPTuneModelForSeq2SeqLM
 from ptune.data import Labelled, Passage, Tagged
@@ -46,6 +52,12 @@ def test_classification_features_and_score():
     }
 
 
+def reduced(task, features, predicted):
+    """What evaluation keeps of a batch whose logits say `predicted` [b, n]."""
+    logits = 9.0 * torch.nn.functional.one_hot(torch.tensor(predicted), len(task.labels))
+    return task.reduce(logits, task.collate(features)["labels"]).numpy()
+
+
 def test_tags_stand_at_first_pieces_and_lost_words_count():
     task = Tagging(word_tokenizer(), 5, ["O", "B-per", "I-per", "B-loc"])
     example = Tagged(("Ann", "Bob", "in", "Rome"), ("B-per", "I-per", "O", "B-loc"))
@@ -53,9 +65,10 @@ def test_tags_stand_at_first_pieces_and_lost_words_count():
     assert features["input_ids"] == [CLS, WORD["Ann"], WORD["Bob"], WORD["in"], SEP]
     assert features["first_pieces"] == [1, 2, 3, IGNORED]
     assert features["labels"] == [IGNORED, 1, 2, 0, IGNORED]
-    predicted = np.array([[3, 1, 2, 0, 3]])  # what stands at [CLS] and [SEP] is nobody's tag
+    predicted = reduced(task, [features], [[3, 1, 2, 0, 3]])  # what stands at [CLS] and [SEP] is nobody's tag
     # one entity of one predicted is right, and one of two gold is found
     assert task.score([example], [features], predicted) == {
+        "loss": pytest.approx(math.log(1 + 3 * math.exp(-9)), abs=1e-6),
         "entity_precision": 1.0,
         "entity_recall": 0.5,
         "entity_f1": pytest.approx(2 / 3),
@@ -69,11 +82,23 @@ def test_a_word_of_many_pieces_is_tagged_at_the_first():
     assert features["labels"] == [IGNORED, 1, IGNORED, IGNORED, 0, IGNORED]
 
 
+def test_tags_that_go_on_with_known_entities():
+    labels = ["O", "B-per"]
+    assert [Tagging.is_known(tag, labels) for tag in ("O", "B-per", "I-per", "I-loc")] == [True, True, True, False]
+    assert not Tagging.is_known("O", ["B-per"])
+    task = Tagging(word_tokenizer(), 20, labels)
+    example = Tagged(("Ann", "Bob", "Ann"), ("B-per", "I-per", "O"))
+    features = task.encode(example)
+    assert features["labels"] == [IGNORED, 1, IGNORED, 0, IGNORED]
+    scores = task.score([example], [features], reduced(task, [features], [[0, 1, 0, 0, 0]]))
+    assert scores["entity_recall"] == 0
+
+
 def test_entities_are_whole():
     task = Tagging(word_tokenizer(), 20, ["O", "B-per", "I-per"])
     example = Tagged(("Ann", "Bob", "in"), ("B-per", "I-per", "O"))
     features = task.encode(example)
-    half = np.array([[0, 1, 0, 0, 0]])
+    half = reduced(task, [features], [[0, 1, 0, 0, 0]])
     assert task.score([example], [features], half)["entity_f1"] == 0
 
 
@@ -88,6 +113,37 @@ def test_only_the_completion_and_its_end_are_learnt():
     assert Generation(task.tokenizer, 4).encode(Passage("the red", "is good"))["labels"][3:] == [WORD["is"]]
     with pytest.raises(ValueError, match="max_length: 3 tokens leave no room after the prompt 'the red'"):
         Generation(task.tokenizer, 3).encode(Passage("the red", "is good"))
+
+
+def character_tokenizer(kind: str) -> PreTrainedTokenizerFast:
+    """A token per character, "ab" and "▁a"; "spaced" puts a space before every text, as sentencepiece does."""
+    tokens = ["<pad>", "<s>", "</s>", *"▁abc:\n", "ab", "▁a"]
+    tokenizer = Tokenizer(BPE({token: i for i, token in enumerate(tokens)}, [("a", "b"), ("▁", "a")]))
+    scheme = "first" if kind == "spaced" else "never"
+    tokenizer.pre_tokenizer = Metaspace(prepend_scheme=scheme, split=False)
+    tokenizer.decoder = MetaspaceDecoder(prepend_scheme=scheme, split=False)
+    template = {"closing": "$A </s>", "one token": "</s> $A"}.get(kind, "<s> $A")
+    tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=[("<s>", 1), ("</s>", 2)])
+    start = "</s>" if kind == "one token" else "<s>"
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=start, eos_token="</s>", pad_token="<pad>")
+
+
+@pytest.mark.parametrize("kind", ["spaced", "plain", "closing", "one token"])
+def test_prompt_and_completion_are_joined_as_they_are(kind):
+    task = Generation(character_tokenizer(kind), 99)
+    first = {"spaced": [1], "plain": [1], "closing": [], "one token": [2]}[kind]
+    for prompt, completion in (
+        ("c", "b c"), ("c", " b"), ("c:\n", "c"), ("c", "a"), ("", "a b"), ("", "cb"), ("ca", "b"), ("c ", "a"),
+    ):  # fmt: skip
+        example = task.encode(Passage(prompt, completion))
+        ids, labels = example["input_ids"], example["labels"]
+        count = labels.index(next(label for label in labels if label != IGNORED))
+        assert ids[:count] == task._encode_prompt(prompt)  # which a completion is asked for with
+        assert ids[: len(first)] == first
+        assert ids[-1] == task.tokenizer.eos_token_id
+        assert labels[count:] == ids[count:]
+        assert task._decode([], ids) == prompt + completion
+        assert task._decode(ids[:count], ids[count:]) == completion
 
 
 @pytest.mark.parametrize("rows", [0, 4])
@@ -115,7 +171,7 @@ def test_a_completion_ends_at_the_tokenizers_end(tiny_llama):
     model, task = AutoPTuneModelForCausalLM.from_pretrained(tiny_llama), Generation(word_tokenizer("[CLS] $A"), 24)
     word = next(task.predict(model, ["red"], 1))["completion"]
     assert len(word.split()) == 1
-    task.tokenizer.eos_token = word
+    task.tokenizer.eos_token = word.strip()
     model.generation_config.eos_token_id = SEP
     assert next(task.predict(model, ["red"], 8))["completion"] == word
 
@@ -155,7 +211,10 @@ def test_a_decoder_writes_up_to_its_last_position(tiny_bart, caplog):
 
 
 def test_perplexity_of_a_run_that_diverged():
-    assert Generation.score(None, [], [], np.array([[1500.0, 2.0], [750.0, 1.0]])) == {"perplexity": math.inf}
+    assert Generation.score(None, [], [], np.array([[1500.0, 2.0], [750.0, 1.0]])) == {
+        "loss": 750.0,
+        "perplexity": math.inf,
+    }
 
 
 def test_perplexity_weighs_every_token_alike():

@@ -8,11 +8,13 @@ import torch
 from transformers import AutoModel, set_seed
 
 from ptune import PromptBank
-from ptune.data import Labelled
+from ptune.data import Columns, Labelled
 from ptune.mix import TaskMix
 from ptune.runs import load_tokenizer, new_model
-from ptune.tasks import Classification
+from ptune.tasks import IGNORED, Classification, Generation, Tagging
 from ptune.train import evaluate, fit
+
+from .commands import FILES
 
 EXAMPLES = [Labelled("good one two", "yes"), Labelled("bad red", "no")] * 4
 
@@ -45,6 +47,26 @@ def test_an_evaluation_draws_no_random_numbers(tiny_bert):
     set_seed(3)
     evaluate(model, task, EXAMPLES)
     assert draws() == expected
+
+
+@pytest.mark.parametrize("kind", [Tagging, Generation])
+def test_the_loss_is_the_mean_of_all_labels(tiny_bert, tiny_llama, tmp_path, kind):
+    """Whatever the batches: the same examples, four times, are batched in another way."""
+    base = {Tagging: tiny_bert, Generation: tiny_llama}[kind]
+    examples = kind.read(FILES[kind.name](tmp_path), Columns(text="prompt"))  # of all lengths
+    task = kind(load_tokenizer(str(base), kind.name), 32, kind.label_names(examples))
+    set_seed(0)
+    texts = [task.text_of(example) for example in examples]
+    model = new_model(kind.name, str(base), task.labels, tuning_mode="ptune", pre_seq_len=3, init_text=texts).eval()
+    losses = []
+    for example in examples:
+        batch = task.collate([task.encode(example)])
+        with torch.no_grad():
+            output = model(**batch)
+        labels = batch["labels"][:, kind is Generation :]
+        losses.append(output.loss.double().expand(int((labels != IGNORED).sum())))
+    for times in (1, 4):
+        assert evaluate(model, task, examples * times)["loss"] == pytest.approx(float(torch.cat(losses).mean()), 1e-5)
 
 
 def test_heads_of_a_mix_drop_out_what_they_do_alone(tiny_bert, tmp_path):
