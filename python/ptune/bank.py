@@ -361,7 +361,9 @@ class PromptBank:
 def check_name(name: Any) -> None:
     """Raises `ValueError` for what a prompt cannot be called: names may become those of folders."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise ValueError(f"name: expected up to 100 letters, digits, '_', '.' and '-', got {name!r}")
+        raise ValueError(
+            f"name: expected up to 100 letters, digits, '_' and, but for the first, '.' and '-', got {name!r}"
+        )
 
 
 def _mask(attention_mask: Any, input_ids: Tensor) -> Tensor:

@@ -135,7 +135,9 @@ def train(
                 source = context.get_parameter_source(name)
                 if name not in _OF_A_MIX and source is not None and source.name == "COMMANDLINE":
                     raise ValueError(f"--{name.replace('_', '-')}: not with --task-mix, whose files say what is learnt")
-            files = [Path(file.strip()) for file in task_mix.split(",")]
+            files = [Path(file.strip()) for file in task_mix.split(",") if file.strip()]
+            if not files:
+                raise ValueError("--task-mix: expected a file for each task")
             _train_mix(files, out, steps, resume, model=model, dtype=dtype, seed=seed, overwrite=overwrite)
             return
         if task is None or data is None:

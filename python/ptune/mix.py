@@ -25,7 +25,7 @@ from .bank import PromptBank, check_name
 from .checkpoint import PROMPTS, write_json
 from .data import Columns
 from .loading import check_base
-from .runs import CHECKPOINTS, Options, Run, prepare, remove_checkpoints
+from .runs import CHECKPOINTS, RECORD, Options, Run, prepare, remove_checkpoints
 from .tasks import IGNORED, Features
 from .train import BEGAN_WITH, EVALUATIONS, ResumableTrainer, evaluate, groups_of, line_of
 
@@ -53,9 +53,11 @@ def read_mix(paths: Sequence[Path], out: Path, resume: Path | None = None, **sha
         resume: the checkpoint to go on from.
         shared: options of all.
     Raises: ValueError for a file that is no mapping, or says what is no option of `ptune train`; for tasks that are not
-        those of the run to resume; and for a folder that holds an unfinished run, unless that is resumed or
-        overwritten.
+        those of the run to resume; for a folder that holds a finished run of one task; and for one that holds an
+        unfinished run, unless that is resumed or overwritten.
     """
+    if (out / RECORD).exists():
+        raise ValueError(f"out: {out} holds a finished run of one task; choose another folder")
     checkpoints = out / CHECKPOINTS
     if not (resume or shared.get("overwrite")) and checkpoints.is_dir() and any(checkpoints.iterdir()):
         raise ValueError(f"out: {out} holds an unfinished run; --resume it, or --overwrite it")
@@ -166,7 +168,10 @@ def train_mix(
     runs: dict[str, Run] = {}
     with tempfile.TemporaryDirectory() as scratch:
         for name, its in options.items():
-            run = prepare(replace(its, steps=steps), lambda line, name=name: say(f"{name}: {line}"))  # type: ignore[misc]
+            try:
+                run = prepare(replace(its, steps=steps), lambda line, name=name: say(f"{name}: {line}"))  # type: ignore[misc]
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
             if resume is None:
                 run.model.save_prompts(Path(scratch, name))
             runs[name] = replace(run, model=None)

@@ -61,9 +61,9 @@ def test_a_prompt_that_is_too_long_is_found_before_training(tiny_llama, tmp_path
     (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "red " * 20, "completion": "one"}))
     task = f"task: generation\ndata: {generation_file(tmp_path).name}\nmax_length: 20\n"
     mix = mix_of(tmp_path, one=task, other=task + "eval_data: long.jsonl\n")
-    refused = ptune("train", "--task-mix", mix, "--model", tiny_llama, "--steps", 2, "--out", tmp_path / "out")
+    refused = ptune("train", "--task-mix", mix + ",", "--model", tiny_llama, "--steps", 2, "--out", tmp_path / "out")
     assert refused.exit_code == 2
-    assert "long.jsonl: max_length: 20 tokens leave no room" in refused.stderr
+    assert f"Error: other: {tmp_path}/long.jsonl: max_length: 20 tokens leave no room" in refused.stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -125,7 +125,7 @@ def test_an_interrupted_mix_resumes_to_the_same_bits(tiny_bert, tmp_path, monkey
     assert "pre_seq_len: the run to resume has 16, got 5" in refused.stderr
     mix_of(tmp_path, mood=tasks["mood"] + "hold_out: 0.2\n")
     refused = ptune("train", *arguments, "--out", out, "--resume")
-    assert "training examples: the run to resume has 81 (" in refused.stderr
+    assert "mood: training examples: the run to resume has 81 (" in refused.stderr
     mix_of(tmp_path, **tasks)
 
     succeed("train", *arguments, "--out", out, "--resume")
@@ -141,6 +141,9 @@ def test_an_interrupted_mix_resumes_to_the_same_bits(tiny_bert, tmp_path, monkey
     again = ptune("train", *arguments, "--out", out, "--resume")
     assert again.exit_code == 2
     assert f"the run in {out} has finished" in again.stderr
+    (out / "train.json").touch()  # as of one task
+    refused = ptune("train", *arguments, "--out", out, "--overwrite")
+    assert f"{out} holds a finished run of one task" in refused.stderr
 
 
 @pytest.mark.parametrize(
