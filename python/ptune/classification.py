@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
+from .inputs import check_mask
 from .layout import first_column, ones_and_zeros, roll_rows, states_at
-from .support import check_mask
 
 _TEXT = ("input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "position_ids")
 

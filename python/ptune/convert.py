@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
 
 from . import checkpoint, hub
+from .anatomy import evaluating
 from .auto import MODELS, AutoPTuneModel
 from .checkpoint import MisfitError
 from .foreign import CONFIG_NAME, TASK_TYPES, WEIGHTS_NAME, read_foreign, shape_of
-from .support import evaluating
 
 _LOADERS: dict[Any, Any] = {**MODELS, None: AutoPTuneModel}
 _CLASSES: dict[str, Any] = {

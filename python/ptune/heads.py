@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
 from . import checkpoint
+from .anatomy import find_body
 from .attention import stock_name
 from .config import take_settings
 from .dropout import FrozenDropout
@@ -21,7 +22,6 @@ from .layout import roll_rows, states_at
 from .loading import saved_labels
 from .models import ptune_class
 from .quantised import holds_quantised
-from .support import find_body
 
 
 class Heads:

@@ -14,12 +14,13 @@ from transformers.utils import ModelOutput
 
 from ptune_kernels import Placement, overwrite
 
+from .anatomy import find_blocks, find_body, position_limit
 from .call import Bare, Call, call_of, end_call, running, set_call, still_running
 from .concat import ConcatPath, matching
+from .inputs import check_inputs
 from .layout import Layout, first_column, ones_and_zeros, positions_of, states_at
 from .mixture import Mixture, current_mixture
 from .prefix import PrefixPath
-from .support import check_inputs, find_blocks, find_body, position_limit
 
 _thread = threading.local()
 

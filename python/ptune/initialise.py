@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .anatomy import device_of, find_blocks, find_body, position_limit
 from .config import InitText, PTuneConfig
-from .support import device_of, find_blocks, find_body, lack_of_positions, position_limit
+from .support import lack_of_positions
 
 _SAMPLE = 256  # tokens whose norms are measured
 _CONTEXT = 512  # tokens of a sampled text that are read

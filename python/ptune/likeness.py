@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .support import find_blocks, find_body
+from .anatomy import find_blocks, find_body
 
 _COUNT = 16
 _RELATIVE, _ABSOLUTE = 2**-6, 1e-6  # what is rounded twice differs by 2^-8, and in float16 by a few 2^-24

@@ -14,10 +14,10 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, modeling_utils
 
 from . import checkpoint, hub
+from .anatomy import find_body
 from .config import PTuneConfig, settings_on, take_settings
 from .half_attention import SETTINGS, checked_dtypes, hybrid
 from .quantised import config_from
-from .support import find_body
 
 _FOR_CONFIG = (
     "cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token", "trust_remote_code",

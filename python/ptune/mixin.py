@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ptune_kernels import prepend
 
+from .anatomy import device_of, evaluating, find_blocks, find_body, whole
 from .cache import CompiledPrefix
 from .call import CheckpointWithCall
 from .config import PTuneConfig, take_settings
@@ -25,7 +26,7 @@ from .plan import Plan, make_plan, obstacle
 from .quantised import is_quantised, prepare, unquantised_head
 from .saving import PromptSaving
 from .seq2seq import EncoderHooks
-from .support import check_base, device_of, evaluating, find_blocks, find_body, whole
+from .support import check_base
 
 
 class PTuneMixin(PromptSaving):

@@ -15,6 +15,7 @@ from transformers import DynamicCache
 
 from ptune_kernels import prepend
 
+from .anatomy import device_of
 from .attention import KEYWORD, Prefix, cache_dtype_of
 from .bridge import bridge, unshard_for_backward
 from .cache import PrefixedCache
@@ -24,7 +25,6 @@ from .concat import matching
 from .layout import Layout, positions_of
 from .packed import Packed
 from .plan import Plan
-from .support import device_of
 from .userhooks import UserHooks
 
 

@@ -24,13 +24,14 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.trainer import TRAINER_STATE_NAME
 
+from .anatomy import position_limit
 from .auto import MODELS
 from .checkpoint import WEIGHTS_NAME, check_free, fingerprint, is_prompt_folder, read_config, read_json, write_json
 from .data import Columns, DataError, hold_out
 from .loading import check_base
 from .plan import Plan
 from .quantised import is_quantised
-from .support import ENCODER_DECODERS, position_limit
+from .support import ENCODER_DECODERS
 from .tasks import TASKS, Task
 from .train import BEGAN_WITH, HEAD_LEARNING_RATE, fit
 

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from . import checkpoint, hub
+from .anatomy import evaluating, whole
 from .cache import CompiledPrefix
 from .fit import check_compiled, check_fit, warn_of_other_settings
 from .half_attention import dtypes_of
 from .likeness import sample, warn_of_other_weights
 from .loading import Origin
 from .quantised import described
-from .support import evaluating, whole
 
 _PROMPT_MODULES = ("prompt_embeddings", "intermediate_prompt_embeddings", "compiled_prefix")
 

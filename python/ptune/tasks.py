@@ -21,8 +21,8 @@ from seqeval.metrics.sequence_labeling import get_entities
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .anatomy import position_limit
 from .data import Columns, Labelled, Passage, Tagged, read_labelled, read_passages, read_tagged
-from .support import position_limit
 
 logger = logging.getLogger(__name__)
 

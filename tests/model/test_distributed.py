@@ -13,7 +13,7 @@ from torch.multiprocessing import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 import ptune
-from ptune.support import whole
+from ptune.anatomy import whole
 
 from .common import settings_for
 from .families import FAMILIES

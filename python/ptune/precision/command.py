@@ -10,12 +10,12 @@ import transformers
 from torch import Tensor
 from transformers import AutoConfig, AutoModel
 
+from ..anatomy import find_body, position_limit
 from ..data import Columns, DataError, read_passages, read_text, split_lines
 from ..half_attention import HALVES
 from ..hub import cached
 from ..loading import check_base
 from ..runs import load_tokenizer
-from ..support import find_body, position_limit
 from ..tasks import Generation
 from .damage import first, greatest, last, mean
 from .passes import Audit, audit

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
+from ..anatomy import evaluating
 from ..attention import attention_of
 from ..mixin import PTuneMixin
-from ..support import evaluating
 from .candidates import SHORT, Candidate, layers, repairs, whole
 from .damage import DEFAULT_LIMITS, POOLING, Damage, Limits, Outputs, passes, severity
 from .sites import ATTENTION, QKV, Anatomy, Site, attention_calls, find_sites

@@ -17,8 +17,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ..anatomy import find_body
 from ..attention import eager_of
-from ..support import find_body
 from .casts import BORDERED, rounded, running_in
 
 QKV = ("query", "key", "value")

@@ -17,17 +17,18 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 from transformers.models.auto.auto_factory import _get_model_class
 
 from .. import checkpoint
+from ..anatomy import find_body
 from ..attention import KEYWORD, Prefix
 from ..cache import PrefixedCache
 from ..call import current_call
 from ..capture import Capture
 from ..hooks import PromptHooks, named
+from ..inputs import check_unpacked
 from ..layout import Layout
 from ..loading import load_model
 from ..mixin import PTuneMixin
 from ..models import class_of
 from ..prefix import PrefixPath
-from ..support import check_unpacked, find_body
 from .relay import Retries
 from .sequential import RemoteSequential
 from .serve import Servers, connect

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModel
 from ptune_kernels import Placement, overwrite
 
 from .. import checkpoint
+from ..anatomy import find_blocks, find_body
 from ..attention import KEYWORD, Prefix, sharing_name
 from ..cache import PrefixedCache
 from ..call import set_call
@@ -25,7 +26,7 @@ from ..layout import Layout
 from ..likeness import numbers_of
 from ..plan import KNOWN, disorder, obstacle, rope_kinds
 from ..prefix import injected_call
-from ..support import check_base, find_blocks, find_body
+from ..support import check_base
 from .shards import read_tensors
 from .standin import StandIn
 
