@@ -211,11 +211,13 @@ def evaluate(
     with _one_line_errors():
         _quieten()
         from .data import Columns
-        from .runs import check_labels, load_run
+        from .runs import check_columns, check_labels, load_run
         from .train import evaluate as score
 
         model, task = load_run(folder, base_model)
-        examples = task.read(data, Columns(text_column, label_column, prompt_column, completion_column))
+        columns = Columns(text_column, label_column, prompt_column, completion_column)
+        check_columns(type(task), columns)
+        examples = task.read(data, columns)
         check_labels(type(task), examples, task.labels, data)
         scores = score(model, task, examples)
     _print_metrics(scores, f"{folder}, on {len(examples)} examples of {data}")
@@ -379,6 +381,8 @@ def _one_line_errors() -> Iterator[None]:
     """Turns what the user can mend (a wrong path, file or option) into one line and exit code 2."""
     try:
         yield
+    except BrokenPipeError:  # who read the output has had enough, which typer knows how to take
+        raise
     except _mendable() as error:
         notes.print(f"[bold red]Error:[/] {escape(' '.join(str(error).split()))}", soft_wrap=True)
         raise typer.Exit(2) from None

@@ -3,7 +3,7 @@
 A task's gradients are those that its own rows would give it alone.
 """
 
-import json
+import math
 import random
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +22,7 @@ from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import AutoConfig, PrinterCallback, TrainerCallback, TrainingArguments
 
 from .bank import PromptBank, check_name
-from .checkpoint import PROMPTS, write_json
+from .checkpoint import PROMPTS, read_json, write_json
 from .data import Columns
 from .loading import check_base
 from .runs import CHECKPOINTS, RECORD, Options, Run, prepare, remove_checkpoints
@@ -73,7 +73,7 @@ def read_mix(paths: Sequence[Path], out: Path, resume: Path | None = None, **sha
     if resume is not None:
         if not (resume / _LOG).is_file():
             raise ValueError(f"out: the run to resume in {out} is of one task, not of several")
-        began = list(json.loads((resume / _LOG).read_text(encoding="utf-8")))
+        began = list(read_json(resume / _LOG))
         if began != list(options):
             raise ValueError(f"task_mix: the run to resume has {', '.join(began)}, got {', '.join(options)}")
     return options
@@ -176,7 +176,7 @@ def train_mix(
                 run.model.save_prompts(Path(scratch, name))
             runs[name] = replace(run, model=None)
         steps = steps or max(run.steps for run in runs.values())
-        every = max(1, steps // EVALUATIONS)
+        every = math.ceil(steps / EVALUATIONS)
         if resume is None:
             remove_checkpoints(out / CHECKPOINTS)
         arguments = TrainingArguments(
@@ -247,7 +247,7 @@ class _Alone(nn.Module):
 
 
 class _Best(TrainerCallback):
-    """Evaluates every task each ``every`` steps, and remembers what of each did best.
+    """Evaluates every task each ``every`` steps and at the end, and remembers what of each did best.
 
     Attributes:
         log: by task, its evaluations, as Trainer's log has them.
@@ -259,7 +259,7 @@ class _Best(TrainerCallback):
         self._values: dict[str, list[Tensor]] = {}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **options: Any) -> None:
-        if state.global_step % self.every:
+        if state.global_step % self.every and state.global_step < state.max_steps:
             return
         for name, run in self.runs.items():
             metrics = evaluate(_Alone(self.mix.bank, name), run.task, run.evaluation)
@@ -278,7 +278,7 @@ class _Best(TrainerCallback):
 
     def load(self, folder: Path) -> None:
         """Take over what `save` wrote."""
-        self.log = json.loads((folder / _LOG).read_text(encoding="utf-8"))
+        self.log = read_json(folder / _LOG)
         found = load_file(folder / _BEST)
         for name, own in self.mix.parameters_of.items():
             self._values[name] = [found[f"{name}/{i}"] for i in range(len(own))]

@@ -286,6 +286,13 @@ def load_tokenizer(base: str, task: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def check_columns(kind: type[Task], columns: Columns) -> None:
+    """Raises ValueError for a column that is named and that the task has no use for."""
+    for name, named in vars(columns).items():
+        if named is not None and name not in kind.columns:
+            raise ValueError(f"{name}_column: {kind.name} takes none, got {named!r}")
+
+
 def check_labels(kind: type[Task], examples: Sequence[Any], labels: Sequence[str], path: Path) -> None:
     """Raises DataError if an example has a label that training did not see."""
     unseen = [label for label in kind.label_names(examples) if not kind.is_known(label, labels)]
@@ -349,7 +356,7 @@ def describe(folder: Path) -> dict[str, str]:
 
 
 def _metrics(record: dict[str, Any]) -> dict[str, str]:
-    return {name.replace("_", " "): f"{value:.4f}" for name, value in record["metrics"].items()}
+    return {name.replace("_", " "): f"{float(value):.4f}" for name, value in record["metrics"].items()}
 
 
 def _learnt(record: dict[str, Any]) -> str:
@@ -396,10 +403,7 @@ def _check(options: Options) -> None:
         rate = getattr(options, name)
         if rate is not None and not 0 < rate < math.inf:
             raise ValueError(f"{name}: expected a positive number, got {rate}")
-    writes = options.task in WRITING
-    for name in ("label",) if writes else ("prompt", "completion"):
-        if getattr(options.columns, name) is not None:
-            raise ValueError(f"{name}_column: expected for {'classification' if writes else 'generation'} alone")
+    check_columns(TASKS[options.task], options.columns)
     check_base(options.model)
     out = options.out
     check_free(out)

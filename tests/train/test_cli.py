@@ -353,7 +353,8 @@ DAMAGES = {
         ({"--task": "generation"}, "(bert) is none"),
         ({"--learning-rate": "inf"}, "learning_rate: expected a positive number, got inf"),
         ({"--head-learning-rate": "nan"}, "head_learning_rate: expected a positive number, got nan"),
-        ({"--prompt-column": "text"}, "prompt_column: expected for generation alone"),
+        ({"--prompt-column": "text"}, "prompt_column: classification takes none, got 'text'"),
+        ({"--task": "tagging", "--text-column": "text"}, "text_column: tagging takes none, got 'text'"),
         ({"--init-text": ""}, "prompt_init_text"),
         ({"--max-length": "3"}, "max_length: expected 4 or more with this tokenizer, got 3"),
         ({"--model": "no tokenizer"}, "expected a tokenizer in no tokenizer, got one without a vocabulary"),
@@ -394,6 +395,38 @@ def test_what_a_base_must_be_is_for_its_head_to_lack(tiny_bert, tmp_path):
         DAMAGES[name](tmp_path / name)
         with pytest.raises(ValueError, match=f"{name}: expected all weights of BertModel"):
             AutoPTuneModel.from_pretrained(tmp_path / name, ignore_mismatched_sizes=True)
+
+
+@pytest.mark.parametrize(("steps", "expected"), [(9, [2, 4, 6, 8, 9]), (23, [5, 10, 15, 20, 23]), (3, [1, 2, 3])])
+def test_the_last_step_is_evaluated(tiny_bert, tmp_path, steps, expected):
+    data = classification_file(tmp_path).name
+    (tmp_path / "mood.yaml").write_text(f"task: classification\ndata: {data}\n")
+    arguments = ["--model", tiny_bert, "--steps", steps, "--out"]
+    succeed("train", *arguments, tmp_path / "one", "--task", "classification", "--data", tmp_path / data)
+    succeed("train", *arguments, tmp_path / "mix", "--task-mix", tmp_path / "mood.yaml")
+    for out in (tmp_path / "one", tmp_path / "mix" / "mood"):
+        log = json.loads((out / "train.json").read_text())["log"]
+        assert [entry["step"] for entry in log if "eval_loss" in entry] == expected
+
+
+def test_what_is_cut_is_said(tiny_bert, tmp_path, caplog):
+    out = tmp_path / "out"
+    arguments = ["--model", tiny_bert, "--task", "tagging", "--data", tagging_file(tmp_path), "--out", out]
+    succeed("train", *arguments, "--steps", 2, "--max-length", 8)
+    answers = succeed("predict", out, text="Ann " * 9 + "\nAnn\n").splitlines()
+    assert "1 of 2 texts reach 8 tokens and may be cut" in caplog.text
+    assert json.loads(answers[0])["tags"][6:] == ["O"] * 3
+
+
+def test_a_reader_that_has_enough(tiny_bert, tmp_path):
+    out = tmp_path / "out"
+    arguments = ["--task", "classification", "--data", classification_file(tmp_path), "--out", out, "--steps", 2]
+    succeed("train", "--model", tiny_bert, *arguments)
+    (tmp_path / "texts.txt").write_text("good red\n" * 5000)
+    command = f"{sys.executable} -c 'from ptune.cli import main; main()' predict {out} --file {tmp_path}/texts.txt"
+    done = subprocess.run(f"{command} | head -1", shell=True, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["text"] == "good red"
+    assert "Error" not in done.stderr
 
 
 def test_labels_are_in_the_order_of_the_bases_head(tiny_bert, tmp_path):
