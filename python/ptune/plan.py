@@ -101,7 +101,7 @@ def _set_attention(model: Any, name: str | None) -> None:
     model.base_class.set_attn_implementation(model, name)  # the mixin's own would plan again
 
 
-_exact: dict[tuple, str | None] = {}  # by what `_agree` has compared, why prompt rows must run apart
+_exact: set[tuple] = set()  # what `_agree` need not compare again
 
 
 def make_plan(hooks: Any) -> Plan:
@@ -187,14 +187,14 @@ def _agree(hooks: Any) -> str | None:
     length = min(6, (hooks.position_limit or 6 + hooks.num_prompts) - hooks.num_prompts)
     if length < 2:
         return None
-    if key not in _exact:
-        reason, why_apart = _compare(hooks, length, weight)
-        if reason is not None:
-            return reason  # perhaps for a lack of memory, which passes
-        _exact[key] = why_apart
-    if (why := _exact[key]) is not None:
-        hooks.prefix.plan.run_apart(why)
-    return None
+    if key in _exact:
+        return None
+    reason, why_apart = _compare(hooks, length, weight)
+    if why_apart is not None:
+        hooks.prefix.plan.run_apart(why_apart)
+    elif reason is None:  # it may have failed for a lack of memory, which passes
+        _exact.add(key)
+    return reason
 
 
 def _compare(hooks: Any, length: int, weight: Tensor) -> tuple[str | None, str | None]:

@@ -384,7 +384,7 @@ def test_what_fails_packed_alone_is_run_apart(base_of, monkeypatch, shapes):
         return forward(self, states)
 
     monkeypatch.setattr(LlamaMLP, "forward", refusing)
-    monkeypatch.setattr("ptune.plan._exact", {})
+    monkeypatch.setattr("ptune.plan._exact", set())
     model = base.tuned(**settings_for("shallow"))
     assert (model.prefix_plan.path, model.prefix_plan.packs) == ("prefix", False)
     assert model.prefix_plan.reason.endswith("in one pass failed with ValueError: too long")

@@ -183,7 +183,7 @@ def test_a_failure_that_passes_is_not_remembered(base_of, monkeypatch):
             return forward(self, states)
         raise torch.OutOfMemoryError("for now")
 
-    monkeypatch.setattr("ptune.plan._exact", {})
+    monkeypatch.setattr("ptune.plan._exact", set())
     with monkeypatch.context() as patched:
         patched.setattr(LlamaMLP, "forward", lacking)
         model = base_of("llama").tuned(**settings_for("add"))
