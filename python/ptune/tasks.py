@@ -302,12 +302,14 @@ class Generation(Task[Passage]):
         both = self._encode(example.prompt + example.completion)
         if both[: len(prompt)] == prompt:
             return both[len(prompt) :]
-        # A token would reach over the seam. Many tokenizers put a space before a text, but none before a second line.
-        line, lines = (
-            self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("\n", "\n" + example.completion)
-        )
-        if lines[: len(line)] == line:
-            return lines[len(line) :]
+        # A token would reach over the seam. Many tokenizers put a space before a text, but none into it.
+        for before in ("\n", ":", "0"):
+            alone, follows = (
+                self.tokenizer(text, add_special_tokens=False)["input_ids"]
+                for text in (before, before + example.completion)
+            )
+            if follows[: len(alone)] == alone:
+                return follows[len(alone) :]
         return self.tokenizer(example.completion, add_special_tokens=False)["input_ids"]
 
     @cached_property
