@@ -240,6 +240,14 @@ def counted(model):
     return rows
 
 
+@torch.no_grad()
+def as_concat(model, ids):
+    logits = model(ids).logits
+    take(model, "concat")
+    close(logits, model(ids).logits)
+    take(model, "prefix")
+
+
 class TestCompiledPrompts:
     """`compile_prompts`: after the first call no prompt row is run, until the prompts change."""
 
@@ -306,17 +314,10 @@ class TestCompiledPrompts:
         else:
             optimizer = pytest.importorskip("bitsandbytes").optim.AdamW(trained, lr=0.5)
 
-        def agrees():
-            with torch.no_grad():
-                logits = model(ids).logits
-                take(model, "concat")
-                close(logits, model(ids).logits)
-                take(model, "prefix")
-
-        agrees()
+        as_concat(model, ids)
         model(ids, labels=torch.tensor([0, 1])).loss.backward()
         optimizer.step()
-        agrees()
+        as_concat(model, ids)
         model.prompt_embeddings.weight.data += 1  # which nothing tells of
         model.save_prefix(tmp_path)
         with torch.no_grad():
@@ -329,27 +330,20 @@ class TestCompiledPrompts:
         model.compile_prompts()
         ids = torch.randint(3, VOCABULARY, (2, 5))
 
-        def agrees():
-            with torch.no_grad():
-                logits = model(ids).logits
-                take(model, "concat")
-                close(logits, model(ids).logits)
-                take(model, "prefix")
-
-        agrees()
+        as_concat(model, ids)
         weight = model.model.layers[1].self_attn.k_proj.weight
         with torch.no_grad():
             weight.mul_(1.5)
-        agrees()
+        as_concat(model, ids)
         model.model.layers[1].self_attn.k_proj.weight = torch.nn.Parameter(weight.detach() * 2)
-        agrees()
+        as_concat(model, ids)
         model.half().float()
-        agrees()
+        as_concat(model, ids)
         model.prompt_embeddings.weight.data += 1
         model.compile_prompts()
-        agrees()
+        as_concat(model, ids)
         model.init_prompts(ptune.PTuneConfig(**settings_for("add")))
-        agrees()
+        as_concat(model, ids)
         assert model._hooks.prefix.keep_compiled
 
     def test_training_the_base_beside_frozen_prompts(self, tuned):
