@@ -64,6 +64,7 @@ class ResumableTrainer(Trainer):
             return
         if self.state.global_step > self.args.max_steps:
             raise ValueError(f"steps: the run to resume has done {self.state.global_step}, got {self.args.max_steps}")
+        self.state.compute_steps(self.args, self.args.max_steps)  # there may be more of them now
         state: dict[int, dict[str, Tensor]] = {}
         for name, tensor in load_file(Path(checkpoint, _OPTIMIZER)).items():
             index, _, key = name.partition(".")

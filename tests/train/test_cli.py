@@ -160,6 +160,11 @@ def test_encoder_decoder_round_trip(kind, request, tmp_path):
     assert "prefix sharing no: prompt rows of an encoder-decoder are read by its decoder" in shown
 
 
+def evaluated(out: Path) -> list[int]:
+    log = json.loads((out / "train.json").read_text())["log"]
+    return [entry["step"] for entry in log if "eval_loss" in entry]
+
+
 def losses(out: Path) -> list[float]:
     return [entry["loss"] for entry in json.loads((out / "train.json").read_text())["log"] if "loss" in entry]
 
@@ -179,6 +184,14 @@ def test_a_run_cut_off_after_its_last_checkpoint_trains_no_further(tiny_bert, tm
     assert max(entry["step"] for entry in record["log"]) == 5
     resumed, finished = load_file(out / "model.safetensors"), load_file(whole / "model.safetensors")
     assert all(torch.equal(resumed[name], tensor) for name, tensor in finished.items())
+
+
+def test_a_run_that_goes_on_for_longer(tiny_bert, tmp_path, monkeypatch):
+    arguments = ["--model", tiny_bert, "--task", "classification", "--data", classification_file(tmp_path)]
+    arguments += ["--out", tmp_path / "out", "--steps"]
+    interrupt(monkeypatch, *arguments, 10, step=7)
+    succeed("train", *arguments, 40, "--resume")
+    assert evaluated(tmp_path / "out") == [2, 4, 6, 8, 16, 24, 32, 40]
 
 
 @pytest.mark.parametrize(("kind", "task"), [("bert", "classification"), ("t5", "generation")])
@@ -404,9 +417,7 @@ def test_the_last_step_is_evaluated(tiny_bert, tmp_path, steps, expected):
     arguments = ["--model", tiny_bert, "--steps", steps, "--out"]
     succeed("train", *arguments, tmp_path / "one", "--task", "classification", "--data", tmp_path / data)
     succeed("train", *arguments, tmp_path / "mix", "--task-mix", tmp_path / "mood.yaml")
-    for out in (tmp_path / "one", tmp_path / "mix" / "mood"):
-        log = json.loads((out / "train.json").read_text())["log"]
-        assert [entry["step"] for entry in log if "eval_loss" in entry] == expected
+    assert evaluated(tmp_path / "one") == evaluated(tmp_path / "mix" / "mood") == expected
 
 
 def test_what_is_cut_is_said(tiny_bert, tmp_path, caplog):
