@@ -13,11 +13,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from torch.nn.functional import one_hot
 from transformers import AutoModel, set_seed
 
 from . import corpora
@@ -123,9 +123,10 @@ def _answer(question: Question, base: str, console: Console, seed: int, budget: 
 def _majority(task: Task, train: Sequence[Any], held_out: Sequence[Any]) -> dict[str, float]:
     """The metrics of always answering the training data's most frequent label."""
     label = Counter(label for example in train for label in task.labels_of(example)).most_common(1)[0][0]
-    answers = np.full((len(held_out), MAX_LENGTH), task.labels.index(label))
     features = [task.encode(example) for example in held_out]
-    return task.score(held_out, features, answers if task.name == "tagging" else answers[:, 0])
+    labels = task.collate(features)["labels"]
+    logits = one_hot(torch.full_like(labels, task.labels.index(label)), len(task.labels)).float()
+    return task.score(held_out, features, task.reduce(logits, labels).numpy())
 
 
 def _cells(task: Task, scores: dict[str, float]) -> list[str]:

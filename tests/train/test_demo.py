@@ -6,10 +6,15 @@ import io
 import sysconfig
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 
 from ptune import corpora
-from ptune.demo import run_demo
+from ptune.data import Labelled, Tagged
+from ptune.demo import _majority, run_demo
+from ptune.tasks import Classification, Tagging
+
+from .tiny import word_tokenizer
 
 
 def test_topics_hold_out_whole_modules():
@@ -50,6 +55,16 @@ def test_code_is_in_every_python():
     assert len(train) > 700
     assert len(held_out) > 200
     assert not {example.words for example in train} & {example.words for example in held_out}
+
+
+def test_the_majority_class_by_hand():
+    tagging = Tagging(word_tokenizer(), 20, ["O", "B-code"])
+    held_out = [Tagged(("one", "two"), ("B-code", "O")), Tagged(("one", "red", "a"), ("B-code", "B-code", "O"))]
+    scores = _majority(tagging, [Tagged(("one", "in", "two"), ("B-code", "O", "B-code"))], held_out)
+    assert (scores["entity_precision"], scores["entity_recall"]) == (3 / 5, 1)
+    task = Classification(word_tokenizer(), 20, ["x", "y"])
+    texts = [Labelled("one", "x"), Labelled("two", "y"), Labelled("red", "y")]
+    assert _majority(task, texts, texts)["accuracy"] == pytest.approx(2 / 3)
 
 
 def test_demo_prints_a_table_for_each_task(minilm):
