@@ -150,15 +150,14 @@ def hold_out(
         strata[stratum(example)].append(index)
     chooser = random.Random(seed)
     wanted = {key: share * len(indices) for key, indices in strata.items()}
-    sizes = {key: math.floor(number) for key, number in wanted.items()}
+    sizes = {key: min(math.floor(number), len(strata[key]) - 1) for key, number in wanted.items()}
     # whole examples that no stratum has for itself: to those that lack most, by lot among equals
     lots = random.Random(f"lots {seed}")
-    lacking = sorted(wanted, key=lambda key: (sizes[key] - wanted[key], lots.random()))
+    able = [key for key in wanted if sizes[key] + 1 < len(strata[key])]
+    lacking = sorted(able, key=lambda key: (sizes[key] - wanted[key], lots.random()))
     for key in lacking[: round(share * len(examples)) - sum(sizes.values())]:
         sizes[key] += 1
-    held = {
-        index for key, indices in strata.items() for index in chooser.sample(indices, min(sizes[key], len(indices) - 1))
-    }
+    held = {index for key, indices in strata.items() for index in chooser.sample(indices, sizes[key])}
     if not held:
         why = "each label stands once" if len(strata) == len(examples) > 1 else "they are too few"
         raise ValueError(f"of {len(examples)} examples {share:.0%} cannot be held out, as {why}: give evaluation data")
@@ -209,7 +208,7 @@ def _read_csv(path: Path) -> tuple[list[str], Rows]:
     reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
     limit = csv.field_size_limit(sys.maxsize)
     try:
-        (_, header), *records = ((reader.line_num, cells) for cells in reader if cells)
+        (_, header), *records = ((reader.line_num, its) for its in reader if len(its) > 1 or "".join(its).strip())
     except csv.Error as error:
         raise DataError(path, reader.line_num, str(error)) from None
     finally:

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, modeling_utils
 
 from . import checkpoint, hub
-from .anatomy import find_body
 from .config import PTuneConfig, settings_on, take_settings
 from .half_attention import SETTINGS, checked_dtypes, hybrid
 from .quantised import config_from
@@ -102,7 +102,7 @@ def load_model(
     _check_whole(base, model, missing)
     take_settings(model.config)
     model.__class__ = class_for(type(model))
-    model.adopt(missing)
+    model.adopt(missing - _body_of(model))
     model.origin = _origin(base, model.config, own)
     if not halves and saved is not None and model.dtype == torch.float32:
         halves = {name: saved["base"].get(name) for name in SETTINGS}
@@ -159,16 +159,24 @@ def _missing(info: dict[str, Any]) -> set[str]:
 
 
 def _check_whole(base: str, model: Any, missing: set[str]) -> None:
-    """Raises `ValueError` where what the checkpoint lacks is no head: a body of random weights would train as one."""
-    body = find_body(model)
-    # some have their pooler in the body, which checkpoints of other tasks are without
-    own = {id(its) for name, its in body.named_parameters() if "pooler" not in name.split(".")}
+    """Raises `ValueError` where blocks or the table of tokens are not in the checkpoint: they would train as a head.
+
+    Much else of a body is rightly missing, such as tables of positions that are computed.
+    """
+    lists = [module for module in model.base_model.modules() if isinstance(module, nn.ModuleList)]
+    own = {id(its) for module in (*lists, model.get_input_embeddings()) for its in module.parameters()}
     random = sorted(name for name, its in model.named_parameters() if name in missing and id(its) in own)
     if random:
         raise ValueError(
-            f"{base}: expected all weights of {type(body).__name__}, in the shapes of its config; lacking or of other "
-            f"shapes: {', '.join(random[:3])}{', …' * (len(random) > 3)}"
+            f"{base}: expected all weights of {type(model.base_model).__name__}, in the shapes of its config; lacking "
+            f"or of other shapes: {', '.join(random[:3])}{', …' * (len(random) > 3)}"
         )
+
+
+def _body_of(model: Any) -> set[str]:
+    """The names of what is no head; the pooler, which some models have in the body, is of the task."""
+    inside = {id(its) for name, its in model.base_model.named_parameters() if "pooler" not in name.split(".")}
+    return {name for name, its in model.named_parameters() if id(its) in inside}
 
 
 def _origin(name: str, used: Any, own: Any) -> Origin:

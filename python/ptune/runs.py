@@ -98,6 +98,7 @@ class Run:
             "seed": self.options.seed,
             "batch_size": self.options.batch_size,
             "max_length": self.task.max_length,
+            "dtype": self.options.dtype,
             "training examples": _digest(self.train),
             "evaluation examples": _digest(self.evaluation),
         }
@@ -226,7 +227,7 @@ def _digest(examples: Sequence[Any]) -> str:
 def _order_of_the_base(base: str, labels: list[str]) -> list[str]:
     """The labels in the order of a head that the base may have for them."""
     own = AutoConfig.from_pretrained(base).id2label
-    ordered = [own[index] for index in sorted(own)]
+    ordered = [str(own[index]) for index in sorted(own)]
     return ordered if sorted(ordered) == sorted(labels) else labels
 
 

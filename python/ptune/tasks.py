@@ -299,8 +299,9 @@ class Generation(Task[Passage]):
 
     def _encode_completion(self, prompt: list[int], example: Passage) -> list[int]:
         """The tokens that follow ``prompt``, which stand where both texts are read as one if these begin with it."""
-        both = self._encode(example.prompt + example.completion)
-        if both[: len(prompt)] == prompt:
+        both, unknown = self._encode(example.prompt + example.completion), self.tokenizer.unk_token_id
+        # one unknown token may stand for what is on both sides of the seam
+        if both[: len(prompt)] == prompt and not (example.prompt and prompt[-1:] == [unknown]):
             return both[len(prompt) :]
         # A token would reach over the seam. Many tokenizers put a space before a text, but none into it.
         for before in ("\n", ":", "0"):
@@ -308,15 +309,15 @@ class Generation(Task[Passage]):
                 self.tokenizer(text, add_special_tokens=False)["input_ids"]
                 for text in (before, before + example.completion)
             )
-            if follows[: len(alone)] == alone:
+            if alone and unknown not in alone and follows[: len(alone)] == alone:
                 return follows[len(alone) :]
         return self.tokenizer(example.completion, add_special_tokens=False)["input_ids"]
 
     @cached_property
     def _closes(self) -> bool:
         """Whether the tokenizer closes every text."""
-        ids = self.tokenizer("a")["input_ids"]
-        return len(ids) > 0 and ids[-1] == self.tokenizer.eos_token_id
+        ids, alone = (self.tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
+        return ids[-1:] == [self.tokenizer.eos_token_id] and ids[len(ids) - len(alone) :] != alone
 
     def _encode(self, text: str) -> list[int]:
         """As the beginning of a text that goes on."""
@@ -359,10 +360,11 @@ class Generation(Task[Passage]):
             indices = list(group)
             for start in range(0, len(indices), PREDICT_BATCH):
                 chosen = indices[start : start + PREDICT_BATCH]
-                completions = self._complete(model, [prompts[i] for i in chosen], max_new_tokens=limit, **options)
-                yield from ({"prompt": texts[i], "completion": c} for i, c in zip(chosen, completions, strict=True))
+                rows = self._complete(model, [prompts[i] for i in chosen], max_new_tokens=limit, **options)
+                for i, row in zip(chosen, rows, strict=True):
+                    yield {"prompt": texts[i], "completion": self._decode(texts[i], prompts[i], row)}
 
-    def _complete(self, model: Any, prompts: Sequence[list[int]], **options: Any) -> list[str]:
+    def _complete(self, model: Any, prompts: Sequence[list[int]], **options: Any) -> list[list[int]]:
         apart = model.config.is_encoder_decoder  # prompts, which are not written again
         batch = {name: tensor.to(model.device) for name, tensor in self._pad(prompts, left=not apart).items()}
         ends = model.generation_config.eos_token_id
@@ -370,12 +372,16 @@ class Generation(Task[Passage]):
         fixed = {"pad_token_id": self.tokenizer.pad_token_id, "eos_token_id": sorted(ends)}
         ids = model.generate(**batch, **{"do_sample": False, **fixed, **options})
         first = 0 if apart else batch["input_ids"].shape[1]
-        return [self._decode([] if apart else p, row) for p, row in zip(prompts, ids[:, first:].tolist(), strict=True)]
+        return ids[:, first:].tolist()
 
-    def _decode(self, prompt: list[int], ids: list[int]) -> str:
-        """The text of ``ids`` after ``prompt``: many tokenizers drop a space that a text begins with."""
+    def _decode(self, text: str, prompt: list[int], ids: list[int]) -> str:
+        """What of ``ids`` follows the prompt ``text``: many tokenizers drop a space that a text begins with."""
         before, both, after = self.tokenizer.batch_decode([prompt, prompt + ids, ids], skip_special_tokens=True)
-        return both[len(before) :] if both.startswith(before) else after  # half of a character may end the prompt
+        if not both.startswith(before):  # half of a character may end the prompt
+            return after
+        after = both[len(before) :]
+        # others drop the one that the prompt ends in
+        return after.lstrip() if text[-1:].isspace() and not before[-1:].isspace() else after
 
 
 class Seq2Seq(Generation):
@@ -385,6 +391,9 @@ class Seq2Seq(Generation):
     """
 
     name = "seq2seq"
+
+    def _decode(self, text: str, prompt: list[int], ids: list[int]) -> str:
+        return self.tokenizer.batch_decode([ids], skip_special_tokens=True)[0]
 
     @staticmethod
     def read(path: Path, columns: Columns) -> list[Passage]:

@@ -196,6 +196,38 @@ def test_a_head_from_the_folder_is_not_reported_as_new(base_of, tmp_path, report
     assert "encoder.layer.0.output.dense.bias" in reports.pop().getMessage()
 
 
+def without(stock, folder, part):
+    """A checkpoint that lacks all whose name holds ``part``."""
+    stock.save_pretrained(folder)
+    tensors = load_file(folder / WEIGHTS_NAME)
+    kept = {name: its for name, its in tensors.items() if part not in name}
+    assert len(kept) < len(tensors)
+    save_file(kept, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+    return folder
+
+
+def test_tables_that_are_computed_may_be_lacking(tmp_path):
+    """As in the hub's Pegasus. They are neither refused nor trained."""
+    distilbert = transformers.DistilBertConfig(vocab_size=61, dim=32, n_heads=4, n_layers=2, sinusoidal_pos_embds=True)
+    stock = transformers.DistilBertForMaskedLM(distilbert)
+    folder = without(stock, tmp_path / "distilbert", "position_embeddings")
+    model = CLASSIFIER.from_pretrained(folder, **settings_for("shallow"))
+    assert not any("position" in name for name in model._head)
+    names = ("distilbert.embeddings.position_embeddings.weight",) * 2
+    assert torch.equal(*(its.get_parameter(name) for its, name in zip((stock, model), names, strict=True)))
+
+
+@pytest.mark.parametrize("part", ["encoder.layers.1.", "decoder.layers.1.", "shared"])
+def test_layers_that_are_lacking_are_not_a_head(tmp_path, part):
+    config = transformers.BartConfig(
+        vocab_size=61, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=40, decoder_ffn_dim=40, max_position_embeddings=64,
+    )  # fmt: skip
+    folder = without(transformers.BartForConditionalGeneration(config), tmp_path / "bart", part)
+    with pytest.raises(ValueError, match=f"expected all weights of BartModel, .*model.{part}"):
+        ptune.AutoPTuneModelForSeq2SeqLM.from_pretrained(folder, **settings_for("shallow"))
+
+
 def test_what_kind_of_labels(base_of, tmp_path):
     kind = "multi_label_classification"
     model = base_of("bert").tuned(CLASSIFIER, num_labels=3, problem_type=kind, **settings_for("shallow"))

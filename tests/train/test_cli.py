@@ -249,6 +249,7 @@ def test_a_run_is_resumed_with_what_it_began_with(tiny_bert, tmp_path, monkeypat
         ({"data": others}, "the run to resume has the labels no, yes; got aye, no"),
         ({"seed": 1}, "seed: the run to resume has 0, got 1"),
         ({"batch-size": 8}, "batch_size: the run to resume has 32, got 8"),
+        ({"dtype": "bfloat16"}, "dtype: the run to resume has auto, got bfloat16"),
         ({"max-length": 9}, "max_length: the run to resume has 24, got 9"),
         ({"hold-out": 0.2}, "training examples: the run to resume has 81 ("),
         ({"eval-data": data, "data": kept}, "evaluation examples: the run to resume has 9 ("),

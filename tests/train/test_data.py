@@ -109,6 +109,8 @@ def test_small_classes_are_held_out_too():
         counts = Counter(example.split()[0] for example in held)
         assert (len(held), counts.pop("big"), max(counts.values())) == (22, 2, 1)
         assert sorted(kept + held) == sorted(examples)
+    singles = [f"a {i}" for i in range(100)] + [f"{i} only" for i in range(50)]
+    assert len(hold_out(singles, 0.2, lambda example: example.split()[0], 0)[1]) == 21
     with pytest.raises(ValueError, match="of 30 examples 10% cannot be held out, as each label stands once"):
         hold_out(examples[::4][:30], 0.1, lambda example: example.split()[0], 0)
     with pytest.raises(ValueError, match="of 4 examples 10% cannot be held out, as they are too few"):
@@ -118,7 +120,7 @@ def test_small_classes_are_held_out_too():
 def test_tables_as_people_have_them(tmp_path):
     long = "long " * 40_000  # more than Python's csv takes by itself
     for name, separator in (("a.csv", ","), ("b.tsv", "\t")):
-        path = written(tmp_path, name, f"\n\nlabel{separator}text\n\nx{separator}{long}\n")
+        path = written(tmp_path, name, f"\n  \nlabel{separator}text\n  \nx{separator}{long}\n")
         assert read_labelled(path) == [Labelled(long, "x")]
 
 

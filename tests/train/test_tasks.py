@@ -7,7 +7,8 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 from tokenizers.decoders import Metaspace as MetaspaceDecoder
-from tokenizers.models import BPE
+from tokenizers.models import BPE, WordLevel
+from tokenizers.normalizers import Replace
 from tokenizers.pre_tokenizers import Metaspace
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
@@ -142,8 +143,29 @@ def test_prompt_and_completion_are_joined_as_they_are(kind):
         assert ids[: len(first)] == first
         assert ids[-1] == task.tokenizer.eos_token_id
         assert labels[count:] == ids[count:]
-        assert task._decode([], ids) == prompt + completion
-        assert task._decode(ids[:count], ids[count:]) == completion
+        assert task._decode("", [], ids) == prompt + completion
+        assert task._decode(prompt, ids[:count], ids[count:]) == completion
+
+
+def test_completions_by_tokenizers_that_drop_what_is_between_words():
+    task = Generation(word_tokenizer("[CLS] $A"), 99)
+    for prompt in ("red", "red ", "red\n"):
+        ids, count = task.encode(Passage(prompt, "one two"))["input_ids"], 2
+        assert ids == [CLS, WORD["red"], WORD["one"], WORD["two"], SEP]
+        assert task._decode(prompt, ids[:count], ids[count:]) == "one two".rjust(7 + (prompt == "red"))
+    # a line end is dropped, and another character shows how a word goes on
+    dropping = character_tokenizer("spaced")
+    dropping.backend_tokenizer.normalizer = Replace("\n", "")
+    ids = Generation(dropping, 99).encode(Passage("ca", "b"))["input_ids"]
+    assert dropping.decode(ids, skip_special_tokens=True) == "cab"
+    # of one word that it does not know, the completion is its own
+    for prompt, completion, tokens in (("ugh", "ahs", [UNK]), ("red ugh", "ahs one", [UNK, WORD["one"]])):
+        example = task.encode(Passage(prompt, completion))
+        assert [label for label in example["labels"] if label != IGNORED] == [*tokens, SEP]
+    # what it does not know is its end, which it does not put after texts
+    dropping.unk_token = dropping.eos_token
+    dropping.backend_tokenizer.model = WordLevel({"<s>": 1, "</s>": 2, "red": 3}, unk_token="</s>")
+    assert not Generation(dropping, 99)._closes
 
 
 @pytest.mark.parametrize("rows", [0, 4])
