@@ -226,9 +226,7 @@ class Tagging(Task[Tagged]):
         labels = [IGNORED] * len(features["input_ids"])
         for tag, position in zip(example.tags, features["first_pieces"], strict=True):
             if position != IGNORED:
-                labels[position] = self._ids.get(
-                    tag, IGNORED
-                )  # one that no training example had counts in scores alone
+                labels[position] = self._ids.get(tag, IGNORED)  # one that training had not counts in scores alone
         return {**features, "labels": labels}
 
     def _encode_words(self, words: Sequence[str]) -> Features:
