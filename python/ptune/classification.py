@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
-from .inputs import check_mask
+from .inputs import CACHE, check_mask, named
 from .layout import first_column, ones_and_zeros, roll_rows, states_at
 
 _TEXT = ("input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "position_ids")
@@ -28,7 +28,7 @@ def pooled_forward(base: type) -> Callable[..., Any]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self.prompts_disabled:
             return stock(self, *args, **kwargs)
-        arguments = dict(zip(names, args, strict=False)) | kwargs
+        arguments = named(names, args, kwargs)
         mask = arguments.get("attention_mask")
         if not isinstance(mask, Tensor) or mask.dim() != 2:
             return _classify_last_token(self, arguments) if _pools_last_token(self) else stock(self, **arguments)
@@ -65,9 +65,9 @@ def _classify_last_token(model: Any, arguments: dict[str, Any]) -> Any:
     output = SequenceClassifierOutputWithPast(
         loss=loss,
         logits=logits,
-        past_key_values=outputs.get("past_key_values"),
         hidden_states=outputs.get("hidden_states"),
         attentions=outputs.get("attentions"),
+        **{CACHE: outputs.get(CACHE)},
     )
     return output if (model.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 

@@ -13,6 +13,7 @@ from .anatomy import evaluating
 from .auto import MODELS, AutoPTuneModel
 from .checkpoint import MisfitError
 from .foreign import CONFIG_NAME, TASK_TYPES, WEIGHTS_NAME, read_foreign, shape_of
+from .inputs import CACHE
 
 _LOADERS: dict[Any, Any] = {**MODELS, None: AutoPTuneModel}
 _CLASSES: dict[str, Any] = {
@@ -132,7 +133,7 @@ def _keys_and_values(model: Any, folder: str | os.PathLike[str]) -> list[Tensor]
     """The key of layer 0, its value, the key of layer 1, … of the prompt rows, [m, h, w] each."""
     if model.prefix_plan.path != "prefix":
         raise ValueError(f"{folder}: PEFT has no deep prompts but keys and values: {model.prefix_plan.reason}")
-    if "past_key_values" not in model._hooks.parameters:
+    if CACHE not in model._hooks.parameters:
         raise ValueError(f"{folder}: PEFT hands over past_key_values, which {model.base_class.__name__} takes none of")
     with torch.no_grad(), evaluating(model):
         tensors = [tensor.transpose(0, 1).float() for tensor in model._hooks.prefix.prefix().tensors()]

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
+from .inputs import BEFORE_5_24, CACHE, named
+
 
 class PromptGeneration:
     """What `generate` must know of the m columns that the prompt takes in a cache."""
@@ -36,16 +38,16 @@ class PromptGeneration:
         self: Any,
         input_ids: Tensor,
         next_sequence_length: int | None = None,
-        past_key_values: Any = None,
-        attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         is_first_iteration: bool | None = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        if next_sequence_length is not None and past_key_values is not None:
+        kwargs = named((), (), kwargs)
+        cache = kwargs.get(CACHE)
+        if next_sequence_length is not None and cache is not None:
             # a conversation or a draft goes on: what is new was counted as all text less all columns of the cache
             text = input_ids if inputs_embeds is None else inputs_embeds
-            seen = past_key_values.get_seq_length()
+            seen = cache.get_seq_length()
             # a static cache counts in a tensor, which not every step shall wait for: nobody drafts with one
             read = is_first_iteration or isinstance(seen, int)
             if read and seen > 0 and next_sequence_length == text.shape[1] - int(seen):
@@ -54,16 +56,14 @@ class PromptGeneration:
         if (
             columns > 0
             and original is not None
-            and past_key_values is not None
-            and 0 < past_key_values.get_seq_length() <= original < input_ids.shape[1] + columns
+            and cache is not None
+            and 0 < cache.get_seq_length() <= original < input_ids.shape[1] + columns
         ):
             # beyond it rotary embeddings are others: Phi-3 computes all anew there, but counts the text alone
-            past_key_values = next_sequence_length = None
+            kwargs[CACHE] = next_sequence_length = None
         return super().prepare_inputs_for_generation(  # type: ignore[misc]
             input_ids,
             next_sequence_length=next_sequence_length,
-            past_key_values=past_key_values,
-            attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,
             **kwargs,
@@ -74,15 +74,15 @@ class PromptGeneration:
         config: Any,
         inputs_embeds: Tensor,
         attention_mask: Tensor | None,
-        past_key_values: Any,
         is_first_iteration: bool = False,
         **kwargs: Any,
     ) -> Any:
         """A static cache's mask, [b, n] rather than 4-D: the body adds the prompt's columns and makes the rest."""
-        if config.is_encoder_decoder or is_first_iteration or isinstance(past_key_values.get_seq_length(), int):
+        cache = kwargs[CACHE]
+        if config.is_encoder_decoder or is_first_iteration or isinstance(cache.get_seq_length(), int):
             return attention_mask
         # as wide at every step, or a compiled decoding step would be compiled again for each
-        columns = past_key_values.get_max_length() - self.prompt_columns
+        columns = cache.get_max_length() - self.prompt_columns
         if attention_mask is None:
             return torch.ones(inputs_embeds.shape[0], columns, dtype=torch.long, device=inputs_embeds.device)
         return nn.functional.pad(attention_mask, (0, max(0, columns - attention_mask.shape[1])))
@@ -95,24 +95,25 @@ class PromptGeneration:
         batch_size: int,
         max_cache_length: int,
     ) -> None:
-        if self.prompt_columns > 0 and generation_config.use_cache and self.training and self.is_gradient_checkpointing:
+        keeps_none = BEFORE_5_24 and self.training and self.is_gradient_checkpointing
+        if self.prompt_columns > 0 and generation_config.use_cache and keeps_none:
             raise ValueError(
                 "generate: gradient checkpointing keeps no cache while the model is in training mode; call "
                 "model.eval(), or pass use_cache=False"
             )
-        needed, cache = max_cache_length + self.prompt_columns, model_kwargs.get("past_key_values")
+        needed, cache = max_cache_length + self.prompt_columns, model_kwargs.get(CACHE)
         if self.prompt_columns > 0 and isinstance(cache, Cache) and cache.is_compileable:
             layers: list[Any] = cache.layers
             room = min((layer.max_cache_len for layer in layers if not layer.is_sliding), default=needed)
             if room < needed:
                 raise ValueError(
-                    f"past_key_values: expected a static cache of at least {needed} columns, {self.prompt_columns} of "
+                    f"{CACHE}: expected a static cache of at least {needed} columns, {self.prompt_columns} of "
                     f"them for the prompt, got {room}"
                 )
         super()._prepare_cache_for_generation(  # type: ignore[misc]
             generation_config, model_kwargs, generation_mode, batch_size, needed
         )
-        made = model_kwargs.get("past_key_values")
+        made = model_kwargs.get(CACHE)
         limit, mask = None if self._hooks is None else self._hooks.position_limit, model_kwargs.get("attention_mask")
         if limit is not None and self.prompt_columns > 0 and isinstance(made, Cache) and made.is_compileable:
             # it counts in a tensor, which no step reads

@@ -12,12 +12,13 @@ from transformers import Cache, PreTrainedModel
 
 from .attention import Attention, attention_of, cache_dtype_of
 from .cache import CastCache, PrefixedCache
+from .inputs import CACHE
 from .quantised import is_quantised
 
 HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 CACHES = HALVES | {"float32": torch.float32}
 SETTINGS = ("attn_dtype", "kv_cache_dtype")
-_CACHE_ARGUMENTS = ("past_key_values", "layer_past")
+_CACHE_ARGUMENTS = (CACHE, "layer_past")
 
 
 def hybrid(

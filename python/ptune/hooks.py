@@ -5,7 +5,6 @@ Each call of the body takes one of two paths, which mean the same: `ConcatPath` 
 
 import inspect
 import threading
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from ptune_kernels import Placement, overwrite
 from .anatomy import find_blocks, find_body, position_limit
 from .call import Bare, Call, call_of, end_call, running, set_call, still_running
 from .concat import ConcatPath, matching
-from .inputs import check_inputs
+from .inputs import CACHE, check_inputs, named
 from .layout import Layout, first_column, ones_and_zeros, positions_of, states_at
 from .mixture import Mixture, current_mixture
 from .prefix import PrefixPath
@@ -75,7 +74,7 @@ class PromptHooks:
         arguments = named(self.parameters, args, kwargs)
         check_inputs(arguments, self.parameters)
         text = arguments["inputs_embeds"] if arguments.get("input_ids") is None else arguments["input_ids"]
-        past, length = arguments.get("past_key_values"), text.shape[1]
+        past, length = arguments.get(CACHE), text.shape[1]
         mask = arguments["attention_mask"] = self._mask(arguments, text, mixture)
         of_rows = None if mixture is None else mixture.expanded(text.shape[0])
         layout = Layout(self.num_prompts, text.shape[0], mask, text.device, of_rows)
@@ -94,7 +93,7 @@ class PromptHooks:
 
     def _mask(self, arguments: dict[str, Any], text: Tensor, mixture: Mixture | None) -> Tensor | None:
         """The caller's, of zeros and ones; of a mixture always one, as the prompts of its rows leave room unfilled."""
-        mask, past = arguments.get("attention_mask"), arguments.get("past_key_values")
+        mask, past = arguments.get("attention_mask"), arguments.get(CACHE)
         if mask is not None:
             return ones_and_zeros(mask)
         if mixture is None:
@@ -214,7 +213,7 @@ class PromptHooks:
         if mask is not None and mask.shape[1] != text_length and not (static and mask.shape[1] > text_length):
             raise ValueError(
                 f"attention_mask: expected {text_length} columns, for {text_length - length} text tokens in "
-                f"past_key_values and {length} new ones, got {mask.shape[1]}"
+                f"{CACHE} and {length} new ones, got {mask.shape[1]}"
             )
 
     def _check_length(self, layout: Layout, length: int, mask: Tensor | None) -> None:
@@ -239,11 +238,6 @@ class PromptHooks:
 def _overwrite(hidden: Tensor, prompts: Tensor, placement: Placement | None, depth: int, mode: str) -> Tensor:
     """``hidden`` with a block's deep prompts; the first block's are added, so that no parameter is dead."""
     return overwrite(hidden, matching(prompts, hidden), placement, "add" if depth == 0 else mode)
-
-
-def named(parameters: Iterable[str], args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by the names of its ``parameters``."""
-    return dict(zip(parameters, args, strict=False)) | kwargs
 
 
 def note_body(*, reached: bool) -> None:

@@ -1,11 +1,25 @@
 """What a call of a body may be given where it bears prompts: whatever describes the text, and nothing but it."""
 
+import inspect
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationMixin
 
+# transformers 5.24 renamed the cache that models take and return, and has checkpointing keep it without gradients.
+BEFORE_5_24 = "cache" not in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+CACHE = "past_key_values" if BEFORE_5_24 else "cache"
 _TEXT = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids")
+
+
+def named(parameters: Iterable[str], args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by the names of its ``parameters``; that of a cache is `CACHE`."""
+    arguments = dict(zip(parameters, args, strict=False)) | kwargs
+    if not BEFORE_5_24 and "past_key_values" in arguments:
+        arguments.setdefault(CACHE, arguments.pop("past_key_values"))
+    return arguments
 
 
 def check_inputs(arguments: dict[str, Any], parameters: tuple[str, ...]) -> None:
@@ -69,7 +83,7 @@ def check_unpacked(positions: Tensor | None, mask: Tensor | None, reason: str) -
 
 def check_mask(arguments: dict[str, Any]) -> None:
     """Raises `ValueError` for a two-dimensional attention_mask of another shape than the text's."""
-    mask, past = arguments.get("attention_mask"), arguments.get("past_key_values")
+    mask, past = arguments.get("attention_mask"), arguments.get(CACHE)
     ids = arguments.get("input_ids")
     text = arguments.get("inputs_embeds") if ids is None else ids
     if mask is None or text is None:

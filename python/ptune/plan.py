@@ -9,6 +9,7 @@ from torch import Tensor
 from . import checkpoint
 from .attention import sharing_name, stock_name, unshared_name
 from .config import PTuneConfig
+from .inputs import CACHE
 from .quantised import rounds_by_batch
 
 # Models whose tokens mix in their attentions alone, which hand keywords to these and honour position_ids.
@@ -242,6 +243,6 @@ def _states(hooks: Any, plan: Plan, ids: Tensor, mask: Tensor) -> Tensor:
     states = hooks.body(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[mask.bool()]
     if not plan.causal or plan.packs:
         return states.float()
-    past = hooks.body(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], use_cache=True).past_key_values
-    last = hooks.body(input_ids=ids[:, -1:], attention_mask=mask, past_key_values=past).last_hidden_state
+    past = hooks.body(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], use_cache=True)[CACHE]
+    last = hooks.body(input_ids=ids[:, -1:], attention_mask=mask, **{CACHE: past}).last_hidden_state
     return torch.cat([states, last[:, 0]]).float()

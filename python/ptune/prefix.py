@@ -22,6 +22,7 @@ from .cache import PrefixedCache
 from .call import Call, running, set_call
 from .capture import Capture
 from .concat import matching
+from .inputs import CACHE
 from .layout import Layout, positions_of
 from .packed import Packed
 from .plan import Plan
@@ -90,8 +91,8 @@ class PrefixPath:
         recomputing = recomputing if torch.is_grad_enabled() else []
         cache = None if recomputing else self._cache(body, arguments)
         if cache is None:
-            if "past_key_values" in self.parameters:
-                arguments["past_key_values"] = None
+            if CACHE in self.parameters:
+                arguments[CACHE] = None
             if "use_cache" in self.parameters:
                 arguments["use_cache"] = False
             if self._packs(layout, text):
@@ -101,7 +102,7 @@ class PrefixPath:
             call = Call(layout, text.shape[1], layout.placement(), prefix=True, cache=cache)
             dtype = cache_dtype_of(body.config._attn_implementation)
             cached = PrefixedCache(cache, prefix.placed(call.placement), dtype)
-            return call, arguments | {"past_key_values": cached, "attention_mask": layout.extend_mask(mask)}
+            return call, arguments | {CACHE: cached, "attention_mask": layout.extend_mask(mask)}
         if not torch.compiler.is_compiling() and any(_is_reentrant(module) for module in recomputing):
             embeds = arguments.get("inputs_embeds")
             if embeds is None:
@@ -117,8 +118,8 @@ class PrefixPath:
         """Give the caller the text's states, the cache that was given, and attentions by the concat path's columns."""
         if call.packed is not None:
             call.packed.leave(output)
-        if call.cache is not None and output.get("past_key_values") is not None:
-            output["past_key_values"] = call.cache
+        if call.cache is not None and output.get(CACHE) is not None:
+            output[CACHE] = call.cache
         if call.columns is not None and (attentions := output.get("attentions")) is not None:
             output["attentions"] = tuple(a if a is None else _in_columns(a, call.columns) for a in attentions)
 
@@ -280,9 +281,9 @@ class PrefixPath:
 
     def _cache(self, body: Any, arguments: dict[str, Any]) -> Any:
         """The empty cache that this call is to fill, if any."""
-        if "past_key_values" not in self.parameters:
+        if CACHE not in self.parameters:
             return None
-        if (past := arguments.get("past_key_values")) is not None:
+        if (past := arguments.get(CACHE)) is not None:
             return past
         wanted = arguments.get("use_cache")
         if wanted is None:

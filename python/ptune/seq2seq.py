@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from .call import Call
-from .hooks import PromptHooks, named, note_body
+from .hooks import PromptHooks, note_body
+from .inputs import named
 from .layout import Layout, ones_and_zeros
 from .support import BY_DISTANCE
 

@@ -4,12 +4,18 @@ import inspect
 from typing import Any, NoReturn
 
 from .anatomy import find_body, lacks, position_limit
+from .inputs import CACHE
 from .quantised import is_quantised
 from .quantised import refusal as quantised_refusal
 
 _MIXES = "it mixes neighbouring columns outside attention, padding with text"
 _APPROXIMATE = "it approximates attention over all columns, padding included"
+_NO_CACHE = "its state is no key-value cache"
 _UNSUITED = {
+    "mamba": _NO_CACHE,
+    "mamba2": _NO_CACHE,
+    "falcon_mamba": _NO_CACHE,
+    "xlstm": _NO_CACHE,
     "xlnet": "its blocks take the sequence before the batch",
     "reformer": "it hashes and chunks the sequence by column",
     "funnel": "it shortens the sequence between blocks",
@@ -51,10 +57,10 @@ def check_base(model: Any) -> None:
     parameters = inspect.signature(body.forward).parameters
     if (needed := lacks(body)) is not None:
         _refuse(name, f"{type(body).__name__}.forward takes no {needed}")
+    if "use_cache" in parameters and CACHE not in parameters:
+        _refuse(name, f"{type(body).__name__}.forward keeps something else than {CACHE}")
     if "per_layer_inputs" in parameters:
         _refuse(name, "its blocks look the token ids up again, and their inputs are not [b, n, d]")
-    if "cache_params" in parameters:
-        _refuse(name, "its state is no key-value cache")
 
 
 def lack_of_positions(model: Any, count: int) -> str | None:

@@ -8,6 +8,7 @@ import transformers
 from transformers.generation import CompileConfig
 
 import ptune
+from ptune.inputs import CACHE
 
 from .common import COUNT, close, moved_by_a_bit, set_prompts, settings_for, texts_for
 from .oracle import pad, run_row
@@ -212,9 +213,7 @@ def test_a_static_cache_without_room_for_the_prompt_is_refused(base_of, name):
     for length in (needed - 1, needed):
         cache = transformers.StaticCache(config=model.config, max_cache_len=length)
         if length < needed:
-            with pytest.raises(
-                ValueError, match=f"past_key_values: .* at least {needed} columns, {COUNT} .*, got {length}"
-            ):
+            with pytest.raises(ValueError, match=f"{CACHE}: .* at least {needed} columns, {COUNT} .*, got {length}"):
                 model.generate(ids, past_key_values=cache, pad_token_id=0, **GREEDY)
         else:
             expected = model.generate(ids, pad_token_id=0, **GREEDY)
@@ -247,6 +246,17 @@ def test_steps_by_hand_need_no_positions(pair):
     cache = model(input_ids=ids[2:3], use_cache=True).past_key_values
     alone = model(input_ids=token[2:3], past_key_values=cache).logits
     close(alone, output.logits[2:3])
+
+
+@pytest.mark.parametrize("name", sorted({"past_key_values", CACHE}))
+@pytest.mark.parametrize("auto", [ptune.AutoPTuneModel, ptune.AutoPTuneModelForSequenceClassification])
+def test_a_cache_is_taken_by_its_old_name(base_of, auto, name):
+    """By a body, whose own forward comes after its hooks, and by a classifier, whose forward is ours."""
+    model = base_of("llama").tuned(auto, **settings_for("overwrite")).eval()
+    ids, mask = torch.randint(3, 61, (2, 6)), torch.ones(2, 6)
+    cache = model(input_ids=ids[:, :4], attention_mask=mask[:, :4], use_cache=True)[CACHE]
+    resumed = model(input_ids=ids[:, 4:], attention_mask=mask, **{name: cache})
+    close(resumed[0][:, -1], model(input_ids=ids, attention_mask=mask)[0][:, -1])
 
 
 def test_a_mask_that_does_not_cover_the_past_is_refused(base_of):

@@ -22,8 +22,8 @@ from ..attention import KEYWORD, Prefix
 from ..cache import PrefixedCache
 from ..call import current_call
 from ..capture import Capture
-from ..hooks import PromptHooks, named
-from ..inputs import check_unpacked
+from ..hooks import PromptHooks
+from ..inputs import CACHE, check_unpacked, named
 from ..layout import Layout
 from ..loading import load_model
 from ..mixin import PTuneMixin
@@ -123,7 +123,7 @@ class RemoteBlock(StandIn):
             or (session.first, session.last) != (blocks.first, blocks.last)
         ):
             raise ValueError(
-                "past_key_values: expected a cache as an earlier call of this model left it, its blocks watched or not "
+                f"{CACHE}: expected a cache as an earlier call of this model left it, its blocks watched or not "
                 "as now, or an empty one; what remote blocks keep cannot be cropped or filled"
             )
         elif len(rows) == session.rows and torch.equal(rows.cpu(), torch.arange(len(rows))):
@@ -238,15 +238,15 @@ class DistributedMixin(PTuneMixin):
             embeds = arguments.get("inputs_embeds")
             if any(t is not None and t.requires_grad for t in (embeds, prompts)):
                 _refuse_cache(arguments)
-                arguments |= {"use_cache": False, "past_key_values": None}
+                arguments |= {"use_cache": False, CACHE: None}
         return (), arguments
 
 
 def _refuse_cache(arguments: dict[str, Any]) -> None:
     """Raises `NotImplementedError` for a cache that was asked for, where gradients are wanted."""
-    if arguments.get("past_key_values") is not None or arguments.get("use_cache"):
+    if arguments.get(CACHE) is not None or arguments.get("use_cache"):
         raise NotImplementedError(
-            "past_key_values, use_cache: expected none where gradients are wanted, which sessions are without; call "
+            f"{CACHE}, use_cache: expected none where gradients are wanted, which sessions are without; call "
             "the model under torch.no_grad()"
         )
 

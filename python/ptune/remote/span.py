@@ -22,6 +22,7 @@ from ..call import set_call
 from ..capture import Capture
 from ..concat import matching
 from ..config import PTuneConfig
+from ..inputs import CACHE
 from ..layout import Layout
 from ..likeness import numbers_of
 from ..plan import KNOWN, disorder, obstacle, rope_kinds
@@ -130,7 +131,7 @@ class Span:
             "inputs_embeds": zero.expand(*hidden.shape[:2], embedding.shape[1]),
             "attention_mask": mask,
             "use_cache": cache is not None,
-            "past_key_values": cache,
+            CACHE: cache,
             "return_dict": True,
         }
         if positions is not None:
@@ -154,7 +155,7 @@ class Span:
             if cache is None:
                 call, arguments["attention_mask"] = injected_call(layout, text)
             else:
-                arguments["past_key_values"] = PrefixedCache(cache, shared.placed(layout.placement()))
+                arguments[CACHE] = PrefixedCache(cache, shared.placed(layout.placement()))
                 arguments["attention_mask"] = layout.extend_mask(text)
         elif shared is not None:
             capture = shared

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
 from ..cache import PrefixedCache
+from ..inputs import CACHE
 
 
 class StandIn(nn.Module):
@@ -41,7 +42,7 @@ def count_columns(cache: Any, index: int, hidden: Tensor) -> None:
         cache, columns = cache.cache, columns + cache.prefix.num_columns
     if not isinstance(cache, DynamicCache):
         raise NotImplementedError(
-            f"past_key_values: expected a DynamicCache, got {type(cache).__name__}; keys and values of remote blocks "
+            f"{CACHE}: expected a DynamicCache, got {type(cache).__name__}; keys and values of remote blocks "
             "are kept by their servers"
         )
     rows = torch.arange(hidden.shape[0], dtype=torch.float32, device=hidden.device)
