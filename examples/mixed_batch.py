@@ -35,7 +35,7 @@ def main(base: str, prompts: str) -> dict[str, str]:
     text = bank.generate(start.input_ids, start.attention_mask, prompt_names=["prose"], max_new_tokens=24)[0]
     return {
         "topics": bank.head("topics").config.id2label[topic],
-        "code": ", ".join(found),
+        "code": ", ".join(found) or "(none)",
         "prose": f"next token {tokenizer.decode(following)!r}; {tokenizer.decode(text, skip_special_tokens=True)}",
     }
 

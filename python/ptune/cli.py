@@ -2,6 +2,7 @@
 
 import json
 import logging
+import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -226,8 +227,12 @@ def evaluate(
 @app.command()
 def predict(
     folder: RunFolder,
-    text: Annotated[str | None, typer.Argument(help="Default: each line of --file.", show_default=False)] = None,
-    file: Annotated[Path, typer.Option(help="Texts, one per line; - is standard input.", allow_dash=True)] = Path("-"),
+    text: Annotated[str | None, typer.Argument(help="Default: each text of --file.", show_default=False)] = None,
+    file: Annotated[
+        Path,
+        typer.Option(help="CSV, TSV, JSONL or .conll, else a text per line; - is standard input.", allow_dash=True),
+    ] = Path("-"),
+    text_column: TextColumn = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest completion (generation).")] = 64,
     base_model: BaseModel = None,
 ) -> None:
@@ -235,7 +240,7 @@ def predict(
     with _one_line_errors():
         if text is not None and str(file) != "-":
             raise ValueError("--file: expected without TEXT")
-        texts = [_decoded(text)] if text is not None else _read_texts(file)
+        texts = [_decoded(text)] if text is not None else _read_texts(file, text_column)
         if not any(map(str.strip, texts)):
             raise ValueError("no text to predict: give one, or lines on standard input or in --file")
         _quieten()
@@ -334,7 +339,7 @@ def serve_blocks(
     name: Annotated[str | None, typer.Option(help="Under which clients find them. Default: --model.")] = None,
     dtype: Annotated[str | None, _dtype("Of the weights.", *_DTYPES)] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
-    address: Annotated[str | None, typer.Option(help="Of a Ray cluster. Default: a new one here.")] = None,
+    address: Annotated[str | None, typer.Option(help="Of a Ray cluster. Default: RAY_ADDRESS, else a new one.")] = None,
 ) -> None:
     """Run the blocks of a model for clients (ptune.remote), until interrupted. On trusted networks alone."""
     with _one_line_errors():
@@ -351,7 +356,11 @@ def serve_blocks(
         started = remote.serve_blocks(settings)
         started.wait()
         _print_servers(remote.status(started.name))
-        notes.print("Serving until interrupted.")
+        notes.print(
+            "Serving until interrupted"
+            + (", which ends the Ray cluster here, and its clients." if address is None else ".")
+        )
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as service managers interrupt
         try:
             threading.Event().wait()
         except KeyboardInterrupt:
@@ -415,11 +424,11 @@ def _decoded(text: str) -> str:
     return decode(text.encode("utf-8", "surrogateescape"), "TEXT")
 
 
-def _read_texts(path: Path) -> list[str]:
-    from .data import decode, read_text, split_lines
+def _read_texts(path: Path, column: str | None) -> list[str]:
+    from .data import decode, read_inputs, split_lines
 
     if str(path) != "-":
-        return split_lines(read_text(path))
+        return read_inputs(path, column)
     if sys.stdin.isatty():
         raise ValueError("no text to predict: give one, or lines on standard input or in --file")
     return split_lines(decode(sys.stdin.buffer.read(), "standard input"))

@@ -103,6 +103,21 @@ def read_passages(path: Path, columns: Columns = Columns(), pairs: bool = False)
     return [Passage(_cell(path, line, row, prompt), _cell(path, line, row, completion)) for line, row in rows]
 
 
+def read_inputs(path: Path, text: str | None = None) -> list[str]:
+    """Reads texts to predict: the column ``text`` of a CSV, TSV or JSONL file, by default one named as texts or prompts
+    are; the sentences of a CoNLL file (`.conll`); or the lines of any other.
+
+    Raises: DataError for a file, column or line that cannot be used.
+    """
+    if path.suffix.lower() == ".conll":
+        return [" ".join(sentence.words) for sentence in read_tagged(path)]
+    if path.suffix.lower() not in _TABLES:
+        return split_lines(read_text(path))
+    header, rows = _read_table(path)
+    (column,) = _find_columns(path, header, {"text": (text, TEXT_NAMES + PROMPT_NAMES)})
+    return [_cell(path, line, row, column) for line, row in rows]
+
+
 def read_tagged(path: Path) -> list[Tagged]:
     """Reads a CoNLL file: a word per line, its tag in the last column, a blank line between sentences.
 
@@ -144,7 +159,7 @@ def hold_out(
     At least one of each is kept. Both parts keep the order of `examples`. Raises: ValueError if either were empty.
     """
     if not 0 < share < 1:
-        raise ValueError(f"hold_out: expected a number between 0 and 1, got {share}")
+        raise ValueError(f"hold_out: expected a number above 0 and below 1, got {share}")
     strata: dict[Hashable, list[int]] = defaultdict(list)
     for index, example in enumerate(examples):
         strata[stratum(example)].append(index)
@@ -193,10 +208,9 @@ def _read_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _read_table(path: Path) -> tuple[list[str], Rows]:
-    readers = {".csv": _read_csv, ".tsv": _read_tsv, ".jsonl": _read_jsonl}
-    reader = readers.get(path.suffix.lower())
+    reader = _TABLES.get(path.suffix.lower())
     if reader is None:
-        raise DataError(path, None, f"expected a {', '.join(readers)} file")
+        raise DataError(path, None, f"expected a {', '.join(_TABLES)} file")
     header, rows = reader(path)
     if not rows:
         raise DataError(path, None, "a header and no lines after it")
@@ -246,6 +260,9 @@ def _read_jsonl(path: Path) -> tuple[list[str], Rows]:
             raise DataError(path, number, f"expected a JSON object, got {type(row).__name__}")
         rows.append((number, row))
     return list(rows[0][1]), rows
+
+
+_TABLES = {".csv": _read_csv, ".tsv": _read_tsv, ".jsonl": _read_jsonl}
 
 
 def _by_name(header: list[str], names: Sequence[str]) -> list[str]:

@@ -4,6 +4,7 @@ Initialisation decides whether prompts learn: rows far from the scale of real em
 choice is drawn from torch's global generator.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -149,9 +150,10 @@ def _states(model: Any, ids: Tensor, deep: bool) -> tuple[Tensor, Tensor]:
         states.append(hidden[0].float().cpu())
 
     body = find_body(model)
+    no_cache = {"use_cache": False} if "use_cache" in inspect.signature(body.forward).parameters else {}
     handles = [block.register_forward_pre_hook(record, with_kwargs=True) for block in find_blocks(body, model.config)]
     try:
-        body(input_ids=ids, attention_mask=torch.ones_like(ids))
+        body(input_ids=ids, attention_mask=torch.ones_like(ids), **no_cache)
     finally:
         for handle in handles:
             handle.remove()

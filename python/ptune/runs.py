@@ -26,7 +26,16 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from .anatomy import position_limit
 from .auto import MODELS
-from .checkpoint import WEIGHTS_NAME, check_free, fingerprint, is_prompt_folder, read_config, read_json, write_json
+from .checkpoint import (
+    RECORD,
+    WEIGHTS_NAME,
+    check_free,
+    fingerprint,
+    is_prompt_folder,
+    read_config,
+    read_json,
+    write_json,
+)
 from .data import Columns, DataError, hold_out
 from .loading import check_base
 from .plan import Plan
@@ -40,7 +49,6 @@ LEARNING_RATES = {None: HEAD_LEARNING_RATE, "ptune": 3e-2, "deep_ptune": 1e-2}
 EPOCHS = 3
 MIN_STEPS = 150
 MIN_ROOM = 8  # tokens of text beside the prompt
-RECORD = "train.json"
 RECORD_KEYS: dict[str, type | tuple[type, ...]] = {
     "task": str,
     "max_length": int,
@@ -307,7 +315,9 @@ def read_record(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         there = f"{folder} holds no {RECORD}" if folder.is_dir() else f"{folder}: no such folder"
         problem = f"{there}: expected the --out folder of a finished `ptune train`"
-        if is_prompt_folder(folder):
+        if (folder / CHECKPOINTS).is_dir():
+            problem += ", and this run was interrupted: `ptune train … --resume` goes on with it"
+        elif is_prompt_folder(folder):
             problem += "; prompts that Python saved are loaded with AutoPTuneModelFor….from_pretrained"
         raise ValueError(problem)
     try:
@@ -339,17 +349,22 @@ def describe(folder: Path) -> dict[str, str]:
     tasks = [] if (folder / RECORD).exists() else sorted(path.parent for path in folder.glob(f"*/{RECORD}"))
     if tasks:
         return {task.name: _learnt(read_record(task)) for task in tasks}
-    record, prompts = read_record(folder), read_config(folder)
-    weights = folder / WEIGHTS_NAME
+    # prompts that Python saved know of no run
+    record = read_record(folder) if (folder / RECORD).exists() or not is_prompt_folder(folder) else None
+    prompts = read_config(folder)
+    mode, weights = prompts["tuning_mode"], folder / WEIGHTS_NAME
     lines = {
-        "task": record["task"],
+        "task": prompts["model_class"] if record is None else record["task"],
         "base": prompts["base"]["name"],
-        "tuning mode": str(prompts["tuning_mode"] and f"{prompts['tuning_mode']} ({prompts['deep_prompt_mode']})"),
+        "tuning mode": f"deep_ptune ({prompts['deep_prompt_mode']})" if mode == "deep_ptune" else str(mode),
         "prompt rows": str(prompts["pre_seq_len"]),
         "labels": ", ".join(prompts["id2label"].values()) if prompts["id2label"] else "none",
         "size": f"{weights.stat().st_size / 1024:.0f} KiB",
-        "training": f"{record['steps']} steps of {record['batch_size']}, learning rate {record['learning_rate']:g}",
     }
+    if record is None:
+        return lines
+    steps, rates = f"{record['steps']} steps of {record['batch_size']}", f"learning rate {record['learning_rate']:g}"
+    lines["training"] = f"{steps}, {rates}"
     for name in ("prefix_sharing", "kept_step"):  # older runs did not say
         if name in record:
             lines[name.replace("_", " ")] = str(record[name])

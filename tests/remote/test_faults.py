@@ -6,6 +6,7 @@
 import gc
 import os
 import random
+import shutil
 import signal
 import time
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from model.common import close
+from safetensors.torch import load_file, save_file
 
 pytest.importorskip("ray", reason="ray is not installed")
 
@@ -172,6 +174,91 @@ def test_a_slow_server_is_left(servers, folder_of):
             assert 1.0 <= time.monotonic() - begun < 20
         finally:
             os.kill(slow, signal.SIGCONT)
+
+
+def test_a_request_that_takes_long_is_waited_for(servers):
+    """Longer than ``timeout``, in which a server has to answer, and not to have computed."""
+    hidden = torch.randn(300, 200, 24)
+    blocks = remote.RemoteSequential(remote.connect(servers.name))
+    with torch.no_grad():
+        begun = time.monotonic()
+        expected = blocks(hidden)
+        took = time.monotonic() - begun
+        blocks.link.retries = remote.Retries(attempts=1, timeout=took / 4)
+        close(blocks(hidden), expected)
+
+
+def test_a_session_that_is_gone_costs_no_pause(servers, monkeypatch):
+    blocks, hidden = remote.RemoteSequential(remote.connect(servers.name)), torch.randn(2, 6, 24)
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail(f"paused for {seconds} s"))
+    with blocks.inference_session() as gone:
+        parts = [gone.step(hidden[:, :5])]
+        for server, name in gone._places.values():
+            ray.get(server.close.remote(name))
+        parts.append(gone.step(hidden[:, 5:]))
+    close(torch.cat(parts, 1), blocks(hidden))
+
+
+def test_servers_of_the_same_name_are_found_again(cluster, folder_of):
+    """What a backward that failed for good has left on others is forgotten; later calls go to the new servers."""
+    how = {"model": str(folder_of("llama")), "servers": 2, "name": "again", "cpus": 0, "max_restarts": 0}
+    started = remote.serve_blocks(**how)
+    started.wait()
+    model = model_on(started, folder_of("llama"), remote.Retries(attempts=2, first_delay=0.1, timeout=20.0))
+    ids, _ = batch_of("none")
+    loss = model(ids, labels=ids).loss
+    os.kill(pid_of(started.actors[1]), signal.SIGKILL)
+    with pytest.raises(remote.RemoteError, match="2 attempts failed"):
+        loss.backward()
+    value = loss.item()
+    del loss
+    gc.collect()
+    for _ in range(50):
+        if ray.get(started.actors[0].status.remote())["kept"] == 0:
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail("activations are still kept")
+    started.stop()
+    started = remote.serve_blocks(**how)
+    started.wait()
+    try:
+        close(model(ids, labels=ids).loss, torch.tensor(value))
+    finally:
+        started.stop()
+
+
+def test_a_server_that_comes_back_with_other_weights(cluster, folder_of, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(folder_of("llama"), folder)
+    started = remote.serve_blocks(model=str(folder), name="changing", cpus=0)
+    started.wait()
+    model, (ids, _) = model_on(started, folder), batch_of("none")
+    model(ids, use_cache=False)
+    for file in folder.glob("*.safetensors"):
+        save_file({name: its + 1 for name, its in load_file(file).items()}, file, metadata={"format": "pt"})
+    os.kill(pid_of(started.actors[0]), signal.SIGKILL)
+    try:
+        with pytest.raises(ValueError, match=r"expected the weights, config and dtype .*; load the model again"):
+            model(ids, use_cache=False)
+    finally:
+        started.stop()
+
+
+def test_servers_of_two_models_are_no_servers_of_one(servers, monkeypatch):
+    other = iter("ab")
+    stated = remote.serve._status_of
+    monkeypatch.setattr(remote.serve, "_status_of", lambda *given: stated(*given) | {"fingerprint": next(other)})
+    with pytest.raises(remote.RemoteError, match="expected servers of one model, got several"):
+        remote.connect(servers.name)
+
+
+def test_another_cluster_than_the_servers(servers):
+    blocks = remote.RemoteSequential(remote.connect(servers.name))
+    for span in blocks.link.spans:
+        span.where = "elsewhere", "01000000"
+    with pytest.raises(remote.RemoteError, match="expected the Ray cluster of the servers, got another"):
+        blocks(torch.randn(1, 2, 24))
 
 
 def lost_object(cluster):

@@ -44,6 +44,11 @@ def test_a_copy_has_prompts_of_its_own(far, folder_of):
         close(far(ids[:, 3:], past_key_values=cache).logits, before[:, 3:])
 
 
+def test_loading_deep_prompts_needs_no_session(far):
+    """Which a server may be too small for."""
+    assert not any(block.sessions for block in far._blocks)
+
+
 def test_it_cannot_be_pickled(far):
     with pytest.raises(TypeError, match=r"on servers cannot be pickled; save_prompts"):
         pickle.dumps(far)
@@ -130,11 +135,49 @@ def test_dtypes_of_the_wire_go_by_three_names(serve):
         ({"device": "gpu"}, "device: expected 'cpu' or 'cuda', got 'gpu'"),
         ({"limits": {"max_tokens": "99"}}, "max_tokens: expected a number of at least 1, got '99'"),
         ({"limits": {"max_tokens": 0}}, "max_tokens: expected a number of at least 1, got 0"),
+        ({"limits": {"idle_seconds": float("nan")}}, "idle_seconds: expected a number of at least 0, got nan"),
+        ({"limits": 3}, "limits: expected Limits or dict, got 3"),
+        ({"spans": 4}, "spans: expected list or tuple or nothing, got 4"),
+        ({"device": None}, "device: expected str, got None"),
+        ({"cpus": "many"}, "cpus: expected int or float, got 'many'"),
+        ({"gpus": True}, "gpus: expected int or float or nothing, got True"),
+        ({"max_restarts": "x"}, "max_restarts: expected int, got 'x'"),
+        ({"servers": True}, "servers: expected at least 1, got True"),
+        ({"resources": ["a"]}, "resources: expected dict"),
+        ({"resources": {"a": "b"}}, "resources: expected numbers"),
     ],
 )
 def test_servers_are_not_begun_with(given, problem):
     with pytest.raises(ValueError, match=problem):
         ServeConfig(model="base", **given)
+
+
+def test_a_config_that_is_no_yaml(tmp_path):
+    (tmp_path / "servers.yaml").write_text("model: [")
+    with pytest.raises(ValueError, match=r"servers\.yaml: expected YAML, got"):
+        ServeConfig.read(tmp_path / "servers.yaml")
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, "local"), ("10.0.0.1:6379", "10.0.0.1:6379")])
+def test_no_cluster_is_joined_unasked(given, expected, monkeypatch):
+    """Not even one that runs on this machine: a model would be sent to whoever has started it."""
+    addresses = []
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda address, **rest: addresses.append(address))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if given is not None:
+        monkeypatch.setenv("RAY_ADDRESS", given)
+    remote.join()
+    assert addresses == [expected]
+
+
+def test_compiled(far):
+    ids = torch.randint(3, 61, (2, 5))
+    expected = far(ids, labels=ids).loss
+    compiled = torch.compile(far, backend="eager")
+    close(compiled(ids, labels=ids).loss, expected)
+    with torch.no_grad():
+        close(compiled(ids, use_cache=False).logits, far(ids, use_cache=False).logits)
 
 
 @pytest.mark.parametrize("spans", [[[0, 1, 2]], [0, 4], [["0", "4"]]])
@@ -179,9 +222,10 @@ def test_what_cannot_run_is_not_served(cluster, tmp_path):
     transformers.AutoModelForCausalLM.from_config(dynamic).save_pretrained(tmp_path / "dynamic")
     for folder, problem in (("gptj", "expected hidden states, got tuple"), ("dynamic", "rope_type 'dynamic'")):
         servers = remote.serve_blocks(model=str(tmp_path / folder), cpus=0, max_restarts=0)
-        with pytest.raises(remote.RemoteError, match=problem):
+        with pytest.raises(remote.RemoteError, match=problem) as raised:
             servers.wait()
-        servers.stop()
+        assert len(str(raised.value)) < 400  # and not Ray's whole traceback
+        assert not remote.serve._started  # so that the name can be had again
 
 
 def test_a_cluster_that_has_too_little(cluster, folder_of, caplog):

@@ -209,6 +209,7 @@ def test_an_interrupted_run_resumes_to_the_same_weights(kind, task, request, tmp
     cut_short = out / "checkpoints" / "checkpoint-18"
     shutil.copytree(newest, cut_short)
     (cut_short / "trainer_state.json").write_text('{"best')
+    assert "this run was interrupted: `ptune train … --resume` goes on" in ptune("info", out).stderr
 
     succeed("train", *arguments, "--out", out, "--resume")
     assert not (out / "checkpoints").exists()
@@ -357,7 +358,7 @@ DAMAGES = {
         ({"--data": "one.tsv"}, "one.tsv: expected at least two labels, got yes"),
         ({"--eval-data": "new.tsv"}, "new.tsv: labels not seen in training: maybe; it saw no, yes"),
         ({"--text-column": "sms"}, "no column 'sms' for the text"),
-        ({"--hold-out": "2"}, "hold_out: expected a number between 0 and 1"),
+        ({"--hold-out": "2"}, "hold_out: expected a number above 0 and below 1"),
         ({"--tuning-mode": "soft"}, "soft"),
         ({"--plot": "curves.pdf"}, "expected a .png file"),
         ({"--resume": None}, "nothing to resume"),
@@ -520,6 +521,27 @@ def test_prompts_saved_from_python_are_no_run(tiny_bert, tmp_path):
     result = ptune("predict", tmp_path, "x")
     assert result.exit_code == 2
     assert "prompts that Python saved are loaded with AutoPTuneModelFor" in result.stderr
+    said = succeed("info", tmp_path)
+    assert "BertModel" in said
+    assert "prompt rows" in said
+    assert "training" not in said
+
+
+def test_saving_over_a_run_leaves_none_of_its_scores(tiny_bert, tmp_path):
+    data, out = classification_file(tmp_path), tmp_path / "out"
+    arguments = ["--model", tiny_bert, "--task", "classification", "--data", data, "--out", out]
+    succeed("train", *arguments, "--steps", 1, "--tuning-mode", "ptune")
+    assert "macro f1" in (said := succeed("info", out))
+    assert "(overwrite)" not in said  # which a shallow prompt does not
+    AutoPTuneModel.from_pretrained(tiny_bert, tuning_mode="ptune", pre_seq_len=2).save_prompts(out)
+    assert "macro f1" not in succeed("info", out)
+
+
+def test_predict_reads_what_train_does(tiny_bert, tmp_path):
+    data, out = classification_file(tmp_path), tmp_path / "out"
+    succeed("train", "--model", tiny_bert, "--task", "classification", "--data", data, "--out", out, "--steps", 1)
+    texts = [json.loads(line)["text"] for line in succeed("predict", out, "--file", data).splitlines()]
+    assert texts == [line.partition("\t")[2] for line in data.read_text().splitlines()[1:]]
 
 
 def test_info_without_the_base(tiny_bert, tmp_path):

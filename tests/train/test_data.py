@@ -13,6 +13,7 @@ from ptune.data import (
     Passage,
     Tagged,
     hold_out,
+    read_inputs,
     read_labelled,
     read_passages,
     read_tagged,
@@ -124,6 +125,16 @@ def test_tables_as_people_have_them(tmp_path):
         assert read_labelled(path) == [Labelled(long, "x")]
 
 
+def test_inputs_are_columns_sentences_or_lines(tmp_path):
+    assert read_inputs(written(tmp_path, "a.csv", "Label,Sentence\nx,one two\ny,three\n")) == ["one two", "three"]
+    assert read_inputs(written(tmp_path, "a.tsv", "id\tq\n1\tone\n"), "q") == ["one"]
+    assert read_inputs(written(tmp_path, "a.jsonl", '{"prompt": "one", "completion": "two"}')) == ["one"]
+    assert read_inputs(written(tmp_path, "a.conll", "one\tO\ntwo\tB-x\n\nthree\tO\n")) == ["one two", "three"]
+    assert read_inputs(written(tmp_path, "a.txt", "text\tlabel\none\n")) == ["text\tlabel", "one"]
+    with pytest.raises(DataError, match=r"a\.csv: which column is the text\? name it with --text-column"):
+        read_inputs(written(tmp_path, "a.csv", "a,b\nx,y\n"))
+
+
 def test_missing_file(tmp_path):
     with pytest.raises(DataError, match="no such file"):
         read_tagged(tmp_path / "none.conll")
@@ -197,7 +208,7 @@ def test_hold_out_keeps_shares_and_order():
 def test_hold_out_refuses_what_leaves_a_part_empty():
     with pytest.raises(ValueError, match="too few"):
         hold_out(["a"], 0.5, lambda example: example, seed=0)
-    with pytest.raises(ValueError, match="between 0 and 1"):
+    with pytest.raises(ValueError, match="above 0 and below 1"):
         hold_out(["a", "a"], 1.0, lambda example: example, seed=0)
 
 

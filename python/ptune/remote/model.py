@@ -86,6 +86,7 @@ class RemoteBlock(StandIn):
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"sessions": WeakKeyDictionary()}  # a copy has none of the caches
 
+    @torch.compiler.disable  # servers are asked by no graph
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         running: _Running | None = getattr(_thread, "running", None)
         if running is None or self.blocks is None:

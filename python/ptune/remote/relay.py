@@ -3,6 +3,7 @@
 import random
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,8 @@ from .wire import SessionGone
 _SERVER_FAILED = (
     RayActorError, GetTimeoutError, NodeDiedError, LocalRayletDiedError, OutOfMemoryError, WorkerCrashedError,
 )  # fmt: skip
+
+_ALIVE_SECONDS = 10.0
 
 
 class RemoteError(ConnectionError):
@@ -52,11 +55,22 @@ class Retries:
 
 
 class Replicas:
-    """Servers of the same blocks ``first`` … ``last - 1``; requests go to one of them, until it fails."""
+    """Servers of the same blocks ``first`` … ``last - 1``; requests go to one of them, until it fails.
 
-    def __init__(self, first: int, last: int, servers: Sequence[Any]) -> None:
+    Args:
+        find: returns each by its name.
+
+    Attributes:
+        identity: of what they served when they were found (`Span`).
+        where: this process is, in their cluster.
+    """
+
+    def __init__(self, first: int, last: int, find: Sequence[Callable[[], Any]]) -> None:
         self.first, self.last = first, last
-        self.servers = list(servers)
+        self.servers = [each() for each in find]
+        self.identity: str | None = None
+        self.where = _here()
+        self._find = find
         self._turn = random.randrange(len(self.servers))  # clients spread
 
     @property
@@ -67,6 +81,8 @@ class Replicas:
     def failed(self, server: Any) -> None:
         """Ask another from now on, if it is ``server`` that is being asked."""
         if server is self.server:
+            with suppress(ValueError, RayError):  # if there is none of that name now, it may come
+                self.servers[self._turn] = self._find[self._turn]()
             self._turn = (self._turn + 1) % len(self.servers)
 
 
@@ -85,6 +101,21 @@ class Leg:
 
     def __str__(self) -> str:
         return f"block {self.first}" if self.last == self.first + 1 else f"blocks {self.first} to {self.last - 1}"
+
+
+def _here() -> tuple[str, str]:
+    context = ray.get_runtime_context()
+    return context.get_node_id(), context.get_job_id()  # each cluster numbers its jobs from 1
+
+
+def wait_for(receipt: Any, server: Any, timeout: float) -> None:
+    """Until ``receipt`` has come: as long as that takes, if ``server`` answers beside it. Raises `RayError`."""
+    while True:
+        try:
+            ray.get(receipt, timeout=timeout)
+            return
+        except GetTimeoutError:
+            ray.get(server.status.remote(), timeout=min(timeout, _ALIVE_SECONDS))  # in a thread of its own
 
 
 def way_back(legs: Sequence[Leg]) -> list[Leg]:
@@ -110,14 +141,17 @@ class Relay:
         send: Callable[[Leg, Any], list[Any]],
         lost: Callable[[], None] | None = None,
     ) -> None:
-        if not ray.is_initialized():
-            raise RemoteError("expected the Ray cluster of the servers, got none: it was left (ray.shutdown)")
+        here = _here() if ray.is_initialized() else None
+        if any(leg.replicas.where != here for leg in legs):
+            now = "none" if here is None else "another"
+            raise RemoteError(f"expected the Ray cluster of the servers, got {now}: it was left (ray.shutdown)")
         self.legs = legs
         self.retries = retries
         self._begin, self._send, self._lost = begin, send, lost
         self.states: list[Any] = [begin()] + [None] * len(legs)
         self._extras: list[list[Any]] = [[] for _ in legs]
         self._receipts: list[Any] = [None] * len(legs)
+        self._asked: list[Any] = [None] * len(legs)  # other relays turn the legs too
         self._causes: list[list[str]] = [[] for _ in legs]
         self._reached = 0
         self._sent = False
@@ -132,7 +166,7 @@ class Relay:
             try:
                 if not self._sent:
                     self._send_from(self._reached)
-                ray.get(self._receipts[self._reached], timeout=self.retries.timeout)
+                wait_for(self._receipts[self._reached], self._asked[self._reached], self.retries.timeout)
                 self._reached += 1
             except RayError as error:
                 self._recover(error)
@@ -159,6 +193,7 @@ class Relay:
     def _send_from(self, index: int) -> None:
         for i in range(index, len(self.legs)):
             self._reached = i  # where it fails, if it does
+            self._asked[i] = self.legs[i].server
             self.states[i + 1], *self._extras[i], self._receipts[i] = self._send(self.legs[i], self.states[i])
         self._reached, self._sent = index, True
 
@@ -170,13 +205,17 @@ class Relay:
         if not isinstance(cause, (*_SERVER_FAILED, ObjectLostError, SessionGone)):
             raise cause from error  # which has the server's own traceback
         causes = self._causes[i]
-        causes.append(f"{type(cause).__name__}: {str(cause).partition(chr(10))[0]}")
+        said = str(cause).partition("\n")[0]
+        if isinstance(cause, GetTimeoutError):
+            said = f"no answer in {self.retries.timeout:g} s (timeout)"
+        causes.append(f"{type(cause).__name__}: {said}")
         if len(causes) >= self.retries.attempts:
             raise RemoteError(f"{leg}: {len(causes)} attempts failed: " + "; ".join(causes)) from error
         self._reached, self._sent = i, False
-        if isinstance(cause, _SERVER_FAILED):
+        if isinstance(cause, _SERVER_FAILED) and leg.server is self._asked[i]:
             leg.turn_away()
-        time.sleep(self.retries.delay(len(causes), len(leg.replicas.servers)))
+        if not isinstance(cause, SessionGone):  # of which its server has just told
+            time.sleep(self.retries.delay(len(causes), len(leg.replicas.servers)))
         if isinstance(cause, ObjectLostError):
             if self._lost is not None:
                 self._lost()

@@ -157,6 +157,7 @@ class _Pass:
                     mode=self.mode,
                     # a later server's gradient is where an earlier one's begins
                     differentiable=self.differentiable or leg is not self.legs[0],
+                    identity=leg.replicas.identity,
                     **{name: _rows_of(value, rows) for name, value in self.arrays.items()},
                 )
                 for leg, prompt in zip(self.legs, sent, strict=True)
@@ -225,6 +226,9 @@ class _Chunk:
 
     def finish_backward(self, relay: Relay) -> list[Any]:
         results = relay.wait()
+        for leg in relay.legs:  # whose backward took them
+            if (kept := (leg.server, self._names[leg.first])) in self._outstanding:
+                self._outstanding.remove(kept)
         own, *deep = (0 if array is None else array.nbytes for array in results)
         self.link.count("gradients", self.hidden.nbytes + own, self.hidden.nbytes * (len(self.legs) - 1))
         self.link.count("prompt gradients", sum(deep))
@@ -251,10 +255,8 @@ class _Chunk:
         return call(leg.server, "forward", 2, self._request(leg), states, keep)
 
     def _send_back(self, leg: Leg, gradient: Any) -> list[Any]:
-        keep = self._names[leg.first]
-        if (leg.server, keep) in self._outstanding:
-            self._outstanding.remove((leg.server, keep))  # the backward takes it
-        made = call(leg.server, "backward", 3, self._request(leg), gradient, keep, [self.relay.given_to(leg)])
+        source = [self.relay.given_to(leg)]
+        made = call(leg.server, "backward", 3, self._request(leg), gradient, self._names[leg.first], source)
         if self.shared is not None:
             self.parts[leg.first] = made.pop(1)  # which only the servers read
         return made

@@ -5,6 +5,7 @@ import os
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,19 @@ from .wire import checked_dtype
 
 NAMESPACE = "ptune"
 
+_KINDS: dict[str, tuple[type, ...]] = {
+    "model": (str,),
+    "spans": (list, tuple, type(None)),
+    "name": (str, type(None)),
+    "dtype": (str,),
+    "device": (str,),
+    "revision": (str, type(None)),
+    "cpus": (int, float),
+    "gpus": (int, float, type(None)),
+    "resources": (dict,),
+    "max_restarts": (int,),
+    "limits": (Limits, dict),
+}
 _started: dict[str, Sequence[Any]] = {}  # Ray ends an actor when its last handle goes
 _logger = logging.getLogger(__name__)
 
@@ -59,8 +73,14 @@ class ServeConfig:
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
+        for name, kinds in _KINDS.items():
+            value = getattr(self, name)
+            if not isinstance(value, kinds) or isinstance(value, bool):
+                raise ValueError(f"{name}: expected {_said(kinds)}, got {value!r}")
+        if not all(isinstance(amount, int | float) for amount in self.resources.values()):
+            raise ValueError(f"resources: expected numbers, got {self.resources!r}")
         for name in ("servers", "replicas"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)!r}")
         if isinstance(self.limits, dict):
             self.limits = _made_of(Limits, "limits", self.limits)
@@ -78,7 +98,10 @@ class ServeConfig:
     @classmethod
     def read(cls, file: str | os.PathLike[str], **rest: Any) -> "ServeConfig":
         """From a YAML file of these names; those in ``rest`` go before it."""
-        found = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        try:
+            found = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise ValueError(f"{file}: expected YAML, got {error}") from error
         if not isinstance(found, dict):
             raise ValueError(f"{file}: expected names and values, got {type(found).__name__}")
         return _made_of(cls, str(file), found | rest)
@@ -108,7 +131,10 @@ class Servers:
         self.actors = list(actors)
 
     def wait(self, timeout: float = 600.0) -> None:
-        """Until all have loaded their blocks. Raises `RemoteError` with what kept one from it."""
+        """Until all have loaded their blocks. Raises `RemoteError` with what kept one from it.
+
+        Where one cannot load its blocks, all are ended.
+        """
         answers = [actor.status.remote() for actor in self.actors]
         try:
             ray.get(answers, timeout=timeout)
@@ -119,7 +145,10 @@ class Servers:
                 "for what Ray is to reserve, or still load"
             ) from error
         except RayError as error:
-            raise RemoteError(f"{self.name}: a server did not start: {error}") from error
+            if getattr(error, "actor_init_failed", False):
+                self.stop()  # or their name stays taken
+            reason = str(error).strip().rpartition("\n")[2]  # what comes before is how Ray got there
+            raise RemoteError(f"{self.name}: a server did not start: {reason}") from error
 
     def stop(self) -> None:
         """End them, for all clients."""
@@ -179,6 +208,8 @@ def join(address: str | None = None) -> None:
     """
     if ray.is_initialized():
         return
+    # without an address, Ray would join whatever cluster runs on this machine, and models would be sent there
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
     try:
         ray.init(address=address, namespace=NAMESPACE, include_dashboard=False, log_to_driver=False)
     except ConnectionError as error:
@@ -198,13 +229,17 @@ def connect(name: str, retries: Retries | None = None) -> Link:
             "that they are in (RAY_ADDRESS)"
         )
     spans = [
-        Replicas(first, last, [ray.get_actor(actor, namespace=NAMESPACE) for actor in actors])
+        Replicas(first, last, [partial(ray.get_actor, actor, namespace=NAMESPACE) for actor in actors])
         for (first, last), actors in sorted(found.items())
     ]
     states = [_status_of(span, retries) for span in spans]
     ends = [0, *(span.last for span in spans)]
     if ends != [*(span.first for span in spans), states[0]["num_layers"]]:
         raise RemoteError(f"{name}: expected servers of blocks 0 to {states[0]['num_layers'] - 1}, got {sorted(found)}")
+    if len({state["fingerprint"] for state in states}) > 1:
+        raise RemoteError(f"{name}: expected servers of one model, got several, by the configs that they loaded")
+    for span, state in zip(spans, states, strict=True):
+        span.identity = state["identity"]
     return Link(spans, retries, states)
 
 
@@ -253,6 +288,10 @@ def _running() -> dict[str, dict[tuple[int, int], list[str]]]:
 
 def _actor_name(name: str, first: int, last: int, replica: int) -> str:
     return f"{name}|{first}|{last}|{replica}"
+
+
+def _said(kinds: tuple[type, ...]) -> str:
+    return " or ".join("nothing" if kind is type(None) else kind.__name__ for kind in kinds)
 
 
 def _made_of(kind: Any, where: str, values: dict[str, Any]) -> Any:

@@ -41,7 +41,7 @@ class Limits:
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             least = 1 if name == "max_tokens" else 0
-            if not isinstance(value, int | float) or value < least:
+            if not isinstance(value, int | float) or not value >= least:  # NaN too
                 raise ValueError(f"{name}: expected a number of at least {least}, got {value!r}")
 
 
@@ -195,6 +195,7 @@ class BlockServer:
             "last": self.span.last,
             "num_layers": self.span.num_layers,
             "fingerprint": self.span.fingerprint,
+            "identity": self.span.identity,
             "unshared": self.span.unshared,
             "causal": self.span.causal,
             "weights": self.span.weights,
@@ -217,6 +218,11 @@ class BlockServer:
         if type(request) is not Request:
             raise ValueError(f"request: expected a Request, got {type(request).__name__}")
         request.check(self.span.first, self.span.last, seen)
+        if request.identity not in (None, self.span.identity):
+            raise ValueError(
+                f"{self.span.path}: expected the weights, config and dtype that were served when the model was loaded, "
+                "got others since a server was started again; load the model again"
+            )
         states = self._states(request, array, name)
         self._requests += 1
         for keeping in (self._kept, self._sessions, self._prompts):

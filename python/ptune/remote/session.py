@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .link import Link, call, tell
-from .relay import Leg, Relay
+from .relay import Leg, Relay, wait_for
 from .shared import SharedRows
 from .wire import Prompts, Request, TooLarge, check_shapes, geometry, name_of, to_array, to_tensor
 
@@ -219,6 +219,7 @@ class _Step:
             mask=self.arrays["mask"],
             positions=self.arrays["positions"],
             mode=session._mode,
+            identity=leg.replicas.identity,
         )
         if self.seen == 0:
             request = self._with_prompts(request, leg)
@@ -252,6 +253,7 @@ class _Step:
                 mask=None if mask is None else mask[:, : self.seen],
                 positions=self.past.positions,
                 mode=session._mode,
+                identity=leg.replicas.identity,
             )
             return self._with_prompts(past, leg)
 
@@ -262,7 +264,7 @@ class _Step:
         before = Relay(legs, session.link.retries, lambda: ray.put(history), forward, session._lost)
         before.settle()
         _, receipt = call(leg.server, "step", 2, request(leg), before.states[-1], name, 0)
-        ray.get(receipt, timeout=session.link.retries.timeout)
+        wait_for(receipt, leg.server, session.link.retries.timeout)
 
 
 def _close(places: dict[int, tuple[Any, str]], shared: list[SharedRows]) -> None:

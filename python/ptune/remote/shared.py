@@ -35,7 +35,15 @@ class SharedRows:
         self._array = to_array(rows, self.dtype)
         self._name = uuid.uuid4().hex
         self._requests = {
-            leg.first: Request(leg.first, leg.last, self.dtype, (1, rows.shape[1]), prompts=prompt, mode=mode)
+            leg.first: Request(
+                leg.first,
+                leg.last,
+                self.dtype,
+                (1, rows.shape[1]),
+                prompts=prompt,
+                mode=mode,
+                identity=leg.replicas.identity,
+            )
             for leg, prompt in zip(legs, prompts, strict=True)
         }
         self._holders: list[Any] = []

@@ -1,5 +1,6 @@
 """Some consecutive blocks of a checkpoint, run by the stock forward of its model's body."""
 
+import hashlib
 import inspect
 import os
 import re
@@ -46,6 +47,7 @@ class Span:
 
     Attributes:
         unshared: why prompt rows cannot run once for a batch here; ``None`` where they can.
+        identity: of config, dtype and `weights`.
         weights: a few numbers of the first and the last of these blocks (see `ptune.likeness`).
         causal: whether text is read from left to right, as far as `unshared` is ``None``.
 
@@ -74,6 +76,7 @@ class Span:
         wanted = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype, None)
         if not isinstance(wanted, torch.dtype) or not wanted.is_floating_point:
             raise ValueError(f"dtype: expected 'auto' or the name of a floating-point dtype, got {dtype!r}")
+        self.path = path
         self.first, self.last = first, last
         self.dtype, self.device = wanted, torch.device(device)
         self.width = config.hidden_size
@@ -99,6 +102,8 @@ class Span:
                     module._parameters[name] = nn.Parameter(zero.expand(weight.shape), requires_grad=False)
         self.body.to(self.device)
         self.weights = [numbers_of(blocks[index]) for index in (first, last - 1)]
+        served = self.fingerprint, self.weights, str(self.dtype)
+        self.identity = hashlib.sha256(repr(served).encode()).hexdigest()
         self.causal = True
         self.unshared = self._try_sharing()
         with torch.no_grad():  # what cannot run should not seem to be served

@@ -45,6 +45,11 @@ def count_columns(cache: Any, index: int, hidden: Tensor) -> None:
             f"{CACHE}: expected a DynamicCache, got {type(cache).__name__}; keys and values of remote blocks "
             "are kept by their servers"
         )
+    if index < len(cache.layers) and not hasattr(cache.layers[index], "update"):
+        raise NotImplementedError(
+            f"{CACHE}: expected keys and values in every layer, got {type(cache.layers[index]).__name__} in layer "
+            f"{index}; without a cache (use_cache=False) none are kept"
+        )
     rows = torch.arange(hidden.shape[0], dtype=torch.float32, device=hidden.device)
     rows = rows[:, None, None, None].expand(-1, 1, columns, 1)
     cache.update(rows, rows, index)

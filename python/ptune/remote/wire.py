@@ -103,6 +103,7 @@ class Request:
         shared: prompt rows that every row attends to, as if they stood before its first token; ``mask`` is then
             [b, m + S], and the first m columns are theirs.
         differentiable: whether a gradient of the hidden states is wanted, and not only of prompts.
+        identity: what the server is taken to serve; ``None`` for whatever it does.
     """
 
     first: int
@@ -116,6 +117,7 @@ class Request:
     mode: str = "overwrite"
     shared: Shared | None = None
     differentiable: bool = True
+    identity: str | None = None
 
     def check(self, first: int, last: int, seen: int = 0) -> None:
         """Raises `ValueError` where this is no request for a server of blocks ``first`` … ``last - 1``.
