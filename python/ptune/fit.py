@@ -54,7 +54,9 @@ def _of_the_base(model: Any, saved: dict[str, Any], here: dict[str, Any]) -> Ite
     if base["fingerprint"] in (own["fingerprint"], now):
         return
     if _changes(model, saved):
-        yield from checkpoint.differences(base["config"], own["config"])
+        changes = checkpoint.differences(base["config"], own["config"])
+        # of another kind of model, each setting is another
+        yield from [change for change in changes if change.startswith("model_type: ")] or changes
 
 
 def _of_the_head(model: Any, saved: dict[str, Any], here: dict[str, Any]) -> Iterator[str]:

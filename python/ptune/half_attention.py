@@ -12,6 +12,7 @@ from transformers import Cache, PreTrainedModel
 
 from .attention import Attention, attention_of, cache_dtype_of
 from .cache import CastCache, PrefixedCache
+from .config import SHORT_DTYPES
 from .inputs import CACHE
 from .quantised import is_quantised
 
@@ -67,6 +68,7 @@ def hybrid(
 
 def checked_dtypes(attn_dtype: Any, kv_cache_dtype: Any) -> tuple[torch.dtype | None, torch.dtype | None]:
     """Both as dtypes, the second by default the first. Raises `ValueError` for what `hybrid` does not take."""
+    attn_dtype, kv_cache_dtype = (SHORT_DTYPES.get(str(given), given) for given in (attn_dtype, kv_cache_dtype))
     for name, given, choices in (("attn_dtype", attn_dtype, HALVES), ("kv_cache_dtype", kv_cache_dtype, CACHES)):
         if given not in (None, *choices, *choices.values()):
             raise ValueError(f"{name}: expected one of {', '.join(choices)} or None, got {given!r}")

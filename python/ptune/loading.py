@@ -25,6 +25,12 @@ _FOR_CONFIG = (
 )  # fmt: skip
 
 _KEYWORDS = (*(field.name for field in fields(PTuneConfig)), *SETTINGS, "base_model", "tokenizer")
+_OF_PEFT = {
+    "num_virtual_tokens": "pre_seq_len",
+    "prompt_tuning_init": "prompt_init",
+    "prompt_tuning_init_text": "prompt_init_text",
+    "tokenizer_name_or_path": "tokenizer",
+}
 _NEAR = 0.85  # as difflib measures; transformers' nearest keyword, tokenizer_type, is at 0.78
 
 _logger = logging.getLogger(__name__)
@@ -66,6 +72,8 @@ def load_model(
     The base is loaded as its stock class, by whose name and module transformers looks things up, and becomes the other
     class afterwards.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"expected the name or folder of a base or of prompts, got {type(path).__name__}")
     settings, halves = take_settings(kwargs), take_dtypes(kwargs)
     found = hub.download(path, **{name: kwargs[name] for name in hub.OPTIONS if name in kwargs})
     if found is not None:
@@ -148,7 +156,7 @@ def check_keywords(keywords: Iterable[str], config: Any) -> None:
     if "trust_remote_code" in keywords:
         return
     for name in keywords:
-        near = difflib.get_close_matches(name, _KEYWORDS, 1, _NEAR)
+        near = [_OF_PEFT[name]] if name in _OF_PEFT else difflib.get_close_matches(name, _KEYWORDS, 1, _NEAR)
         if near and name not in _KEYWORDS and not hasattr(config, name):
             raise TypeError(f"{name}: expected a keyword of ptune's or transformers', got neither; is it {near[0]}?")
 

@@ -102,6 +102,7 @@ def test_wrong_settings_are_refused_before_weights_are_read(base_of, monkeypatch
         ("prompt_init_texts", "prompt_init_text"),
         ("attn_dtypes", "attn_dtype"),
         ("basemodel", "base_model"),
+        ("num_virtual_tokens", "pre_seq_len"),  # PEFT's
     ],
 )
 def test_misspelt_keywords_are_refused_before_weights_are_read(base_of, tmp_path, monkeypatch, name, meant):
@@ -117,6 +118,12 @@ def test_misspelt_keywords_are_refused_before_weights_are_read(base_of, tmp_path
     ):
         with pytest.raises(TypeError, match=f"^{name}: expected a keyword .*; is it {meant}\\?$"):
             load(source, **{name: 4}, tuning_mode="ptune")
+
+
+def test_a_loaded_model_is_no_name(base_of):
+    base = base_of("llama")
+    with pytest.raises(TypeError, match="expected the name or folder of a base or of prompts, got LlamaModel"):
+        ptune.AutoPTuneModel.from_pretrained(base.stock(), tuning_mode="ptune", pre_seq_len=2)
 
 
 def test_keywords_of_transformers_are_not_taken_for_misspelt_ones():

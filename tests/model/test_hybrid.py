@@ -19,6 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import ptune
 from ptune import attention, packed
+from ptune.half_attention import dtypes_of
 
 from .common import MODES, PADDINGS, SHARED, close, set_prompts, settings_for, take, texts_for
 from .families import FAMILIES, VOCABULARY
@@ -547,6 +548,10 @@ class TestRefusals:
             ptune.hybrid(base_of("llama").stock(), **how)
         with pytest.raises(ValueError, match=message):
             base_of("llama").tuned(**{"attn_dtype": "float16"} | how)
+
+    def test_short_names(self, base_of):
+        model = ptune.hybrid(base_of("llama").stock(), "bf16", "fp32")
+        assert dtypes_of(model) == {"attn_dtype": "bfloat16", "kv_cache_dtype": "float32"}
 
     def test_what_is_no_model(self):
         with pytest.raises(TypeError, match="model: expected a transformers model, got Linear"):
