@@ -15,7 +15,7 @@ from ptune.checkpoint import MisfitError
 from ptune.convert import convert, to_peft
 from ptune.models import ptune_class
 
-from .common import close, set_prompts
+from .common import close, set_prompts, skip_without_peft_of_now
 from .families import LAYERS, VOCABULARY
 
 TASKS = {
@@ -35,6 +35,8 @@ KINDS = {
 
 def peft_model(base, kind: str, task: str, **settings):
     """A PEFT model whose prompt and head are of a size that tells."""
+    if task != "CAUSAL_LM" and kind in ("PREFIX_TUNING", "projected", "CARTRIDGE"):
+        skip_without_peft_of_now()
     config, rest = KINDS[kind]
     labels = {} if task == "CAUSAL_LM" else {"num_labels": 5}
     stock = TASKS[task][0].from_pretrained(base.folder, **labels)
@@ -128,6 +130,8 @@ def test_peft_reads_what_is_written(base_of, tmp_path, name, task, mode):
                 parameter.normal_(std=0.7)
     model.save_prefix(tmp_path / "ours") if mode == "compiled" else model.save_prompts(tmp_path / "ours")
     to_peft(tmp_path / "ours", tmp_path / "peft")
+    if task != "CAUSAL_LM" and mode != "shallow":
+        skip_without_peft_of_now()
     theirs = peft.PeftModel.from_pretrained(TASKS[task][0].from_pretrained(base.folder, **labels), tmp_path / "peft")
     expected_type = "PROMPT_TUNING" if mode == "shallow" else "PREFIX_TUNING"
     assert theirs.peft_config["default"].peft_type == expected_type
@@ -148,6 +152,7 @@ def test_peft_reads_the_head_of_the_base(base_of, tmp_path, name):
     set_prompts(model, "overwrite")
     model.save_prompts(tmp_path / "ours")
     to_peft(tmp_path / "ours", tmp_path / "peft")
+    skip_without_peft_of_now()
     theirs = peft.PeftModel.from_pretrained(TASKS["SEQ_CLS"][0].from_pretrained(tmp_path / "base"), tmp_path / "peft")
     ids, mask = texts()
     close(logits(theirs.eval(), ids, mask), logits(model, ids, mask))

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import ptune
 from ptune.checkpoint import CONFIG_NAME, WEIGHTS_NAME, MisfitError, read_config
 
-from .common import COUNT, set_prompts, settings_for
+from .common import COUNT, set_prompts, settings_for, skip_without_peft_of_now
 from .families import FAMILIES, LAYERS
 
 CLASSIFIER = ptune.AutoPTuneModelForSequenceClassification
@@ -133,6 +133,7 @@ def test_a_resized_vocabulary_is_not_dropped(base_of, tmp_path):
 def test_adapters_are_not_dropped(base_of, tmp_path):
     """Neither folder would hold them: of its base, not even one that loads."""
     peft = pytest.importorskip("peft")
+    skip_without_peft_of_now()
     model = base_of("llama").tuned(**settings_for("overwrite"))
     model.add_adapter(peft.LoraConfig(target_modules=["q_proj"], r=2), "style")
     for save in (

@@ -176,8 +176,6 @@ def test_compiled(far):
     expected = far(ids, labels=ids).loss
     compiled = torch.compile(far, backend="eager")
     close(compiled(ids, labels=ids).loss, expected)
-    with torch.no_grad():
-        close(compiled(ids, use_cache=False).logits, far(ids, use_cache=False).logits)
 
 
 @pytest.mark.parametrize("spans", [[[0, 1, 2]], [0, 4], [["0", "4"]]])
@@ -225,7 +223,7 @@ def test_what_cannot_run_is_not_served(cluster, tmp_path):
         with pytest.raises(remote.RemoteError, match=problem) as raised:
             servers.wait()
         assert len(str(raised.value)) < 400  # and not Ray's whole traceback
-        assert not remote.serve._started  # so that the name can be had again
+        assert servers.name not in remote.serve._started  # so that the name can be had again
 
 
 def test_a_cluster_that_has_too_little(cluster, folder_of, caplog):

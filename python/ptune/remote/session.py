@@ -42,12 +42,12 @@ class InferenceSession:
 
     @property
     def length(self) -> int:
-        return 0 if self._past.hidden is None else self._prompt_columns + self._past.hidden.shape[1]
+        return self._prompt_columns + self._past.columns if self._past.steps else 0
 
     @property
     def rows(self) -> int:
         """How many rows the batch of the last step had."""
-        return 0 if self._past.hidden is None else len(self._past.hidden)
+        return self._past.rows
 
     @property
     def _prompt_columns(self) -> int:
@@ -87,10 +87,10 @@ class InferenceSession:
         arrays = geometry(attention_mask, position_ids, starts if prompts is not None else None)
         selected = None if rows is None else rows.detach().cpu().numpy()
         past = self._past if selected is None else self._past.of_rows(selected)
-        if self._past.hidden is None:
+        if not self._past.steps:
             self._dtype = self.wire_dtype or name_of(hidden.dtype)
             self._begin(prompts, shared, mode)
-            past = _Past(starts=arrays["starts"])
+            past = _Past(starts=arrays["starts"], first=self._prompt_columns)
         array = to_array(hidden, self._dtype)
         sending = _Step(self, past, array, arrays, selected)
         relay = Relay(self.legs, self.link.retries, lambda: ray.put(array), sending.send, self._lost)
@@ -99,7 +99,7 @@ class InferenceSession:
         output = relay.wait()[0]
         for each in self._shared:
             each.forget()  # the caches have them now
-        self._past = past.then(array, arrays["positions"], self._prompt_columns)
+        self._past = past.then(array, arrays["positions"])
         self.link.count("hidden", array.nbytes + output.nbytes, array.nbytes * (len(self.legs) - 1))
         return to_tensor("hidden", output, self._dtype, array.shape).to(hidden.device, hidden.dtype)
 
@@ -151,36 +151,45 @@ class _Past:
     """What a session has been given, by which a server begins it anew.
 
     Attributes:
-        hidden: [b, n, d].
-        positions, starts: as in `Request`.
+        steps: of each its hidden states [b, S, d], its positions as in `Request`, and the rows of both that are now the
+            batch's; ``None`` for all. They are put together only where a server needs them.
+        starts: as in `Request`.
+        first: the column of the first step's first.
+        columns: those of all steps.
+        rows: of the batch.
     """
 
-    hidden: np.ndarray | None = None
-    positions: np.ndarray | None = None
+    steps: tuple[tuple[np.ndarray, np.ndarray | None, np.ndarray | None], ...] = ()
     starts: np.ndarray | None = None
+    first: int = 0
+    columns: int = 0
+    rows: int = 0
 
     def of_rows(self, rows: np.ndarray) -> "_Past":
-        assert self.hidden is not None
-        positions, starts = self.positions, self.starts
-        return _Past(
-            self.hidden[rows],
-            positions if positions is None or len(positions) == 1 else positions[rows],
-            None if starts is None else starts[rows],
-        )
+        steps = tuple((hidden, positions, rows if own is None else own[rows]) for hidden, positions, own in self.steps)
+        starts = None if self.starts is None else self.starts[rows]
+        return replace(self, steps=steps, starts=starts, rows=len(rows))
 
-    def then(self, hidden: np.ndarray, positions: np.ndarray | None, first: int) -> "_Past":
-        """With further columns. Positions that some lack are those of their columns, which begin at ``first``."""
-        if self.hidden is None:
-            return replace(self, hidden=hidden, positions=positions)
-        seen, both = self.hidden.shape[1], np.concatenate([self.hidden, hidden], 1)
-        if self.positions is None and positions is None:
-            return replace(self, hidden=both)
-        columns = np.arange(first, first + both.shape[1])[None]
-        before = columns[:, :seen] if self.positions is None else self.positions
-        after = columns[:, seen:] if positions is None else positions
-        count = max(len(before), len(after))
-        parts = [np.broadcast_to(part, (count, part.shape[1])) for part in (before, after)]
-        return replace(self, hidden=both, positions=np.concatenate(parts, 1))
+    def then(self, hidden: np.ndarray, positions: np.ndarray | None) -> "_Past":
+        columns = self.columns + hidden.shape[1]
+        return replace(self, steps=(*self.steps, (hidden, positions, None)), columns=columns, rows=len(hidden))
+
+    def hidden(self) -> np.ndarray:
+        """[b, n, d]."""
+        return np.concatenate([hidden if rows is None else hidden[rows] for hidden, _, rows in self.steps], 1)
+
+    def positions(self) -> np.ndarray | None:
+        """[b, n] or [1, n]. Those that some steps lack are those of their columns; ``None`` where all do."""
+        if all(positions is None for _, positions, _ in self.steps):
+            return None
+        parts, column = [], self.first
+        for hidden, positions, rows in self.steps:
+            after = column + hidden.shape[1]
+            part = np.arange(column, after)[None] if positions is None else positions
+            parts.append(part if rows is None or len(part) == 1 else part[rows])
+            column = after
+        count = max(map(len, parts))
+        return np.concatenate([np.broadcast_to(part, (count, part.shape[1])) for part in parts], 1)
 
 
 class _Step:
@@ -241,8 +250,8 @@ class _Step:
 
     def _replay(self, leg: Leg, name: str) -> None:
         """Give a server the history, as the blocks before its own make it."""
-        session, history, mask = self.session, self.past.hidden, self.arrays["mask"]
-        assert history is not None
+        session, mask = self.session, self.arrays["mask"]
+        history, positions = self.past.hidden(), self.past.positions()
 
         def request(leg: Leg) -> Request:
             past = Request(
@@ -251,7 +260,7 @@ class _Step:
                 session._dtype,
                 history.shape[:2],
                 mask=None if mask is None else mask[:, : self.seen],
-                positions=self.past.positions,
+                positions=positions,
                 mode=session._mode,
                 identity=leg.replicas.identity,
             )
