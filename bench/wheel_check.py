@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PLATFORM = "manylinux_2_28"
 LARGEST = 5 * 2**20  # bytes
-TORCHES = ("2.10.0", "2.11.0")
+TORCHES = ("2.10.0", "2.11.0", "2.14.1")
 PROGRAM = """
 import torch, ptune_kernels
 from ptune_kernels import native

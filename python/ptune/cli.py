@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import signal
 import sys
 import threading
@@ -356,10 +357,9 @@ def serve_blocks(
         started = remote.serve_blocks(settings)
         started.wait()
         _print_servers(remote.status(started.name))
-        notes.print(
-            "Serving until interrupted"
-            + (", which ends the Ray cluster here, and its clients." if address is None else ".")
-        )
+        own = address is None and not os.environ.get("RAY_ADDRESS")
+        rest = ", which ends the Ray cluster here and its clients" if own else ""
+        notes.print(f"Serving until interrupted{rest}.", soft_wrap=True)
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # as service managers interrupt
         try:
             threading.Event().wait()
