@@ -98,6 +98,10 @@ class PromptBank:
         self._bare = Entry(self._heads.of_base(), PTuneConfig(), saved={})
         self._compiled = CompiledEntries(self._runner)
 
+    def __repr__(self) -> str:
+        base, mib = type(self._stock).__name__, self.compiled_bytes / 2**20
+        return f"PromptBank({base}; prompts: {', '.join(self.names) or 'none'}; compiled: {mib:.1f} MiB)"
+
     @property
     def names(self) -> list[str]:
         """The names of the prompts, in the order in which they were added."""

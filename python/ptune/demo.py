@@ -79,6 +79,8 @@ def run_demo(console: Console, seed: int = 0, budget: float = 1.0) -> None:
         tuned = _answer(question, base, console, seed, budget).base_model.state_dict()
         same = all(torch.equal(original[name], tuned[name]) for name in original.keys() & tuned.keys())
         console.print(f"The base's weights are {'bit for bit what they were' if same else '[bold red]CHANGED'}.")
+    next_one = "ptune train --model FOLDER_OR_NAME --task classification --data train.tsv --out prompts"
+    console.print(f"\nOn data of your own: {next_one}", soft_wrap=True)
 
 
 def _answer(question: Question, base: str, console: Console, seed: int, budget: float) -> Any:

@@ -1,6 +1,7 @@
 """Mixed batches of a `PromptBank` against each prompt alone."""
 
 import random
+import re
 import threading
 from pathlib import Path
 
@@ -318,6 +319,7 @@ def test_budget_drops_the_least_recently_used(base_of, tmp_path):
     bank.remove("p6")
     assert bank.compiled_bytes < 2 * size
     assert bank.names == [f"p{number}" for number in range(6)]
+    assert re.fullmatch(r"PromptBank\(Llama\w*; prompts: p0, p1, p2, p3, p4, p5; compiled: \d+\.\d MiB\)", repr(bank))
 
 
 def test_a_file_that_is_written_over_changes_nothing(base_of, tmp_path):
