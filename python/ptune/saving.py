@@ -31,7 +31,7 @@ class PromptSaving:
         `ptune.hub.upload`, ``repo_id`` among them. Prompts that FSDP2 has sharded are gathered, for which every process
         must call this.
         """
-        self._check_adapters()
+        self._check_adapters(beside=True)
         self._check_vocabulary()
         hub.write(folder, self._description(self.origin), self._own(self.state_dict()))
         if push_to_hub:
@@ -119,12 +119,19 @@ class PromptSaving:
             if push_to_hub:
                 hub.upload(save_directory, **kwargs)
 
-    def _check_adapters(self: Any) -> None:
-        if adapters := getattr(self, "peft_config", None):
+    def _check_adapters(self: Any, beside: bool = False) -> None:
+        """Raises `ValueError` for adapters that would be lost; ``beside``: but for those that PEFT's model saves."""
+        adapters = getattr(self, "peft_config", None)
+        if adapters and not (beside and not self._hf_peft_config_loaded):
             raise ValueError(
                 f"adapters: expected none, got {', '.join(adapters)}, which neither a folder of prompts nor "
-                "its base would hold; peft's get_peft_model(model, config) saves its own beside the prompts, and "
-                "delete_adapter takes one away"
+                "its base would hold; peft's get_peft_model(model, config) saves its own beside what save_prompts "
+                "writes, and delete_adapter takes one away"
+            )
+        if lost := sorted(set(self._head) - dict(self.named_parameters()).keys()):
+            raise ValueError(
+                f"head: expected {', '.join(lost)}, which the modules_to_save of an adapter have replaced; a config "
+                "without task_type leaves the head alone"
             )
 
     def _check_vocabulary(self: Any) -> None:

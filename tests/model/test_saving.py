@@ -149,6 +149,31 @@ def test_adapters_are_not_dropped(base_of, tmp_path):
     model.save_prompts(tmp_path / "folder")
 
 
+def test_prompts_are_saved_beside_an_adapter_of_peft(base_of, tmp_path):
+    """Which freezes them, and is saved by itself; a head that it wraps is its own."""
+    peft = pytest.importorskip("peft")
+    auto = ptune.AutoPTuneModelForSequenceClassification
+    model = base_of("llama").tuned(auto, num_labels=3, **settings_for("overwrite"))
+    both = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False))
+    for parameter in model.prompt_parameters():
+        parameter.requires_grad_()
+    ids = torch.randint(3, 61, (2, 5))
+    both(input_ids=ids, labels=torch.tensor([0, 2])).loss.backward()
+    assert all(parameter.grad.any() for parameter in model.prompt_parameters())
+    set_prompts(model, "overwrite")
+    expected = both.eval()(input_ids=ids).logits
+    both.save_pretrained(tmp_path / "adapter")
+    model.save_prompts(tmp_path / "prompts")
+    with pytest.raises(ValueError, match="adapters: expected none, got default"):
+        model.save_prefix(tmp_path / "prefix")  # whose keys and values are of the adapter
+    again = peft.PeftModel.from_pretrained(auto.from_pretrained(tmp_path / "prompts"), tmp_path / "adapter").eval()
+    assert torch.equal(again(input_ids=ids).logits, expected)
+    wrapped = base_of("llama").tuned(auto, num_labels=3, **settings_for("overwrite"))
+    peft.get_peft_model(wrapped, peft.LoraConfig(target_modules=["q_proj"], task_type="SEQ_CLS"))
+    with pytest.raises(ValueError, match=r"head: expected score\.weight, which the modules_to_save"):
+        wrapped.save_prompts(tmp_path / "wrapped")
+
+
 def test_a_base_without_a_name(tmp_path):
     model = ptune.AutoPTuneModel.from_config(FAMILIES["llama"].config(), **settings_for("shallow"))
     model.save_prompts(tmp_path)
