@@ -22,7 +22,6 @@ from .half_attention import CACHES, HALVES
 
 FORMAT_VERSION = 1
 CONFIG_NAME = "ptune_config.json"
-RECORD = "train.json"  # of the run that made the prompts (`ptune.runs`)
 WEIGHTS_NAME = "model.safetensors"  # Trainer's resume and best-model reload look for this name
 BASE_FOLDER = "base"
 PROMPTS = ("prompt_embeddings.weight", "intermediate_prompt_embeddings.weight")
@@ -187,14 +186,12 @@ def write(
 ) -> None:
     """Write both files, each whole or not at all; the config last, so that a folder which has one is complete.
 
-    The scores of a run, which would be those of other prompts then, are removed. Raises what `check_free` does, and
-    `ValueError` for labels that are neither text nor numbers.
+    Raises what `check_free` does, and `ValueError` for labels that are neither text nor numbers.
     """
     _check_labels(folder, config)
     if names[1] == WEIGHTS_NAME:
         check_free(folder)
     os.makedirs(folder, exist_ok=True)
-    Path(folder, RECORD).unlink(missing_ok=True)
     tensors = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in tensors.items()}
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     replace_file(Path(folder, names[1]), lambda path: save_file(tensors, path, metadata={"format": "pt"}))

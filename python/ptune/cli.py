@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import signal
 import sys
 import threading
@@ -353,11 +352,10 @@ def serve_blocks(
         if config is None and model is None:
             raise ValueError("--model: expected one, or --config")
         settings = remote.ServeConfig(**given) if config is None else remote.ServeConfig.read(config, **given)
-        remote.join(address)
+        own = remote.join(address)
         started = remote.serve_blocks(settings)
         started.wait()
         _print_servers(remote.status(started.name))
-        own = address is None and not os.environ.get("RAY_ADDRESS")
         rest = ", which ends the Ray cluster here and its clients" if own else ""
         notes.print(f"Serving until interrupted{rest}.", soft_wrap=True)
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # as service managers interrupt

@@ -22,10 +22,10 @@ from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import AutoConfig, PrinterCallback, TrainerCallback, TrainingArguments
 
 from .bank import PromptBank, check_name
-from .checkpoint import PROMPTS, RECORD, read_json, write_json
+from .checkpoint import PROMPTS, read_json, write_json
 from .data import Columns
 from .loading import check_base
-from .runs import CHECKPOINTS, Options, Run, prepare, remove_checkpoints
+from .runs import CHECKPOINTS, RECORD, Options, Run, prepare, remove_checkpoints
 from .tasks import IGNORED, Features
 from .train import BEGAN_WITH, EVALUATIONS, ResumableTrainer, evaluate, groups_of, line_of
 

@@ -26,16 +26,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from .anatomy import position_limit
 from .auto import MODELS
-from .checkpoint import (
-    RECORD,
-    WEIGHTS_NAME,
-    check_free,
-    fingerprint,
-    is_prompt_folder,
-    read_config,
-    read_json,
-    write_json,
-)
+from .checkpoint import WEIGHTS_NAME, check_free, fingerprint, is_prompt_folder, read_config, read_json, write_json
 from .data import Columns, DataError, hold_out
 from .loading import check_base
 from .plan import Plan
@@ -49,6 +40,7 @@ LEARNING_RATES = {None: HEAD_LEARNING_RATE, "ptune": 3e-2, "deep_ptune": 1e-2}
 EPOCHS = 3
 MIN_STEPS = 150
 MIN_ROOM = 8  # tokens of text beside the prompt
+RECORD = "train.json"
 RECORD_KEYS: dict[str, type | tuple[type, ...]] = {
     "task": str,
     "max_length": int,
@@ -153,6 +145,7 @@ class Run:
             "head_learning_rate": options.head_learning_rate,
             "seed": options.seed,
             "kept_step": best["step"],
+            "weights": _weights_in(options.out),
             "prefix_sharing": f"{'yes' if self.prefix_plan.path == 'prefix' else 'no'}: {self.prefix_plan.reason}",
             "metrics": {name: best[f"eval_{name}"] for name in ("loss", *self.task.metrics)},
             "log": log,
@@ -329,7 +322,15 @@ def read_record(folder: Path) -> dict[str, Any]:
             raise ValueError(f"{path}: damaged: it has no {name}, or one that `ptune train` does not write")
     if record["task"] not in TASKS:
         raise ValueError(f"{path}: task: expected one of {', '.join(TASKS)}, got {record['task']!r}")
+    if record.get("weights") not in (None, _weights_in(folder)):  # older runs did not say
+        raise ValueError(f"{path}: of a run whose prompts are no longer here: others were saved over them")
     return record
+
+
+def _weights_in(folder: Path) -> str | None:
+    """By which a run knows its prompts."""
+    file = folder / WEIGHTS_NAME
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
 
 
 def load_run(folder: Path, base_model: str | None = None) -> tuple[PreTrainedModel, Task]:

@@ -167,7 +167,7 @@ def test_no_cluster_is_joined_unasked(given, expected, monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     if given is not None:
         monkeypatch.setenv("RAY_ADDRESS", given)
-    remote.join()
+    assert remote.join() == (given is None)
     assert addresses == [expected]
 
 

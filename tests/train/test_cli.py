@@ -527,14 +527,15 @@ def test_prompts_saved_from_python_are_no_run(tiny_bert, tmp_path):
     assert "training" not in said
 
 
-def test_saving_over_a_run_leaves_none_of_its_scores(tiny_bert, tmp_path):
+def test_a_run_knows_its_prompts(tiny_bert, tmp_path):
     data, out = classification_file(tmp_path), tmp_path / "out"
     arguments = ["--model", tiny_bert, "--task", "classification", "--data", data, "--out", out]
     succeed("train", *arguments, "--steps", 1, "--tuning-mode", "ptune")
     assert "macro f1" in (said := succeed("info", out))
     assert "(overwrite)" not in said  # which a shallow prompt does not
     AutoPTuneModel.from_pretrained(tiny_bert, tuning_mode="ptune", pre_seq_len=2).save_prompts(out)
-    assert "macro f1" not in succeed("info", out)
+    for command in (["info", out], ["predict", out, "x"]):
+        assert "of a run whose prompts are no longer here" in ptune(*command).stderr
 
 
 def test_predict_reads_what_train_does(tiny_bert, tmp_path):

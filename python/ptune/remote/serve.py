@@ -200,20 +200,21 @@ def _warn_of_what_lacks(config: ServeConfig, count: int) -> None:
             )  # fmt: skip
 
 
-def join(address: str | None = None) -> None:
+def join(address: str | None = None) -> bool:
     """Join the Ray cluster at ``address``; nothing where one is joined.
 
     By default that of the environment (RAY_ADDRESS), or a new one on this machine. ``"auto"``: the one that runs here.
-    Raises `RemoteError` where there is none.
+    Returns whether it started one. Raises `RemoteError` where there is none.
     """
     if ray.is_initialized():
-        return
+        return False
     # without an address, Ray would join whatever cluster runs on this machine, and models would be sent there
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     try:
         ray.init(address=address, namespace=NAMESPACE, include_dashboard=False, log_to_driver=False)
     except ConnectionError as error:
         raise RemoteError(f"address: expected a Ray cluster at {address!r}, got {error}") from None
+    return address == "local"
 
 
 def connect(name: str, retries: Retries | None = None) -> Link:
