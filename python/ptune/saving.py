@@ -122,7 +122,7 @@ class PromptSaving:
     def _check_adapters(self: Any, beside: bool = False) -> None:
         """Raises `ValueError` for adapters that would be lost; ``beside``: but for those that PEFT's model saves."""
         adapters = getattr(self, "peft_config", None)
-        if adapters and not (beside and not self._hf_peft_config_loaded):
+        if adapters and (self._hf_peft_config_loaded or not beside):  # those of add_adapter
             raise ValueError(
                 f"adapters: expected none, got {', '.join(adapters)}, which neither a folder of prompts nor "
                 "its base would hold; peft's get_peft_model(model, config) saves its own beside what save_prompts "
