@@ -225,3 +225,11 @@ def test_initialising_leaves_no_trace(base_of):
     assert torch.equal(first[1], model.intermediate_prompt_embeddings.weight)
     assert [module.training for module in model.modules()][: len(training) - 2] == training[:-2]
     assert sum(len(block._forward_pre_hooks) for block in model.encoder.layer) == LAYERS
+
+
+def test_what_is_recorded_is_not_cached(base_of):
+    """A cache of blocks on servers would be a session, which these may be too small for."""
+    model, calls = base_of("llama").tuned(), []
+    model.base_model.register_forward_pre_hook(lambda body, args, kwargs: calls.append(kwargs), with_kwargs=True)
+    model.init_prompts(ptune.PTuneConfig(tuning_mode="deep_ptune", pre_seq_len=3))
+    assert calls[0]["use_cache"] is False

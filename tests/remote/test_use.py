@@ -44,11 +44,6 @@ def test_a_copy_has_prompts_of_its_own(far, folder_of):
         close(far(ids[:, 3:], past_key_values=cache).logits, before[:, 3:])
 
 
-def test_loading_deep_prompts_needs_no_session(far):
-    """Which a server may be too small for."""
-    assert not any(block.sessions for block in far._blocks)
-
-
 def test_it_cannot_be_pickled(far):
     with pytest.raises(TypeError, match=r"on servers cannot be pickled; save_prompts"):
         pickle.dumps(far)
