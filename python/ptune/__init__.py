@@ -9,9 +9,11 @@ if TYPE_CHECKING:
     from .auto import (
         AutoPTuneModel,
         AutoPTuneModelForCausalLM,
+        AutoPTuneModelForQuestionAnswering,
         AutoPTuneModelForSeq2SeqLM,
         AutoPTuneModelForSequenceClassification,
         AutoPTuneModelForTokenClassification,
+        with_prompts,
     )
     from .bank import PromptBank
     from .config import PTuneConfig
@@ -42,6 +44,7 @@ else:
 __all__ = [
     "AutoPTuneModel",
     "AutoPTuneModelForCausalLM",
+    "AutoPTuneModelForQuestionAnswering",
     "AutoPTuneModelForSeq2SeqLM",
     "AutoPTuneModelForSequenceClassification",
     "AutoPTuneModelForTokenClassification",
@@ -51,4 +54,5 @@ __all__ = [
     "__version__",
     "hybrid",
     "precision",
+    "with_prompts",
 ]

@@ -1,15 +1,17 @@
-"""Prompts on whatever model class a checkpoint is of."""
+"""Prompts on whatever model class a checkpoint, or a model in memory, is of."""
 
 import copy
 import os
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import transformers
 
 from .config import PTuneConfig, take_settings
 from .half_attention import hybrid
-from .loading import check_keywords, load_model, take_dtypes
+from .loading import check_keywords, fresh_head, load_model, origin_in_memory, take_dtypes
 from .models import ptune_class
+from .twin import check_stock, prompted_twin
 
 
 class AutoPTuneModel:
@@ -55,7 +57,7 @@ class AutoPTuneModel:
         dtypes = take_dtypes(kwargs)
         model = cls._loader.from_config(config, **kwargs)
         model.__class__ = ptune_class(type(model))
-        model.adopt(model.fresh_head())
+        model.adopt(fresh_head(model))
         hybrid(model, **{"attn_dtype": None} | dtypes)
         model.init_prompts(PTuneConfig(**settings), tokenizer)
         return model
@@ -79,10 +81,56 @@ class AutoPTuneModelForTokenClassification(AutoPTuneModel):
     _loader = transformers.AutoModelForTokenClassification
 
 
+class AutoPTuneModelForQuestionAnswering(AutoPTuneModel):
+    """Extractive question answering with prompts (transformers' ``AutoModelForQuestionAnswering``)."""
+
+    _loader = transformers.AutoModelForQuestionAnswering
+
+
 class AutoPTuneModelForSeq2SeqLM(AutoPTuneModel):
     """Generation by an encoder-decoder with prompts in its encoder (transformers' ``AutoModelForSeq2SeqLM``)."""
 
     _loader = transformers.AutoModelForSeq2SeqLM
+
+
+def with_prompts(base: Any, config: Any = None, *, head: Iterable[str] | None = None, tokenizer: Any = None) -> Any:
+    """A model with prompts on the weights of ``base``, a stock transformers model that is loaded already.
+
+    The weights are the same memory, and ``base`` itself stays as it is: it runs without prompts, and further models can
+    be made of it. A head that trains is the new model's own copy.
+
+    Args:
+        config: a `PTuneConfig`, or a transformers config that bears its fields; by default the base's own. Without
+            prompts in it the head trains alone, until ``load_prompts`` brings others.
+        head: names of what trains beside the prompts, parameters or modules that hold them. By default all that is
+            outside the body; nothing in a model that predicts words.
+        tokenizer: reads a ``prompt_init_text`` of strings; by default the one saved with the base.
+
+    Raises what `AutoPTuneModel.from_pretrained` does, `TypeError` for what is no stock transformers model, and
+    `ValueError` for names in ``head`` that it does not have. A base that is moved to another dtype or device
+    afterwards leaves the model where it was.
+    """
+    check_stock(base)
+    settings = PTuneConfig.of(base.config if config is None else config)
+    if head is None:
+        names = fresh_head(base) if base.get_output_embeddings() is None else []
+    else:
+        names = _parameters_of(base, head)
+    model = prompted_twin(base, names)
+    model.origin = origin_in_memory(base.config)
+    model.init_prompts(settings, tokenizer)
+    return model
+
+
+def _parameters_of(base: Any, names: Iterable[str]) -> list[str]:
+    """The parameters that ``names`` name, or that are in the modules that they name."""
+    own, found = [name for name, _ in base.named_parameters()], []
+    for wanted in names:
+        its = [name for name in own if name == wanted or name.startswith(f"{wanted}.")]
+        if not its:
+            raise ValueError(f"head: expected parameters of {type(base).__name__}, or modules of it, got {wanted!r}")
+        found += its
+    return found
 
 
 MODELS = {

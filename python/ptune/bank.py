@@ -9,23 +9,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from . import checkpoint, hub
 from .attention import Prefix
-from .config import PTuneConfig, take_settings
+from .config import PTuneConfig
 from .entry import CompiledEntries, Entry
 from .fit import check_compiled
 from .heads import Head, Heads
 from .layout import first_column, ones_and_zeros
 from .likeness import warn_of_other_weights
 from .loading import base_inside
-from .mixin import PTuneMixin
 from .mixture import Mixture, Overwriting, mixing
-from .models import ptune_class
 from .plan import Plan
 from .quantised import rounds_by_batch
-from .twin import twin_of
+from .twin import check_stock, prompted_twin, twin_of
 
 _NAME = re.compile(r"\w[\w.-]{0,99}")
 
@@ -85,7 +82,7 @@ class PromptBank:
         self._lock = threading.RLock()
         self._entries: dict[str, Entry] = {}
         self._plans: dict[tuple[Any, ...], Plan] = {}
-        self._runner = _with_prompts(self._stock)
+        self._runner = prompted_twin(self._stock)
         try:
             self._runner.init_prompts(PTuneConfig(tuning_mode="deep_ptune", pre_seq_len=1))
         except NotImplementedError:  # it has no list of blocks, so prompts are shallow
@@ -265,7 +262,7 @@ class PromptBank:
             return self._runner.prefix_plan
         kind = settings.tuning_mode, settings.deep and settings.deep_prompt_mode
         if kind not in self._plans:
-            planner = _with_prompts(self._stock)
+            planner = prompted_twin(self._stock)
             names = ("tuning_mode", "pre_seq_len", "deep_prompt_mode")
             planner.init_prompts(PTuneConfig(**{name: getattr(settings, name) for name in names}))
             self._plans[kind] = planner.prefix_plan
@@ -384,7 +381,7 @@ def _check_labels(labels: Any, rows_of: Mapping[Any, list[int]], heads: Mapping[
         if name not in rows_of:
             raise ValueError(f"labels: expected names that the batch has, got {name!r}")
         if not heads[name].takes_labels:
-            raise ValueError(f"labels: expected none for {name!r}, for {heads[name].model_class.__name__} has no head")
+            raise ValueError(f"labels: expected none for {name!r}, as {heads[name].model_class.__name__} takes none")
         if getattr(heads[name].model.config, "output_router_logits", False) and heads[name].model.can_generate():
             raise NotImplementedError(
                 "labels: the loss of routers (output_router_logits=True) is of all rows, and not of one task's"
@@ -418,24 +415,13 @@ def _pooled(
 
 
 def _check_base(base: Any) -> None:
-    if isinstance(base, PTuneMixin) or not isinstance(base, PreTrainedModel):
-        raise TypeError(f"base: expected a stock transformers model, got {type(base).__name__}")
+    check_stock(base)
     if base.config.is_encoder_decoder:
         raise NotImplementedError(
             f"base: expected an encoder or a decoder, got the encoder-decoder {type(base).__name__}"
         )
-    if len(set(getattr(base, "hf_device_map", {}).values())) > 1:
-        raise NotImplementedError("base: expected a model on one device, got one spread over several")
     if rounds_by_batch(base.config):
         raise NotImplementedError(
             "base: LLM.int8 chooses the columns that it rounds over all rows of a batch, so that a row would depend on "
             "the others; load it with llm_int8_threshold=0, or in 4 bits"
         )
-
-
-def _with_prompts(stock: Any) -> Any:
-    model = twin_of(stock)
-    take_settings(model.config)
-    model.__class__ = ptune_class(type(model))
-    model.adopt([])
-    return model

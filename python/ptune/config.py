@@ -80,6 +80,8 @@ class PTuneConfig:
         """``config`` itself, or the settings that were put on a transformers config as attributes of these names."""
         if isinstance(config, cls):
             return config
+        if not hasattr(config, "model_type"):
+            raise TypeError(f"config: expected a PTuneConfig or a transformers config, got {type(config).__name__}")
         return cls(**settings_on(config))
 
 

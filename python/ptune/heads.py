@@ -1,6 +1,7 @@
 """Task heads apart from their body: each is given the states that a body, run for many tasks at once, had for it."""
 
 import copy
+import inspect
 import threading
 from dataclasses import dataclass
 from typing import Any
@@ -118,8 +119,8 @@ class Head:
 
     @property
     def takes_labels(self) -> bool:
-        """Whether the model class has a loss: a body alone has none."""
-        return not isinstance(self.model, _States)
+        """Whether the model class has a loss, and one of ``labels``: that of answers is of two columns."""
+        return "labels" in inspect.signature(self.model_class.forward).parameters
 
     def own(self) -> dict[str, nn.Parameter]:
         """The task's own parameters, by the names that its folder has."""

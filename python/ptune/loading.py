@@ -50,6 +50,18 @@ def origin_of(config: Any) -> Origin:
     return Origin(config.name_or_path, checkpoint.base_config(config))
 
 
+def origin_in_memory(config: Any) -> Origin:
+    """The origin of a base that was loaded by others: what was changed of its own config, where that is at hand."""
+    if not (name := config.name_or_path):
+        return origin_of(config)
+    name = _absolute(name)
+    try:
+        own = AutoConfig.from_pretrained(name, local_files_only=True)
+    except (OSError, ValueError):  # it has moved, or its code is not trusted here
+        own = config
+    return _origin(name, config, own)
+
+
 def tokenizer_of(name: str, **options: Any) -> Any:
     """The tokenizer saved with a base, fetched with transformers' ``options`` for the hub."""
     if not name:
@@ -73,7 +85,8 @@ def load_model(
     class afterwards.
     """
     if not isinstance(path, str | os.PathLike):
-        raise TypeError(f"expected the name or folder of a base or of prompts, got {type(path).__name__}")
+        hint = "; ptune.with_prompts takes a model that is loaded already" if isinstance(path, nn.Module) else ""
+        raise TypeError(f"expected the name or folder of a base or of prompts, got {type(path).__name__}{hint}")
     settings, halves = take_settings(kwargs), take_dtypes(kwargs)
     found = hub.download(path, **{name: kwargs[name] for name in hub.OPTIONS if name in kwargs})
     if found is not None:
@@ -181,6 +194,14 @@ def _check_whole(base: str, model: Any, missing: set[str]) -> None:
         )
 
 
+def fresh_head(model: Any) -> list[str]:
+    """The head of a model made without a checkpoint: all outside the body, but for the table of output words."""
+    inside = {id(p) for p in model.base_model.parameters()}
+    if (output := model.get_output_embeddings()) is not None:
+        inside |= {id(p) for p in output.parameters()}
+    return [name for name, parameter in model.named_parameters() if id(parameter) not in inside]
+
+
 def _body_of(model: Any) -> set[str]:
     """The names of what is no head; the pooler, which some models have in the body, is of the task."""
     inside = {id(its) for name, its in model.base_model.named_parameters() if "pooler" not in name.split(".")}
@@ -211,7 +232,11 @@ def _base_of(path: Any, saved: dict[str, Any] | None, base_model: Any) -> str:
             )
         if (inside := base_inside(path, saved)) is not None:
             base = inside
-    # absolute, so that what is saved can be found from another directory
+    return _absolute(base)
+
+
+def _absolute(base: Any) -> str:
+    """A folder's path that is good from another directory too, where prompts may be saved; or a name on the hub."""
     return os.path.abspath(base) if os.path.isdir(base) else os.fspath(base)
 
 

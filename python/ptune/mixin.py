@@ -20,13 +20,15 @@ from .config import PTuneConfig, take_settings
 from .dropout import FrozenDropout
 from .hooks import PromptHooks
 from .initialise import initial_prompts, tokenise_with
-from .loading import load_model, origin_of, tokenizer_of
+from .loading import fresh_head, load_model, origin_of, tokenizer_of
 from .mixture import current_mixture
 from .plan import Plan, make_plan, obstacle
 from .quantised import is_quantised, prepare, unquantised_head
 from .saving import PromptSaving
 from .seq2seq import EncoderHooks
 from .support import check_base
+
+BORROWED = "is_another_models_memory"  # so marked are parameters that must not be written to
 
 
 class PTuneMixin(PromptSaving):
@@ -49,7 +51,7 @@ class PTuneMixin(PromptSaving):
         config = copy.deepcopy(config)
         settings = take_settings(config)
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        self.adopt(self.fresh_head())
+        self.adopt(fresh_head(self))
         self.init_prompts(PTuneConfig(**settings))
 
     @classmethod
@@ -186,6 +188,7 @@ class PTuneMixin(PromptSaving):
             self._old_forward = type(self).forward.__get__(self)
         self._set_head(head)
         self._cast_to_head()
+        self._checkpoint_with_call()
 
     def _install(
         self: Any,
@@ -260,18 +263,12 @@ class PTuneMixin(PromptSaving):
         finally:
             self._disabled = disabled
 
-    def fresh_head(self: Any) -> list[str]:
-        """The head of a model made without a checkpoint: all outside the body, but for the table of output words."""
-        inside = {id(p) for p in self.base_model.parameters()}
-        if (output := self.get_output_embeddings()) is not None:
-            inside |= {id(p) for p in output.parameters()}
-        return [name for name, parameter in self.named_parameters() if id(parameter) not in inside]
-
     def _set_head(self: Any, names: Iterable[str]) -> None:
         parameters = dict(self.named_parameters())
         self._head = sorted(name for name in names if name in parameters)  # a tied weight goes by its first name alone
         for name in self._head:
-            parameters[name].data = parameters[name].data.float()
+            parameter = parameters[name]
+            parameter.data = parameter.data.to(torch.float32, copy=parameter.__dict__.pop(BORROWED, False))
 
     def _cast_to_head(self: Any) -> None:
         """Let float32 head modules take what a half-precision body gives, and give it to those that stayed half."""
@@ -305,6 +302,9 @@ class PTuneMixin(PromptSaving):
 
     def _set_gradient_checkpointing(self: Any, *args: Any, **kwargs: Any) -> None:
         super()._set_gradient_checkpointing(*args, **kwargs)  # type: ignore[misc]
+        self._checkpoint_with_call()
+
+    def _checkpoint_with_call(self: Any) -> None:
         for module in self.modules():
             checkpoint_with = vars(module).get("_gradient_checkpointing_func")
             if checkpoint_with is not None and not isinstance(checkpoint_with, CheckpointWithCall):

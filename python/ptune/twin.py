@@ -1,10 +1,32 @@
-"""A second model on the weights of a base, which a bank may change while the base stays as it is."""
+"""A second model on the weights of a base, which may be changed while the base stays as it is."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .config import take_settings
+from .mixin import BORROWED, PTuneMixin
+from .models import ptune_class
+
+
+def check_stock(base: Any) -> None:
+    """Raises `TypeError` or `NotImplementedError` for what can have no twin."""
+    if isinstance(base, PTuneMixin) or not isinstance(base, PreTrainedModel):
+        raise TypeError(f"base: expected a stock transformers model, got {type(base).__name__}")
+    if len(set(getattr(base, "hf_device_map", {}).values())) > 1:
+        raise NotImplementedError("base: expected a model on one device, got one spread over several")
+
+
+def prompted_twin(base: Any, head: Iterable[str] = ()) -> Any:
+    """A twin that can bear prompts, and has none yet."""
+    twin = twin_of(base)
+    take_settings(twin.config)
+    twin.__class__ = ptune_class(type(twin))
+    twin.adopt(head)
+    return twin
 
 
 def twin_of(base: Any) -> Any:
@@ -22,9 +44,11 @@ def twin_of(base: Any) -> Any:
 def _sharing_memory(parameter: Any) -> nn.Parameter:
     """A frozen parameter of the same values, in the same memory."""
     if not hasattr(parameter, "SCB"):
-        return nn.Parameter(parameter.detach(), requires_grad=False)
-    # LLM.int8's scales are on the parameter until its module takes them
-    return type(parameter)(parameter.data, requires_grad=False, CB=parameter.CB, SCB=parameter.SCB)
+        shared = nn.Parameter(parameter.detach(), requires_grad=False)
+    else:  # LLM.int8's scales are on the parameter until its module takes them
+        shared = type(parameter)(parameter.data, requires_grad=False, CB=parameter.CB, SCB=parameter.SCB)
+    setattr(shared, BORROWED, True)
+    return shared
 
 
 def _taken_scales(model: Any) -> Iterator[Tensor]:

@@ -229,10 +229,18 @@ class TestRefusals:
         with pytest.raises(NotImplementedError, match=r"labels: the loss of routers \(output_router_logits=True\)"):
             bank(ids, mask, prompt_names=["a", "a"], labels={"a": ids})
 
-    def test_labels_without_a_head(self, base_of):
-        ids = torch.randint(3, VOCABULARY, (2, 5))
-        with pytest.raises(ValueError, match="labels: expected none for None, for BertModel has no head"):
-            bank_of(base_of("bert"))(ids, prompt_names=[None, None], labels={None: ids})
+    def test_labels_that_the_model_class_does_not_take(self, base_of, tmp_path):
+        base, ids = base_of("bert"), torch.randint(3, VOCABULARY, (2, 5))
+        model = base.tuned(ptune.AutoPTuneModelForQuestionAnswering, **KINDS["overwrite"])
+        model.save_prompts(tmp_path)
+        bank = bank_of(base)
+        bank.add("answers", tmp_path)
+        with pytest.raises(ValueError, match="labels: expected none for None, as BertModel takes none"):
+            bank(ids, prompt_names=[None, None], labels={None: ids})
+        with pytest.raises(ValueError, match="for 'answers', as BertForQuestionAnswering takes none"):
+            bank(ids, prompt_names=["answers", None], labels={"answers": ids[:1]})
+        output = bank(ids, prompt_names=["answers", None]).tasks["answers"].output
+        close(output.end_logits, model(ids[:1]).end_logits)
 
     def test_names_may_be_an_iterator(self, bank):
         ids, names = torch.randint(3, VOCABULARY, (3, 5)), ["a", None, "a"]

@@ -190,6 +190,37 @@ def test_token_classification(base_of, name, mode, padding):
     close(output.loss, cross_entropy(torch.cat([head(row) for row in rows]), labels[mask.bool()]))
 
 
+@pytest.mark.parametrize("padding", ["right", "left"])
+@pytest.mark.parametrize("mode", ["shallow", "overwrite"])
+@pytest.mark.parametrize("name", ["bert", "roberta", "modernbert", "distilbert", "gpt2"])
+def test_question_answering(base_of, tmp_path, name, mode, padding):
+    """Starts and ends of answers are columns of the text, whatever stands before it."""
+    base = base_of(name)
+    model = base.tuned(ptune.AutoPTuneModelForQuestionAnswering, **settings_for(mode))
+    prompt, texts = set_prompts(model, mode), texts_for(padding)
+    ids, mask = pad(texts, padding, model.config.pad_token_id or 0)
+    spans = torch.stack([mask[i].nonzero()[:, 0][torch.randint(len(text), (2,))] for i, text in enumerate(texts)])
+    output = model(input_ids=ids, attention_mask=mask, start_positions=spans[:, 0], end_positions=spans[:, 1])
+    stock = base.stock()
+    rows = [run_row(stock, base.family.blocks(stock), prompt, text).states[-1] for text in texts]
+    if name == "modernbert":
+        rows = [model.head(row) for row in rows]
+    head = model.classifier if name == "modernbert" else model.qa_outputs
+    for kind, got in enumerate((output.start_logits, output.end_logits)):
+        for logits, row in zip(real(got, mask), rows, strict=True):
+            close(logits, head(row)[:, kind])
+    assert output.start_logits.shape == ids.shape
+    close(
+        output.loss,
+        (cross_entropy(output.start_logits, spans[:, 0]) + cross_entropy(output.end_logits, spans[:, 1])) / 2,
+    )
+    trained = {name for name, p in model.named_parameters() if p.requires_grad and "prompt" not in name}
+    assert trained == {name for name, p in model.named_parameters() if any(p is its for its in head.parameters())}
+    model.save_prompts(tmp_path)
+    loaded = ptune.AutoPTuneModelForQuestionAnswering.from_pretrained(tmp_path)
+    assert torch.equal(loaded(input_ids=ids, attention_mask=mask).end_logits, output.end_logits)
+
+
 @pytest.mark.parametrize("mode", [None, "shallow"])
 @pytest.mark.parametrize("name", ["llama", "bert", "roberta", "modernbert"])
 def test_only_prompts_and_what_the_checkpoint_lacked_train(base_of, name, mode):

@@ -352,3 +352,22 @@ def test_folders_that_were_tampered_with(base_of, tmp_path, change, error):
     (tmp_path / CONFIG_NAME).write_text(json.dumps(config))
     with pytest.raises(ValueError, match=error):
         ptune.AutoPTuneModel.from_pretrained(tmp_path, device_map="cpu")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_on_a_base_in_memory(base_of, backend):
+    """As on one that is loaded with them; and the base's own bits and outputs stay."""
+    base, ids = base_of("llama"), torch.randint(3, 61, (2, 6))
+    given = quantised(backend)
+    stock = base.stock(transformers.AutoModelForSequenceClassification, **given, num_labels=3, pad_token_id=0)
+    before = bits(stock)
+    model = ptune.with_prompts(stock, ptune.PTuneConfig(**settings_for("overwrite"))).train()
+    loaded = base.tuned(ptune.AutoPTuneModelForSequenceClassification, **given, num_labels=3, **settings_for("shallow"))
+    set_prompts(loaded, "overwrite")
+    model.load_state_dict({name: loaded.get_parameter(name) for name in model._own_names()}, strict=False)
+    output = model(ids, labels=torch.tensor([0, 2]))
+    assert torch.equal(output.logits, loaded.train()(ids).logits)
+    output.loss.backward()
+    assert all(parameter.grad.abs().max() > 0 for parameter in model.prompt_parameters())
+    assert model.score.weight.grad.abs().max() > 0
+    assert same_bits(bits(stock), before)
