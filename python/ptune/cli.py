@@ -207,21 +207,27 @@ def evaluate(
     prompt_column: PromptColumn = None,
     completion_column: CompletionColumn = None,
     base_model: BaseModel = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Write one JSON object in place of tables.")] = False,
 ) -> None:
-    """Score a tuned model on labelled data."""
+    """Score a tuned model on labelled data, as a whole and by label."""
     with _one_line_errors():
         _quieten()
         from .data import Columns
         from .runs import check_columns, check_labels, load_run
-        from .train import evaluate as score
+        from .train import report
 
         model, task = load_run(folder, base_model)
         columns = Columns(text_column, label_column, prompt_column, completion_column)
         check_columns(type(task), columns)
         examples = task.read(data, columns)
         check_labels(type(task), examples, task.labels, data)
-        scores = score(model, task, examples)
+        scores, by_label = report(model, task, examples)
+    if as_json:
+        typer.echo(json.dumps({"examples": len(examples), **scores, "by_label": by_label}, ensure_ascii=False))
+        return
     _print_metrics(scores, f"{folder}, on {len(examples)} examples of {data}")
+    if by_label:
+        _print_by_label(by_label)
 
 
 @app.command()
@@ -375,6 +381,8 @@ def remote_status(
         _quieten()
         from . import remote
 
+        if address != "auto":
+            _say(f"Looking for a Ray cluster at {address} (a minute, if there is none).")
         remote.join(address)
         rows = remote.status(name)
         if not rows:
@@ -457,4 +465,15 @@ def _print_metrics(metrics: dict[str, float], title: str) -> None:
     table.add_column("value", justify="right")
     for name, value in metrics.items():
         table.add_row(name.replace("_", " "), f"{value:.4f}")
+    results.print(table)
+
+
+def _print_by_label(by_label: dict[str, dict[str, float]]) -> None:
+    table = Table()
+    table.add_column("label")
+    for name in ("precision", "recall", "f1", "examples"):
+        table.add_column(name, justify="right")
+    for label, scores in by_label.items():
+        *rates, count = scores.values()
+        table.add_row(escape(label), *(f"{rate:.4f}" for rate in rates), str(count))
     results.print(table)

@@ -13,10 +13,11 @@ from collections.abc import Hashable, Iterator, Sequence
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
+from statistics import mean
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
-from seqeval.metrics import f1_score, precision_score, recall_score
+from seqeval.metrics import classification_report, f1_score, precision_score, recall_score
 from seqeval.metrics.sequence_labeling import get_entities
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -37,11 +38,27 @@ def accuracy(gold: Sequence[str], predicted: Sequence[str]) -> float:
     return sum(g == p for g, p in zip(gold, predicted, strict=True)) / len(gold)
 
 
+def scores_by_label(gold: Sequence[str], predicted: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Precision, recall and F1 of each class that stands in `gold` or `predicted`, and its `examples` in `gold`.
+
+    A precision of nothing predicted, or a recall of no example, is 0.
+    """
+    hits = Counter(g for g, p in zip(gold, predicted, strict=True) if g == p)
+    there, said = Counter(gold), Counter(predicted)
+    return {
+        label: {
+            "precision": hits[label] / max(1, said[label]),
+            "recall": hits[label] / max(1, there[label]),
+            "f1": 2 * hits[label] / (there[label] + said[label]),
+            "examples": there[label],
+        }
+        for label in sorted(there | said)
+    }
+
+
 def macro_f1(gold: Sequence[str], predicted: Sequence[str]) -> float:
     """The plain mean of each class's F1, over the classes that stand in `gold` or `predicted`."""
-    hits = Counter(g for g, p in zip(gold, predicted, strict=True) if g == p)
-    size = Counter(gold) + Counter(predicted)
-    return sum(2 * hits[label] / count for label, count in size.items()) / len(size)
+    return mean(scores["f1"] for scores in scores_by_label(gold, predicted).values())
 
 
 class Task(ABC, Generic[Example]):
@@ -105,6 +122,12 @@ class Task(ABC, Generic[Example]):
     @abstractmethod
     def score(self, examples: Sequence[Example], features: Sequence[Features], reduced: Any) -> dict[str, float]:
         """The metrics of an evaluation set; `reduced` [len(examples), …] is padded with IGNORED."""
+
+    def score_by_label(
+        self, examples: Sequence[Example], features: Sequence[Features], reduced: Any
+    ) -> dict[str, dict[str, float]]:
+        """Precision, recall, F1 and number of each label, or type of entity; none in generation."""
+        return {}
 
     @abstractmethod
     def predict(self, model: PreTrainedModel, texts: Sequence[str], **options: Any) -> Iterator[dict[str, Any]]:
@@ -178,9 +201,16 @@ class Classification(Task[Labelled]):
         return torch.tensor(labels).squeeze(1)
 
     def score(self, examples: Sequence[Labelled], features: Sequence[Features], reduced: Any) -> dict[str, float]:
-        gold = [example.label for example in examples]
-        predicted = [self.labels[index] for index in reduced]
+        gold, predicted = self._both(examples, reduced)
         return {"accuracy": accuracy(gold, predicted), "macro_f1": macro_f1(gold, predicted)}
+
+    def score_by_label(
+        self, examples: Sequence[Labelled], features: Sequence[Features], reduced: Any
+    ) -> dict[str, dict[str, float]]:
+        return scores_by_label(*self._both(examples, reduced))
+
+    def _both(self, examples: Sequence[Labelled], reduced: Any) -> tuple[list[str], list[str]]:
+        return [example.label for example in examples], [self.labels[index] for index in reduced]
 
     def predict(self, model: PreTrainedModel, texts: Sequence[str], **options: Any) -> Iterator[dict[str, Any]]:
         logits = self._logits(model, [self._encode_text(text) for text in texts])
@@ -242,12 +272,27 @@ class Tagging(Task[Tagged]):
         return torch.cat([_summed_loss(logits, labels), logits.argmax(-1)], 1)
 
     def score(self, examples: Sequence[Tagged], features: Sequence[Features], reduced: Any) -> dict[str, float]:
-        gold = [list(example.tags) for example in examples]
-        ids = reduced[:, 2:].astype(int)
-        predicted = [self._tags(feature, row) for feature, row in zip(features, ids, strict=True)]
+        gold, predicted = self._both(examples, features, reduced)
         scores = (f1_score, precision_score, recall_score)
         values = [float(score(gold, predicted, zero_division=0)) for score in scores]
         return {"loss": _mean_loss(reduced)} | dict(zip(self.metrics, values, strict=True))
+
+    def score_by_label(
+        self, examples: Sequence[Tagged], features: Sequence[Features], reduced: Any
+    ) -> dict[str, dict[str, float]]:
+        gold, predicted = self._both(examples, features, reduced)
+        if not any(map(get_entities, gold + predicted)):
+            return {}  # of which there is no report
+        *kinds, _, _, _ = classification_report(gold, predicted, output_dict=True, zero_division=0).items()
+        names = {"precision": "precision", "recall": "recall", "f1": "f1-score", "examples": "support"}
+        return {kind: {name: scores[its].item() for name, its in names.items()} for kind, scores in kinds}
+
+    def _both(
+        self, examples: Sequence[Tagged], features: Sequence[Features], reduced: Any
+    ) -> tuple[list[list[str]], list[list[str]]]:
+        ids = reduced[:, 2:].astype(int)
+        predicted = [self._tags(feature, row) for feature, row in zip(features, ids, strict=True)]
+        return [list(example.tags) for example in examples], predicted
 
     def predict(self, model: PreTrainedModel, texts: Sequence[str], **options: Any) -> Iterator[dict[str, Any]]:
         sentences = [text.split() for text in texts]

@@ -100,6 +100,7 @@ class ResumableTrainer(Trainer):
 
 class _Trainer(ResumableTrainer):
     began_with: dict[str, Any] | None = None
+    evaluation: Sequence[Any] = ()  # the examples, in the order of ``eval_dataset``
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
@@ -174,6 +175,7 @@ def _trainer(
         ),
     )
     trainer.remove_callback(PrinterCallback)
+    trainer.evaluation = examples
     return trainer
 
 
@@ -283,6 +285,23 @@ def _random_state_kept() -> Iterator[None]:
 
 def evaluate(model: torch.nn.Module, task: Task, examples: Sequence[Any]) -> dict[str, float]:
     """The task's metrics of `model` on `examples`, and `loss`."""
+    return report(model, task, examples)[0]
+
+
+def report(
+    model: torch.nn.Module, task: Task, examples: Sequence[Any]
+) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """What `evaluate` says, and the scores of each label (see `Task.score_by_label`)."""
+    reduced: list[Any] = []
     with tempfile.TemporaryDirectory() as scratch, _random_state_kept():
-        scores = _trainer(model, task, [], examples, True, output_dir=scratch).evaluate()
-    return {name: scores[f"eval_{name}"] for name in ("loss", *task.metrics)}
+        trainer: Any = _trainer(model, task, [], examples, True, output_dir=scratch)
+        metrics = trainer.compute_metrics
+
+        def keep(prediction: EvalPrediction) -> dict[str, float]:
+            reduced.append(prediction.predictions)
+            return metrics(prediction)
+
+        trainer.compute_metrics = keep
+        scores = trainer.evaluate()
+    by_label = task.score_by_label(trainer.evaluation, trainer.eval_dataset, *reduced)
+    return {name: scores[f"eval_{name}"] for name in ("loss", *task.metrics)}, by_label

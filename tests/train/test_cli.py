@@ -19,6 +19,7 @@ from ptune import AutoPTuneModel
 from ptune.cli import app
 from ptune.data import hold_out
 from ptune.runs import Run
+from ptune.tasks import scores_by_label
 
 from .commands import (
     FILES,
@@ -70,6 +71,27 @@ def test_classification_round_trip(tiny_bert, tmp_path):
     assert "prefix sharing yes: prompt rows never read the text" in shown
 
 
+def test_scores_by_label(tiny_bert, tmp_path):
+    """Those of what `ptune predict` says, on data of which a part is labelled wrongly, and one label is rare."""
+    out, data = tmp_path / "out", tmp_path / "wrong.jsonl"
+    train, shared = classification_file(tmp_path), ["--model", tiny_bert, "--task", "classification", "--out", out]
+    succeed("train", *shared, "--data", train, "--steps", 60)
+    rows = [
+        (" ".join(["good" if i % 5 else "bad", *words]), "no" if i % 3 else "yes")
+        for i, words in enumerate(sentences(31, 2))
+    ]
+    data.write_text("\n".join(json.dumps({"text": text, "label": label}) for text, label in rows))
+    answers = [json.loads(line)["label"] for line in succeed("predict", out, "--file", data).splitlines()]
+    scores = json.loads(succeed("eval", out, "--data", data, "--json"))
+    assert scores["examples"] == 31
+    assert scores["by_label"] == scores_by_label([label for _, label in rows], answers)
+    assert scores["macro_f1"] == pytest.approx(sum(its["f1"] for its in scores["by_label"].values()) / 2)
+    shown = re.findall(r"[\w.]+", succeed("eval", out, "--data", data))
+    for label, (*rates, count) in ((label, its.values()) for label, its in scores["by_label"].items()):
+        start = shown.index(label)
+        assert shown[start : start + 5] == [label, *(f"{rate:.4f}" for rate in rates), str(count)]
+
+
 @pytest.mark.parametrize("mode", ["ptune", "deep_ptune"])
 def test_tagging_round_trip(tiny_bert, tmp_path, mode):
     out = tmp_path / "out"
@@ -86,6 +108,12 @@ def test_tagging_round_trip(tiny_bert, tmp_path, mode):
     answer = json.loads(succeed("predict", out, "--file", "-", text="Ann is in Rome"))
     assert answer["tags"] == ["B-person", "O", "O", "B-place"]
     assert answer["entities"][1] == {"type": "place", "text": "Rome", "first_word": 3, "last_word": 3}
+    data = tmp_path / "wrong.conll"
+    data.write_text("Ann\tB-person\nin\tO\nRome\tB-person\n\nBob\tO\nOslo\tB-place\n")
+    assert json.loads(succeed("eval", out, "--data", data, "--json"))["by_label"] == {
+        "person": {"precision": 0.5, "recall": 0.5, "f1": 0.5, "examples": 2},
+        "place": {"precision": 0.5, "recall": 1.0, "f1": pytest.approx(2 / 3), "examples": 1},
+    }
 
 
 def test_a_head_alone(tiny_bert, tmp_path):

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ptune import AutoPTuneModelForCausalLM, AutoPTuneModelForSeq2SeqLM
 from ptune.data import Labelled, Passage, Tagged
-from ptune.tasks import IGNORED, Classification, Generation, Seq2Seq, Tagging, accuracy, macro_f1
+from ptune.tasks import IGNORED, Classification, Generation, Seq2Seq, Tagging, accuracy, macro_f1, scores_by_label
 
 from .tiny import SPECIAL, WORDS, word_tokenizer
 
@@ -31,11 +31,17 @@ def test_accuracy_and_macro_f1_by_hand():
     assert macro_f1(gold, predicted) == pytest.approx((4 / 5 + 2 / 4 + 0 + 0) / 4)
 
 
-def test_macro_f1_equals_scikit_learn():
+def test_scores_by_label_equal_scikit_learn():
     metrics = pytest.importorskip("sklearn.metrics")
-    gold, predicted = np.random.default_rng(0).integers(0, 5, (2, 200)).astype(str)
-    expected = metrics.f1_score(gold, predicted, average="macro")
-    assert macro_f1(list(gold), list(predicted)) == pytest.approx(expected)
+    gold, predicted = np.random.default_rng().integers(0, 5, (2, 200)).astype(str)
+    gold[gold == "2"], predicted[predicted == "3"] = "1", "0"  # one that is never right, another that is never said
+    assert macro_f1(list(gold), list(predicted)) == pytest.approx(metrics.f1_score(gold, predicted, average="macro"))
+    expected = metrics.precision_recall_fscore_support(gold, predicted, zero_division=0)
+    found = scores_by_label(list(gold), list(predicted))
+    assert list(found) == ["0", "1", "2", "3", "4"]
+    for got, *its in zip(found.values(), *expected, strict=True):
+        assert list(got) == ["precision", "recall", "f1", "examples"]
+        assert list(got.values()) == pytest.approx(its)
 
 
 def test_classification_features_and_score():
@@ -101,6 +107,13 @@ def test_entities_are_whole():
     features = task.encode(example)
     half = reduced(task, [features], [[0, 1, 0, 0, 0]])
     assert task.score([example], [features], half)["entity_f1"] == 0
+    missed = {"precision": 0.0, "recall": 0.0, "f1": 0.0, "examples": 1}
+    assert task.score_by_label([example], [features], half) == {"per": missed}
+    whole = reduced(task, [features], [[0, 1, 2, 0, 0]])
+    found = {"precision": 1.0, "recall": 1.0, "f1": 1.0, "examples": 1}
+    assert task.score_by_label([example], [features], whole) == {"per": found}
+    none = Tagged(("in",), ("O",))
+    assert task.score_by_label([none], [task.encode(none)], reduced(task, [task.encode(none)], [[0, 0, 0]])) == {}
 
 
 def test_only_the_completion_and_its_end_are_learnt():
