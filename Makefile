@@ -50,7 +50,10 @@ gpu-check:
 
 wheel: dist/.built
 
+# The source archive is whole if a wheel can be built of it.
 wheel-check: dist/.built
+	rm -rf build/sdist && $(BIN)/python setup.py -q sdist -d build/sdist && rm -rf ptune_kernels.egg-info
+	PATH="$(CURDIR)/$(BIN):$$PATH" PTUNE_NO_CUDA=1 $(PIP) wheel -q --no-deps --no-build-isolation -w build/sdist build/sdist/*.tar.gz
 	$(PIP) install -q auditwheel
 	$(BIN)/python -m bench.wheel_check
 

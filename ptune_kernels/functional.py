@@ -128,6 +128,8 @@ def strip(hidden: Tensor, max_length: int, placement: Placement | None = None) -
     if where[3] != max_length:
         raise ValueError(f"max_length: expected {where[3]} (that of placement), got {max_length}")
     ops = ops_for(hidden)
+    if hidden.ndim != 3:
+        raise ValueError(f"hidden: expected 3 dimensions, got shape {list(hidden.shape)}")
     if _needs_grad(hidden):
         return _Strip.apply(ops, hidden, *where)
     return ops.strip(hidden, *where, None)
@@ -150,8 +152,8 @@ def overwrite(hidden: Tensor, prompts: Tensor, placement: Placement | None = Non
 def overwrite_(hidden: Tensor, prompts: Tensor, placement: Placement | None = None, mode: str = "overwrite") -> Tensor:
     """`overwrite` in place: touches the prompt rows alone, and returns ``hidden``.
 
-    Under autograd ``hidden`` must not be a leaf, and nothing may have saved it for its backward; a region that is
-    recomputed (gradient checkpointing) needs `overwrite`.
+    Under autograd ``hidden`` must be no leaf, and no view of one or of what `unbind` and its like return, and nothing
+    may have saved it for its backward; a region that is recomputed (gradient checkpointing) needs `overwrite`.
     """
     ops = ops_for(hidden)
     arguments = _arguments(placement, _is_add(mode), False)
@@ -161,6 +163,8 @@ def overwrite_(hidden: Tensor, prompts: Tensor, placement: Placement | None = No
         return hidden
     if _COMPILER_LOSES_GRADIENTS and torch.compiler.is_compiling():
         return hidden.copy_(overwrite(hidden, prompts, placement, mode))
+    if hidden.requires_grad and (hidden if hidden._base is None else hidden._base).is_leaf:
+        raise RuntimeError("hidden: expected no leaf that requires grad, nor a view of one, got one; use overwrite")
     return _OverwriteInPlace.apply(ops, hidden, prompts, *arguments)
 
 

@@ -5,6 +5,7 @@ in silence would hide a broken installation.
 """
 
 import ctypes
+import os
 import re
 from functools import partial
 from pathlib import Path
@@ -40,6 +41,8 @@ def _load(device_type: str) -> None:
         ) from error
     describe.restype = ctypes.c_char_p
     libraries[device_type] = Library(library, describe().decode())
+    if device_type == "cpu" and (forced := os.environ.get("PTUNE_CPU_ISA")) not in (None, "", describe().decode()):
+        raise ImportError(f"PTUNE_CPU_ISA: expected plain, avx2 or avx512, as far as this CPU has it, got {forced!r}")
 
 
 def loaded(device_type: str) -> bool:
@@ -49,15 +52,18 @@ def loaded(device_type: str) -> bool:
 def serves_gpus() -> bool:
     """Whether the CUDA library, which is loaded, holds code for every GPU here.
 
-    An architecture's own runs on later ones of the same major version; the newest's, from PTX, on all that are newer.
+    What is compiled for one architecture (``-real``) runs on later ones of its major version, and with PTX on all that
+    are later; with a letter it runs on that one alone.
     """
-    built = [int(number) for number in re.findall(r"\d+", libraries["cuda"].build)]  # of "80-real 90a-real 120"
+    built = re.findall(r"(\d+)([a-z]?)(-real)?", libraries["cuda"].build)  # of "80-real 90a-real 120"
+
+    def runs_on(here: int, number: int, letter: str, real: str) -> bool:
+        return here == number if letter else here >= number and (not real or here // 10 == number // 10)
+
     found = [
         10 * major + minor for major, minor in map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))
     ]
-    return all(
-        here >= max(built, default=0) or any(one // 10 == here // 10 and one <= here for one in built) for here in found
-    )
+    return not built or all(any(runs_on(here, int(one), *rest) for one, *rest in built) for here in found)
 
 
 def absence(device_type: str) -> str:

@@ -84,9 +84,9 @@ class PromptBank:
         self._plans: dict[tuple[Any, ...], Plan] = {}
         self._runner = prompted_twin(self._stock)
         try:
-            self._runner.init_prompts(PTuneConfig(tuning_mode="deep_ptune", pre_seq_len=1))
+            self._runner.init_prompts(_to_plan_with(base, tuning_mode="deep_ptune", pre_seq_len=1))
         except NotImplementedError:  # it has no list of blocks, so prompts are shallow
-            self._runner.init_prompts(PTuneConfig(tuning_mode="ptune", pre_seq_len=1))
+            self._runner.init_prompts(_to_plan_with(base, tuning_mode="ptune", pre_seq_len=1))
         self._nothing: Any = None  # no prompt, compiled, where prompts are shared
         if self._runner.prefix_plan.path == "prefix":
             one_row = self._runner._hooks.prefix.prefix()
@@ -264,7 +264,7 @@ class PromptBank:
         if kind not in self._plans:
             planner = prompted_twin(self._stock)
             names = ("tuning_mode", "pre_seq_len", "deep_prompt_mode")
-            planner.init_prompts(PTuneConfig(**{name: getattr(settings, name) for name in names}))
+            planner.init_prompts(_to_plan_with(planner, **{name: getattr(settings, name) for name in names}))
             self._plans[kind] = planner.prefix_plan
         return self._plans[kind]
 
@@ -412,6 +412,13 @@ def _pooled(
     starts = [first.get(entry, 0) for entry in entries]
     start, length = torch.tensor([starts, counts], dtype=torch.int32).to(device).unbind()
     return list(first), start, length
+
+
+def _to_plan_with(model: Any, **settings: Any) -> PTuneConfig:
+    """Prompts for `make_plan` to try, of real tokens: random ones would be drawn from what a sampling thread draws."""
+    vocabulary = model.get_input_embeddings().num_embeddings
+    ids = [(vocabulary // 2 + i) % vocabulary for i in range(settings["pre_seq_len"])]
+    return PTuneConfig(**settings, prompt_init_text=ids)
 
 
 def _check_base(base: Any) -> None:

@@ -19,7 +19,6 @@ class CompiledPrefix(nn.Module):
 
     def __init__(self, prefix: Prefix) -> None:
         super().__init__()
-        self.num_layers = len(prefix.layers)
         for depth, (key, value) in enumerate(prefix.layers):
             self.register_buffer(f"key_{depth}", key)
             self.register_buffer(f"value_{depth}", value)
@@ -31,7 +30,7 @@ class CompiledPrefix(nn.Module):
 
     def tensors(self) -> list[Tensor]:
         """The key of layer 0, its value, the key of layer 1, …"""
-        return [getattr(self, f"{kind}_{depth}") for depth in range(self.num_layers) for kind in ("key", "value")]
+        return list(self.buffers())
 
     def prefix(self, dtype: torch.dtype) -> Prefix:
         """As a base in ``dtype`` takes it."""

@@ -222,11 +222,14 @@ def _read_csv(path: Path) -> tuple[list[str], Rows]:
     reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
     limit = csv.field_size_limit(sys.maxsize)
     try:
-        (_, header), *records = ((reader.line_num, its) for its in reader if len(its) > 1 or "".join(its).strip())
+        found = [(reader.line_num, its) for its in reader if len(its) > 1 or "".join(its).strip()]
     except csv.Error as error:
         raise DataError(path, reader.line_num, str(error)) from None
     finally:
         csv.field_size_limit(limit)
+    if not found:
+        raise DataError(path, None, "no lines with anything in them")
+    (_, header), *records = found
     return header, _to_rows(path, header, records)
 
 

@@ -61,6 +61,12 @@ class PromptHooks:
         set_call(still_running())
 
     def before_body(self, body: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        if getattr(body, "_is_replica", False):
+            raise NotImplementedError(
+                f"{type(self.model).__name__}: expected no replicas of nn.DataParallel, in which Trainer wraps a model "
+                "where it finds several GPUs; make one visible (CUDA_VISIBLE_DEVICES=0), or start a process for each "
+                "(torchrun)"
+            )
         outer = running()
         if isinstance(outer, Call) and outer.capture is not None and outer.body is self.body and not outer.begun:
             outer.begun = True

@@ -69,15 +69,8 @@ def _is_known_base(repo_id: str, options: dict[str, Any]) -> bool:
 def cached(repo_id: str, name: str, options: dict[str, Any]) -> str | None:
     """A file of a repository, or of a folder; ``None`` where there is none, or it cannot be reached."""
     try:
-        return cached_file(
-            repo_id,
-            name,
-            _raise_exceptions_for_gated_repo=False,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-            **options,
-        )
-    except OSError:  # no such repository, or revision
+        return cached_file(repo_id, name, **options)
+    except OSError:
         return None
 
 

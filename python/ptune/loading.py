@@ -19,10 +19,7 @@ from .config import PTuneConfig, settings_on, take_settings
 from .half_attention import SETTINGS, checked_dtypes, hybrid
 from .quantised import config_from
 
-_FOR_CONFIG = (
-    "cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token", "trust_remote_code",
-    "code_revision",
-)  # fmt: skip
+_FOR_CONFIG = (*hub.OPTIONS, "trust_remote_code", "code_revision")
 
 _KEYWORDS = (*(field.name for field in fields(PTuneConfig)), *SETTINGS, "base_model", "tokenizer")
 _OF_PEFT = {

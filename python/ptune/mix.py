@@ -19,7 +19,7 @@ import yaml  # type: ignore[import-untyped]
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler, SequentialSampler
-from transformers import AutoConfig, PrinterCallback, TrainerCallback, TrainingArguments
+from transformers import AutoConfig, PrinterCallback, TrainerCallback
 
 from .bank import PromptBank, check_name
 from .checkpoint import PROMPTS, read_json, write_json
@@ -27,7 +27,7 @@ from .data import Columns
 from .loading import check_base
 from .runs import CHECKPOINTS, RECORD, Options, Run, prepare, remove_checkpoints
 from .tasks import IGNORED, Features
-from .train import BEGAN_WITH, EVALUATIONS, ResumableTrainer, evaluate, groups_of, line_of
+from .train import BEGAN_WITH, EVALUATIONS, OneDevice, ResumableTrainer, evaluate, groups_of, line_of
 
 # What a task's file may say, and of what kind it is; the rest is said once, for all.
 _KEYS: dict[str, type] = {
@@ -179,7 +179,7 @@ def train_mix(
         every = math.ceil(steps / EVALUATIONS)
         if resume is None:
             remove_checkpoints(out / CHECKPOINTS)
-        arguments = TrainingArguments(
+        arguments = OneDevice(
             str(out / CHECKPOINTS), max_steps=steps, warmup_steps=round(0.1 * steps), per_device_train_batch_size=1,
             max_grad_norm=0.0, save_steps=every, save_total_limit=1, remove_unused_columns=False,
             logging_steps=max(1, steps // 20), seed=first.seed, report_to="none", disable_tqdm=quiet,

@@ -261,7 +261,8 @@ class PrefixPath:
         types = arguments.get("token_type_ids")
         if types is None or torch.compiler.is_compiling():
             return None
-        first = types.gather(-1, layout.column.to(types.device)[: types.shape[0], None].long())
+        column = layout.column.to(types.device)[:, None].long()
+        first = types.expand(len(column), -1).gather(1, column)
         return int(first[0, 0]) if bool((first == first[0]).all()) else None
 
     def _placed(self, layout: Layout, arguments: dict[str, Any], text: Tensor) -> dict[str, Any]:

@@ -5,7 +5,6 @@ log) and, until the run has finished, Trainer's checkpoints. It is written only 
 """
 
 import hashlib
-import json
 import math
 import os
 import shutil
@@ -313,13 +312,10 @@ def read_record(folder: Path) -> dict[str, Any]:
         elif is_prompt_folder(folder):
             problem += "; prompts that Python saved are loaded with AutoPTuneModelFor….from_pretrained"
         raise ValueError(problem)
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from None
+    record = read_json(path)
     for name, kind in RECORD_KEYS.items():
         if not isinstance(record, dict) or not isinstance(record.get(name), kind):
-            raise ValueError(f"{path}: damaged: it has no {name}, or one that `ptune train` does not write")
+            raise ValueError(f"{path}: damaged: {name} is missing, or of the wrong type")
     if record["task"] not in TASKS:
         raise ValueError(f"{path}: task: expected one of {', '.join(TASKS)}, got {record['task']!r}")
     if record.get("weights") not in (None, _weights_in(folder)):  # older runs did not say
@@ -359,7 +355,7 @@ def describe(folder: Path) -> dict[str, str]:
         "base": prompts["base"]["name"],
         "tuning mode": f"deep_ptune ({prompts['deep_prompt_mode']})" if mode == "deep_ptune" else str(mode),
         "prompt rows": str(prompts["pre_seq_len"]),
-        "labels": ", ".join(prompts["id2label"].values()) if prompts["id2label"] else "none",
+        "labels": ", ".join(map(str, prompts["id2label"].values())) if prompts["id2label"] else "none",
         "size": f"{weights.stat().st_size / 1024:.0f} KiB",
     }
     if record is None:
@@ -382,7 +378,7 @@ def _learnt(record: dict[str, Any]) -> str:
 
 def latest_checkpoint(out: Path) -> Path:
     """The newest complete checkpoint of an output folder. Raises: ValueError if there is none."""
-    found = [path for path in (out / CHECKPOINTS).glob("checkpoint-*") if _is_complete(path)]
+    found = [path for path in (out / CHECKPOINTS).glob("checkpoint-[0-9]*") if _is_complete(path)]
     if not found:
         finished = [*out.glob(RECORD), *out.glob(f"*/{RECORD}")]
         reason = f"the run in {out} has finished" if finished else f"{out / CHECKPOINTS} holds no checkpoint"
@@ -393,14 +389,14 @@ def latest_checkpoint(out: Path) -> Path:
 def _is_complete(checkpoint: Path) -> bool:
     """Whether the file that is written last is whole."""
     try:
-        json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        read_json(checkpoint / TRAINER_STATE_NAME)
     except (OSError, ValueError):
         return False
     return True
 
 
 def remove_checkpoints(folder: Path) -> None:
-    for checkpoint in folder.glob("checkpoint-*"):
+    for checkpoint in folder.glob("checkpoint-[0-9]*"):
         shutil.rmtree(checkpoint)
     with suppress(OSError):  # there is none, or it holds what is not ours
         folder.rmdir()

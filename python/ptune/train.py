@@ -39,6 +39,14 @@ class _ByLength(LengthGroupedSampler):
         self.generator.manual_seed(self.seed + epoch)
 
 
+class OneDevice(TrainingArguments):
+    """On a machine of several GPUs Trainer would wrap the model in DataParallel, and multiply the batch."""
+
+    @property
+    def n_gpu(self) -> int:
+        return min(1, super().n_gpu)
+
+
 class ResumableTrainer(Trainer):
     """Trainer whose checkpoints are tensors and JSON: resuming unpickles nothing.
 
@@ -157,7 +165,7 @@ def _trainer(
 
     trainer = _Trainer(
         model,
-        TrainingArguments(
+        OneDevice(
             per_device_eval_batch_size=64,
             remove_unused_columns=False,
             label_names=["labels"],

@@ -66,6 +66,20 @@ def alone(path: Path, task: str, ids: Tensor, mask: Tensor) -> Tensor:
         return model(input_ids=ids[mask.bool()][None], attention_mask=mask[mask.bool()][None]).logits[0]
 
 
+def test_prompts_that_come_draw_no_random_numbers(base_of, tmp_path):
+    """From those of a thread that samples."""
+    base = base_of("llama")
+    folders = {kind: tuned(base, tmp_path, kind, "lm") for kind in ("shallow", "overwrite", "add")}
+    before = torch.get_rng_state()
+    loaded = base.stock(transformers.AutoModelForCausalLM)
+    drawn = not torch.equal(torch.get_rng_state(), before)
+    before = torch.get_rng_state()
+    bank = ptune.PromptBank(loaded)
+    for kind, folder in folders.items():
+        bank.add(kind, folder)
+    assert torch.equal(torch.get_rng_state(), before), f"and loading the base {'does' if drawn else 'does not'}"
+
+
 @pytest.mark.parametrize("padding", ["right", "left"])
 @pytest.mark.parametrize(
     "name",

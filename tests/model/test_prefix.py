@@ -216,10 +216,12 @@ def test_token_types_of_the_rows_first_tokens(base_of):
     model = base_of("bert").tuned(**settings_for("overwrite"))
     ids, mask = pad(texts_for("left"), "left", 0)
     rows = counted(model)
-    for kind, shares in ((0, True), (1, True), (None, False)):
-        types = torch.randint(0, 2, ids.shape) if kind is None else torch.full_like(ids, kind)
-        if kind is None:
-            types[torch.arange(4), mask.argmax(1)] = torch.tensor([0, 1, 0, 1])
+    first = mask.argmax(1)
+    given = [(torch.full_like(ids, kind), True) for kind in (0, 1)]
+    given.append((torch.randint(0, 2, ids.shape).scatter(1, first[:, None], torch.tensor([[0], [1], [0], [1]])), False))
+    of_all = torch.zeros_like(ids[:1])  # one row for the whole batch, whose texts begin at different columns of it
+    given += [(of_all, True), (of_all.index_fill(1, first[1], 1), False)]
+    for types, shares in given:
         rows.clear()
         output = model(input_ids=ids, attention_mask=mask, token_type_ids=types)[0]
         assert (rows[0] == (1, COUNT)) == shares

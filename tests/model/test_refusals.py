@@ -364,3 +364,12 @@ def test_prompts_by_row_are_refused(base_of):
     model = base_of("llama").tuned(**settings_for("shallow"))
     with pytest.raises(NotImplementedError, match="adapter_names: not supported"):
         model(torch.randint(3, 61, (2, 5)), adapter_names=["one", "two"])
+
+
+def test_replicas(base_of):
+    """Those of nn.DataParallel, whose hooks would be the original's."""
+    model = base_of("llama").tuned(ptune.AutoPTuneModelForCausalLM, **settings_for("shallow"))
+    replica = model._replicate_for_data_parallel()
+    replica.model = model.model._replicate_for_data_parallel()
+    with pytest.raises(NotImplementedError, match=r"expected no replicas of nn\.DataParallel"):
+        replica(torch.ones(1, 3, dtype=torch.long))

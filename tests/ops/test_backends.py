@@ -26,20 +26,29 @@ def test_an_unknown_device_gets_the_reference():
 
 
 @pytest.mark.parametrize(
-    ("capabilities", "backend"),
+    ("built", "capabilities", "backend"),
     [
-        ([], "native"),
-        ([(8, 6)], "native"),
-        ([(9, 0), (10, 3)], "native"),
-        ([(12, 1)], "native"),
-        ([(13, 0)], "native"),
-        ([(7, 5)], "triton"),
-        ([(11, 0)], "triton"),
-        ([(9, 0), (7, 5)], "triton"),
+        ("80-real 90a-real 100-real 120", [], "native"),
+        ("80-real 90a-real 100-real 120", [(8, 6)], "native"),
+        ("80-real 90a-real 100-real 120", [(9, 0), (10, 3)], "native"),
+        ("80-real 90a-real 100-real 120", [(12, 1)], "native"),
+        ("80-real 90a-real 100-real 120", [(13, 0)], "native"),
+        ("80-real 90a-real 100-real 120", [(7, 5)], "triton"),
+        ("80-real 90a-real 100-real 120", [(11, 0)], "triton"),
+        ("80-real 90a-real 100-real 120", [(9, 0), (7, 5)], "triton"),
+        ("80-real 90-real", [(8, 9), (9, 0)], "native"),
+        ("80-real 90-real", [(10, 0)], "triton"),
+        ("90a", [(9, 0)], "native"),
+        ("90a", [(12, 0)], "triton"),
+        ("90-virtual", [(8, 0)], "triton"),
+        ("90-virtual", [(10, 0)], "native"),
+        ("native", [(7, 5)], "native"),
     ],
 )
-def test_gpus_are_served_by_the_compiled_library_where_it_holds_code_for_them(monkeypatch, capabilities, backend):
-    library = native.Library(Path("libptune_cuda.so"), "80-real 90a-real 100-real 120")
+def test_gpus_are_served_by_the_compiled_library_where_it_holds_code_for_them(
+    monkeypatch, built, capabilities, backend
+):
+    library = native.Library(Path("libptune_cuda.so"), built)
     monkeypatch.setitem(native.libraries, "cuda", library)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capabilities[index])
@@ -83,7 +92,7 @@ def test_every_instruction_set(isa):
     """The tests of arithmetic again, with one of the sets of row functions forced on the compiled library."""
     if native.libraries["cpu"].build == build_of(isa):
         pytest.skip("served the other tests")
-    if isa not in build_of(isa):
+    if build_of(isa) != isa:
         pytest.skip(f"this CPU has no {isa}")
     files = [f"{Path(__file__).parent}/test_{name}.py" for name in ("casts", "backward")]
     arguments = ["-q", "-p", "no:cacheprovider", "-k", "native-cpu and not autograd_on_oracle"]
@@ -95,6 +104,13 @@ def test_every_instruction_set(isa):
         timeout=300,
     )
     assert run.returncode == 0, run.stdout
+
+
+def test_an_instruction_set_that_is_none_is_refused():
+    program = [sys.executable, "-c", "import ptune_kernels"]
+    run = subprocess.run(program, env={**os.environ, "PTUNE_CPU_ISA": "AVX2"}, capture_output=True, text=True)
+    assert run.returncode == 1
+    assert "PTUNE_CPU_ISA: expected plain, avx2 or avx512, as far as this CPU has it, got 'AVX2'" in run.stderr
 
 
 def build_of(isa):

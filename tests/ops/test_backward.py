@@ -192,8 +192,11 @@ def test_overwrite_in_place_of_what_backward_needs_is_an_error(target):
     ptune_kernels.overwrite_(saved, prompts)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         saved.sum().backward()
-    with pytest.raises(RuntimeError, match="leaf"):
-        ptune_kernels.overwrite_(x, prompts)
+    before = x.detach().clone()
+    for leaf in (x, x[:, 1:], x.view(3, 2, 4)):
+        with pytest.raises(RuntimeError, match="hidden: expected no leaf that requires grad, nor a view of one"):
+            ptune_kernels.overwrite_(leaf, prompts)
+    assert torch.equal(x, before)
 
 
 # --- sums over the batch ---

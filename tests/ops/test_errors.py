@@ -317,6 +317,13 @@ def test_mode(target, op):
 
 
 @on_targets
+def test_strip_takes_states(target):
+    """And no heads, whose gradient no op would prepend."""
+    with pytest.raises(ValueError, match=r"hidden: expected 3 dimensions, got shape \[2, 3, 5, 4\]"):
+        ptune_kernels.strip(torch.randn(2, 3, 5, 4, device=target.device), 2)
+
+
+@on_targets
 def test_strip_and_placement_agree(target):
     arguments = good("strip", target.device) | {"placement": placement(target.device, max_length=4)}
     assert_refused("strip", arguments, ValueError, "max_length", ("4", "3"))

@@ -18,6 +18,7 @@ import ray
 from ptune import remote
 from ptune.remote import RemoteSequential, ServeConfig
 from ptune.remote.keeping import Keeping
+from ptune.remote.shards import read_tensors
 
 from .common import batch_of, give, settings_for
 
@@ -151,6 +152,23 @@ def test_a_config_that_is_no_yaml(tmp_path):
     (tmp_path / "servers.yaml").write_text("model: [")
     with pytest.raises(ValueError, match=r"servers\.yaml: expected YAML, got"):
         ServeConfig.read(tmp_path / "servers.yaml")
+
+
+def test_a_config_without_a_model(tmp_path):
+    (tmp_path / "servers.yaml").write_text("servers: 2")
+    with pytest.raises(ValueError, match=r"servers\.yaml: expected a model"):
+        ServeConfig.read(tmp_path / "servers.yaml")
+    assert ServeConfig.read(tmp_path / "servers.yaml", model="base").servers == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [("{", "not JSON"), ("[]", "expected a weight_map"), ('{"weight_map": {"a": 3}}', "expected names of files")],
+)
+def test_a_damaged_index(tmp_path, content, problem):
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ValueError, match=rf"model\.safetensors\.index\.json: {problem}"):
+        read_tensors(tmp_path, lambda name: True)
 
 
 @pytest.mark.parametrize(("given", "expected"), [(None, "local"), ("10.0.0.1:6379", "10.0.0.1:6379")])

@@ -83,6 +83,18 @@ def test_an_audit_refuses_other_poolings(tiny_bert, tmp_path, config):
 
 
 @pytest.mark.parametrize(
+    ("content", "problem"),
+    [("[{", "modules.json: not JSON"), ('{"a": 3}', "expected a Pooling among"), ("[3]", "expected a Pooling among")],
+)
+def test_an_audit_refuses_damaged_modules(tiny_bert, tmp_path, content, problem):
+    folder = with_pooling(tiny_bert, tmp_path / "model", {"pooling_mode": "mean"})
+    (folder / "modules.json").write_text(content)
+    result = ptune("audit", "--model", folder, "--data", lines_file(tmp_path), "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert problem in " ".join(result.stderr.split())
+
+
+@pytest.mark.parametrize(
     ("changes", "problem"),
     [
         ({"--data": "nowhere.txt"}, "nowhere.txt: no such file"),

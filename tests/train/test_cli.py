@@ -234,13 +234,14 @@ def test_an_interrupted_run_resumes_to_the_same_weights(kind, task, request, tmp
     assert not (newest / "config.json").exists()
     assert not (newest / "tokenizer.json").exists()
     assert {path.suffix for path in newest.iterdir()} == {".safetensors", ".json"}
+    (out / "checkpoints" / "checkpoint-of-mine").mkdir()
     cut_short = out / "checkpoints" / "checkpoint-18"
     shutil.copytree(newest, cut_short)
     (cut_short / "trainer_state.json").write_text('{"best')
     assert "this run was interrupted: `ptune train … --resume` goes on" in ptune("info", out).stderr
 
     succeed("train", *arguments, "--out", out, "--resume")
-    assert not (out / "checkpoints").exists()
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["checkpoint-of-mine"]
     resumed, finished = load_file(out / "model.safetensors"), load_file(whole / "model.safetensors")
     assert losses(out) == pytest.approx(losses(whole), abs=1e-6)
     assert resumed.keys() == finished.keys()
@@ -582,6 +583,12 @@ def test_info_without_the_base(tiny_bert, tmp_path):
     assert "no: in an encoder prompt rows read the text" in succeed("info", out)
     shutil.rmtree(base)
     assert "no: in an encoder prompt rows read the text" in succeed("info", out)
+
+
+def test_info_of_labels_that_are_numbers(tiny_bert, tmp_path):
+    loader = package.AutoPTuneModelForSequenceClassification
+    loader.from_pretrained(tiny_bert, id2label={0: 10, 1: 20}).save_prompts(tmp_path)
+    assert "10, 20" in succeed("info", tmp_path)
 
 
 def test_predict_names_the_text_that_is_not_utf8(tmp_path):

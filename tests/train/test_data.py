@@ -65,6 +65,7 @@ def test_columns_are_found(tmp_path, header, columns, text, label):
     ("name", "content", "columns", "problem"),
     [
         ("a.csv", "", Columns(), "the file is empty"),
+        ("a.csv", '""\n""\n', Columns(), "no lines with anything in them"),
         ("a.csv", "text,label\n", Columns(), "a header and no lines after it"),
         ("a.csv", "text,label\none,x\ntwo\n", Columns(), ":3: expected 2 columns (text, label), got 1"),
         ("a.csv", 'text,label\n"one"o,x\n', Columns(), ":2: ',' expected after '\"'"),

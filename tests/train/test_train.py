@@ -5,14 +5,17 @@ import random
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModel, set_seed
+from transformers import AutoModel, GenerationMixin, Trainer, TrainingArguments, set_seed
 
+import ptune.mix
+import ptune.train
 from ptune import PromptBank
 from ptune.data import Columns, Labelled
+from ptune.generation import PromptGeneration
 from ptune.mix import TaskMix
 from ptune.runs import load_tokenizer, new_model
 from ptune.tasks import IGNORED, Classification, Generation, Tagging
-from ptune.train import evaluate, fit
+from ptune.train import OneDevice, ResumableTrainer, evaluate, fit
 
 from .commands import FILES
 
@@ -33,6 +36,32 @@ def test_prompts_and_head_move_at_their_own_rates(tiny_bert, mode):
         rate = 1e-2 if mode and "prompt" not in name else 1e-3
         assert moved == pytest.approx(rate, rel=1e-3), name
     assert any("prompt" in name for name in before) == (mode is not None)
+
+
+def test_a_second_gpu_is_left_alone(tmp_path):
+    """Trainer would put a part of each batch there, and take batches of twice the size."""
+    kinds = (OneDevice, TrainingArguments)
+    arguments = [kind(str(tmp_path), per_device_train_batch_size=4, use_cpu=True) for kind in kinds]
+    for its in arguments:
+        its._n_gpu = its.n_gpu and 1  # set up
+        its._n_gpu = 2
+    assert [its.train_batch_size for its in arguments] == [4, 8]
+
+
+@pytest.mark.parametrize(
+    ("own", "stock"),
+    [
+        (ResumableTrainer, Trainer),
+        (ptune.train._Trainer, Trainer),
+        (ptune.mix._Trainer, Trainer),
+        (PromptGeneration, GenerationMixin),
+    ],
+)
+def test_what_is_overridden_exists(own, stock):
+    """A release of transformers that calls it otherwise would not call it at all, and say nothing."""
+    for name in vars(own):
+        if name.startswith("_") and not name.startswith("__"):
+            assert hasattr(stock, name), name
 
 
 def test_an_evaluation_draws_no_random_numbers(tiny_bert):

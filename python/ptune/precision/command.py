@@ -1,6 +1,5 @@
 """The command `ptune audit`: from a model's folder and a file of texts to a report."""
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel
 
 from ..anatomy import find_body, position_limit
+from ..checkpoint import read_json
 from ..data import Columns, DataError, read_passages, read_text, split_lines
 from ..half_attention import HALVES
 from ..hub import cached
@@ -56,9 +56,10 @@ def pooling_of(model: str) -> Callable[[Tensor, Tensor], Tensor] | None:
     modules = _read_json(model, "modules.json")
     if modules is None:
         return None
-    folder = next((module["path"] for module in modules if module.get("type", "").endswith("Pooling")), None)
+    entries = [module for module in modules if isinstance(module, dict)] if isinstance(modules, list) else []
+    folder = next((its.get("path") for its in entries if str(its.get("type")).endswith("Pooling")), None)
     config = None if folder is None else _read_json(model, f"{folder}/config.json")
-    if config is None:
+    if not isinstance(config, dict):
         raise NotImplementedError(f"model: expected a Pooling among the modules of {model}, got {modules}")
     modes = config.get("pooling_mode") or [  # as older versions have it
         key.removeprefix("pooling_mode_").removesuffix("_tokens").removesuffix("_token")
@@ -75,7 +76,7 @@ def pooling_of(model: str) -> Callable[[Tensor, Tensor], Tensor] | None:
 
 def _read_json(model: str, name: str) -> Any:
     found = cached(model, name, {})
-    return None if found is None else json.loads(Path(found).read_text(encoding="utf-8"))
+    return None if found is None else read_json(Path(found))
 
 
 def load(path: str, bare: bool = False) -> Any:

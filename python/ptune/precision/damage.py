@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..layout import first_column, states_at
 from .statistics import without_padding
 
 POOLING = "the pooling"  # what a site's name is, where the pooling is no part of the model
@@ -31,7 +32,7 @@ def mean(states: Tensor, mask: Tensor) -> Tensor:
 
 def first(states: Tensor, mask: Tensor) -> Tensor:
     """The state [b, d] of each text's first real token."""
-    return states[torch.arange(len(mask), device=mask.device), mask.long().argmax(1)]
+    return states_at(first_column(mask), states)
 
 
 def last(states: Tensor, mask: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from ..cache import PrefixedCache
 from ..call import current_call
 from ..capture import Capture
 from ..hooks import PromptHooks
+from ..hub import OPTIONS
 from ..inputs import CACHE, check_unpacked, named
 from ..layout import Layout
 from ..loading import load_model
@@ -33,7 +34,7 @@ from .relay import Retries
 from .sequential import RemoteSequential
 from .serve import Servers, connect
 from .session import InferenceSession
-from .shards import HUB_OPTIONS, read_tensors
+from .shards import read_tensors
 from .span import block_pattern, find_remote_blocks
 from .standin import StandIn, cache_in, rows_in
 
@@ -310,7 +311,7 @@ class _Client:
 
     def from_pretrained(self, path: str, *, output_loading_info: bool, config: Any = None, **kwargs: Any) -> Any:
         """The model and transformers' loading info."""
-        hub = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
+        hub = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
         if isinstance(config, PreTrainedConfig):
             config = copy.deepcopy(config)
         else:

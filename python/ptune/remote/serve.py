@@ -299,4 +299,6 @@ def _made_of(kind: Any, where: str, values: dict[str, Any]) -> Any:
     known = {entry.name for entry in fields(kind)}
     if unknown := values.keys() - known:
         raise ValueError(f"{where}: expected some of {', '.join(sorted(known))}, got {sorted(unknown)}")
+    if kind is ServeConfig and "model" not in values:
+        raise ValueError(f"{where}: expected a model")
     return kind(**values)

@@ -1,7 +1,7 @@
 """Some tensors of a checkpoint, read from the safetensors shards that hold them, and from no others."""
 
-import json
 import os
+import reprlib
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -11,23 +11,25 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-HUB_OPTIONS = (
-    "cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token",
-)  # fmt: skip
+from ..checkpoint import read_json
 
 
 def read_tensors(path: str | os.PathLike[str], wanted: Callable[[str], bool], **hub: Any) -> dict[str, Tensor]:
     """The tensors of the checkpoint ``path`` (a folder, or a name on the hub) whose names are ``wanted``, on the CPU.
 
-    ``hub``: those of `HUB_OPTIONS`. Raises `FileNotFoundError` or `OSError` without safetensors files, and `ValueError`
-    for malformed ones.
+    ``hub``: those of `ptune.hub.OPTIONS`. Raises `FileNotFoundError` or `OSError` without safetensors files, and
+    `ValueError` for malformed ones.
     """
     index = cached_file(path, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **hub)
     names: dict[str, list[str] | None] = {SAFE_WEIGHTS_NAME: None}
     if index is not None:
         names = defaultdict(list)
-        for name, file in json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].items():
-            if Path(file).name != file:
+        content = read_json(Path(index))
+        files = content.get("weight_map") if isinstance(content, dict) else None
+        if not isinstance(files, dict):
+            raise ValueError(f"{index}: expected a weight_map, got {reprlib.repr(content)}")
+        for name, file in files.items():
+            if not isinstance(file, str) or Path(file).name != file:
                 raise ValueError(f"{index}: expected names of files beside it, got {file!r}")
             if wanted(name):
                 names[file].append(name)  # type: ignore[union-attr]
