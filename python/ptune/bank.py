@@ -19,6 +19,7 @@ from .heads import Head, Heads
 from .layout import first_column, ones_and_zeros
 from .likeness import warn_of_other_weights
 from .loading import base_inside
+from .mixin import PTuneMixin
 from .mixture import Mixture, Overwriting, mixing
 from .plan import Plan
 from .quantised import rounds_by_batch
@@ -109,19 +110,24 @@ class PromptBank:
         """How much memory compiled prompts take."""
         return self._compiled.nbytes
 
-    def add(self, name: str, folder: str | os.PathLike[str], **options: Any) -> None:
+    def add(self, name: str, folder: Any, **options: Any) -> None:
         """Take in the prompts and head of ``folder`` (of `save_prompts`, `save_prefix` or a Trainer) as ``name``.
 
-        ``folder`` may be the name of a repository on the hub, with the ``options`` of `ptune.hub.download`. Raises
+        ``folder`` may be the name of a repository on the hub, with the ``options`` of `ptune.hub.download`, or a model
+        with prompts, of which the bank has a copy of its own. Raises
         `ValueError`, or `FileNotFoundError`, that names it where that is not possible: a name that is taken or is not
         one of letters, digits, ``_``, ``.`` and ``-``, a folder that is damaged, or one that does not fit
         (`ptune.checkpoint.MisfitError`). The bank is then as it was.
         """
         check_name(name)
-        here = hub.folder_of(folder, **options)
-        saved, tensors = checkpoint.read_config(here), checkpoint.read_tensors(here)
-        if (inside := base_inside(here, saved)) is not None:
-            saved["base"]["name"] = str(inside.absolute())  # for `save`, to a folder without it
+        if isinstance(folder, PTuneMixin):
+            saved, tensors = folder.described()
+            folder = type(folder).__name__
+        else:
+            here = hub.folder_of(folder, **options)
+            saved, tensors = checkpoint.read_config(here), checkpoint.read_tensors(here)
+            if (inside := base_inside(here, saved)) is not None:
+                saved["base"]["name"] = str(inside.absolute())  # for `save`, to a folder without it
         with self._lock, torch.inference_mode(False):  # heads may train later
             if name in self._entries:
                 raise ValueError(f"name: {name!r} is taken; remove it first")

@@ -116,6 +116,9 @@ def train(
     pre_seq_len: Annotated[int, typer.Option(min=1, help="Rows of the prompt.")] = 16,
     deep_prompt_mode: Annotated[DeepMode, typer.Option(help="How deep prompts enter a block.")] = DeepMode.overwrite,
     init_text: Annotated[str | None, typer.Option(help="Text to start from. Default: training texts.")] = None,
+    init_from: Annotated[
+        Path | None, typer.Option(help="Prompts of another task to start from, in place of a text.", metavar="FOLDER")
+    ] = None,
     max_length: Annotated[int, typer.Option(min=1, help="Tokens of an example; what is beyond is cut.")] = 128,
     steps: Annotated[int | None, typer.Option(min=1, help="Of the optimizer. Default: 3 passes, at least 150.")] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
@@ -160,6 +163,7 @@ def train(
                 pre_seq_len=pre_seq_len,
                 deep_prompt_mode=deep_prompt_mode.value,
                 init_text=init_text,
+                init_from=init_from,
                 max_length=max_length,
                 steps=steps,
                 batch_size=batch_size,

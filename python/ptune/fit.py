@@ -16,9 +16,10 @@ _logger = logging.getLogger(__name__)
 def check_fit(model: Any, saved: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """Raises `MisfitError` for a folder's config and tensors that do not fit ``model`` (a `PTuneMixin`), saying why."""
     here = model._description(model.origin)
-    reasons = [*_of_the_base(model, saved, here), *_of_the_head(model, saved, here), *_of_shapes(model, saved, tensors)]
-    if reasons:
-        raise checkpoint.MisfitError("these prompts do not fit this model: " + "; ".join(reasons))
+    base, head = list(_of_the_base(model, saved, here)), list(_of_the_head(model, saved, here))
+    if reasons := [*base, *head, *_of_shapes(model, saved, tensors)]:
+        hint = "; load_prompts(…, head=False) takes the prompts alone" if head and not base else ""
+        raise checkpoint.MisfitError(f"these prompts do not fit this model: {'; '.join(reasons)}{hint}")
 
 
 def warn_of_other_settings(model: Any, saved: dict[str, Any], folder: str | os.PathLike[str]) -> None:

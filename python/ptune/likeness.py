@@ -4,6 +4,7 @@ The same weights in another dtype are the same; those that were tuned but a litt
 """
 
 import logging
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
 
@@ -34,9 +35,22 @@ def sample(model: Any) -> list[str]:
 
 def warn_of_other_weights(model: Any, saved: dict[str, Any], folder: Any) -> None:
     """Say so where prompts of ``folder``, whose ``ptune_config.json`` is ``saved``, had a base of other weights."""
-    pairs = [pair for pair in zip(saved["base"].get("weights") or (), sample(model), strict=False) if all(pair)]
-    if not all(torch.allclose(_read(one), _read(other), _RELATIVE, _ABSOLUTE, equal_nan=True) for one, other in pairs):
+    if not _are_alike(saved["base"].get("weights") or (), sample(model)):
         _logger.warning("%s: these prompts were trained on a base like this one, but of other weights", folder)
+
+
+def warn_of_changed_weights(model: Any, folder: Any) -> None:
+    """Say so where ``folder``, which holds prompts alone, would lose what the base has learnt or was merged into it."""
+    if not _are_alike(model.loaded_sample, sample(model)):
+        _logger.warning(
+            "%s: the base's weights have changed since it was loaded, and are not in this folder; "
+            "save_pretrained(…, save_base=True) saves them too", folder
+        )  # fmt: skip
+
+
+def _are_alike(one: Iterable[str], other: Iterable[str]) -> bool:
+    pairs = [pair for pair in zip(one, other, strict=False) if all(pair)]
+    return all(torch.allclose(_read(a), _read(b), _RELATIVE, _ABSOLUTE, equal_nan=True) for a, b in pairs)
 
 
 def numbers_of(module: nn.Module) -> str:

@@ -33,8 +33,8 @@ from .train import BEGAN_WITH, EVALUATIONS, OneDevice, ResumableTrainer, evaluat
 _KEYS: dict[str, type] = {
     "name": str, "task": str, "data": str, "eval_data": str, "hold_out": float, "text_column": str,
     "label_column": str, "prompt_column": str, "completion_column": str, "tuning_mode": str, "pre_seq_len": int,
-    "deep_prompt_mode": str, "init_text": str, "max_length": int, "batch_size": int, "learning_rate": float,
-    "head_learning_rate": float,
+    "deep_prompt_mode": str, "init_text": str, "init_from": str, "max_length": int, "batch_size": int,
+    "learning_rate": float, "head_learning_rate": float,
 }  # fmt: skip
 _KINDS = {str: "a string", int: "an integer of at least 1", float: "a number"}
 _COLUMNS = ("text_column", "label_column", "prompt_column", "completion_column")
@@ -98,7 +98,7 @@ def _read_task(path: Path) -> dict[str, Any]:
     if said["name"] == CHECKPOINTS:
         raise ValueError(f"{path}: name: {said['name']!r} is the folder of the checkpoints of all")
     said["columns"] = Columns(*(said.pop(column, None) for column in _COLUMNS))
-    said |= {key: path.parent / said[key] for key in ("data", "eval_data") if key in said}
+    said |= {key: path.parent / said[key] for key in ("data", "eval_data", "init_from") if key in said}
     if said.get("tuning_mode") == "none":  # as on the command line
         said["tuning_mode"] = None
     return said

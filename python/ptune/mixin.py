@@ -20,6 +20,7 @@ from .config import PTuneConfig, take_settings
 from .dropout import FrozenDropout
 from .hooks import PromptHooks
 from .initialise import initial_prompts, tokenise_with
+from .likeness import sample
 from .loading import fresh_head, load_model, origin_of, tokenizer_of
 from .mixture import current_mixture
 from .plan import Plan, make_plan, obstacle
@@ -179,6 +180,7 @@ class PTuneMixin(PromptSaving):
         self.origin = origin_of(self.config)
         self.ptune_config = PTuneConfig()
         self._loaded_vocabulary = self.get_input_embeddings().num_embeddings
+        self.loaded_sample = sample(self)
         self._disabled = 0
         self._hooks: PromptHooks | None = None
         self._dropout = FrozenDropout(self.base_model)
@@ -218,6 +220,18 @@ class PTuneMixin(PromptSaving):
     def _tables(self: Any) -> tuple[nn.Embedding | None, nn.Embedding | None]:
         return self.prompt_embeddings, self.intermediate_prompt_embeddings
 
+    def _keep_tables(self: Any, before: Sequence[nn.Embedding | None]) -> None:
+        """Have the prompts that are here now in the tables that they were in ``before``, where these are as large."""
+        for name, table in zip(("prompt_embeddings", "intermediate_prompt_embeddings"), before, strict=True):
+            weight, values = (getattr(its, "weight", None) for its in (table, getattr(self, name)))
+            # one that FSDP2 has sharded is left to it
+            if weight is None or values is None or weight.shape != values.shape or type(weight.data) is not Tensor:
+                continue
+            with torch.no_grad():
+                weight.copy_(values)
+            setattr(self, name, table)
+            weight.requires_grad_()
+
     def prompt_parameters(self: Any) -> list[nn.Parameter]:
         """The tables of prompts that the model has: shallow, then deep."""
         return [table.weight for table in self._tables() if table is not None]
@@ -236,7 +250,7 @@ class PTuneMixin(PromptSaving):
         self._hooks = self._new_hooks() if settings.tuning_mode is not None else None
         if hooks is not None and self._hooks is not None:
             self._hooks.prefix.keep_compiled = hooks.prefix.keep_compiled
-        own = set(self._own_names())
+        own = set(self._own_names().values())
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name in own)
         # Trainer, which loads a checkpoint of prompts into the whole model, expects exactly these to be missing
@@ -282,7 +296,7 @@ class PTuneMixin(PromptSaving):
 
     def _apply(self: Any, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Move everything, cast the base; prompts, head and their gradients keep their dtype bit for bit."""
-        own = set(self._own_names())
+        own = set(self._own_names().values())
         kept = {
             id(tensor)
             for name, its in (*self.named_parameters(), *self.named_buffers())

@@ -66,6 +66,7 @@ class Options:
     pre_seq_len: int = 16
     deep_prompt_mode: str = "overwrite"
     init_text: str | None = None
+    init_from: Path | None = None  # a folder of prompts, in place of a text
     max_length: int = 128
     steps: int | None = None
     batch_size: int = 32
@@ -191,6 +192,10 @@ def prepare(options: Options, say: Callable[[str], None]) -> Run:
         deep_prompt_mode=options.deep_prompt_mode,
         dtype=options.dtype,
     )
+    if options.init_from:
+        model.load_prompts(options.init_from, head=False)
+        if model.compiled_prefix is not None:
+            raise ValueError(f"init_from: expected prompts, got a compiled prefix in {options.init_from}")
     if options.resume:
         _check_same(read_config(options.resume), model, labels)
     task = kind(tokenizer, _room(model, tokenizer, options), labels)
@@ -429,14 +434,19 @@ def _check(options: Options) -> None:
     filled = out.is_dir() and any(path.name != CHECKPOINTS or any(path.iterdir()) for path in out.iterdir())
     if filled and not (options.resume or options.overwrite):
         raise ValueError(f"out: {out} is not empty; choose another folder, --resume its run, or --overwrite it")
-    if options.resume:
-        if not is_prompt_folder(options.resume):
-            raise ValueError(f"out: the run to resume in {out} is of several tasks (--task-mix)")
-        saved = read_config(options.resume)
+    if options.init_from and (options.init_text is not None or options.tuning_mode is None):
+        raise ValueError("init_from: expected with a tuning mode, and without init_text")
+    if options.resume and not is_prompt_folder(options.resume):
+        raise ValueError(f"out: the run to resume in {out} is of several tasks (--task-mix)")
+    for folder, whose in (
+        (options.resume, "the run to resume has"),
+        (options.init_from, "the prompts to start from have"),
+    ):
+        saved = read_config(folder) if folder else {}
         for name in ("tuning_mode", "pre_seq_len", "deep_prompt_mode"):
             value = 0 if name == "pre_seq_len" and options.tuning_mode is None else getattr(options, name)
-            if saved[name] != value:
-                raise ValueError(f"{name}: the run to resume has {saved[name]!r}, got {value!r}")
+            if saved.get(name, value) != value:
+                raise ValueError(f"{name}: {whose} {saved[name]!r}, got {value!r}")
 
 
 def _check_same(saved: dict[str, Any], model: Any, labels: Sequence[str]) -> None:

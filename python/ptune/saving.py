@@ -14,7 +14,7 @@ from .anatomy import evaluating, whole
 from .cache import CompiledPrefix
 from .fit import check_compiled, check_fit, warn_of_other_settings
 from .half_attention import dtypes_of
-from .likeness import sample, warn_of_other_weights
+from .likeness import sample, warn_of_changed_weights, warn_of_other_weights
 from .loading import Origin
 from .quantised import described
 
@@ -31,11 +31,19 @@ class PromptSaving:
         `ptune.hub.upload`, ``repo_id`` among them. Prompts that FSDP2 has sharded are gathered, for which every process
         must call this.
         """
-        self._check_adapters(beside=True)
-        self._check_vocabulary()
-        hub.write(folder, self._description(self.origin), self._own(self.state_dict()))
+        described, tensors = self.described()
+        warn_of_changed_weights(self, folder)
+        hub.write(folder, described, tensors)
         if push_to_hub:
             hub.upload(folder, **options)
+
+    def described(self: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What `save_prompts` writes: the config, and copies of prompts and head in float32 on the CPU."""
+        self._check_adapters(beside=True)
+        self._check_vocabulary()
+        own = self._own(self.state_dict())
+        copies = {name: tensor.detach().to("cpu", torch.float32, copy=True) for name, tensor in own.items()}
+        return self._description(self.origin), copies
 
     def push_to_hub(self: Any, repo_id: str, **options: Any) -> Any:
         """Upload what `save_prompts` writes, with the ``options`` of `ptune.hub.upload`, which returns the commit."""
@@ -55,24 +63,39 @@ class PromptSaving:
         self._hooks.prefix.forget()  # what was kept before an edit that cannot be seen
         with torch.no_grad(), evaluating(self):
             compiled = CompiledPrefix(self._hooks.prefix.prefix())
-        state = self.state_dict()
-        tensors = {name: state[name] for name in self._head} | compiled.state_dict(prefix=checkpoint.COMPILED)
+        warn_of_changed_weights(self, folder)
+        tensors = {name: self.get_parameter(name) for name in self._head} | compiled.state_dict(
+            prefix=checkpoint.COMPILED
+        )
         hub.write(folder, self._description(self.origin), tensors)
 
-    def load_prompts(self: Any, folder: str | os.PathLike[str], **options: Any) -> None:
+    def load_prompts(self: Any, folder: str | os.PathLike[str], *, head: bool = True, **options: Any) -> None:
         """Take over the prompts and head of ``folder``, or what `save_prefix` wrote there, with their mode and length.
 
-        ``folder`` may be the name of a repository on the hub, with the ``options`` of `ptune.hub.download`. Raises
-        `ptune.checkpoint.MisfitError` where prompts do not fit this base, saying why; nothing is changed then.
+        Parameters whose shape stays remain the same objects, which an optimizer may hold.
+
+        Args:
+            folder: may be the name of a repository on the hub, with the ``options`` of `ptune.hub.download`.
+            head: ``False`` takes the prompts alone, and leaves the head that is here: for another task or other labels
+                (Vu et al. 2022).
+
+        Raises `ptune.checkpoint.MisfitError` where prompts do not fit this base, saying why; nothing is changed then.
         """
         folder = hub.folder_of(folder, **options)
         saved, tensors = checkpoint.read_config(folder), checkpoint.read_tensors(folder)
+        if not head:
+            here = self._description(self.origin)
+            tensors = {name: tensor for name, tensor in tensors.items() if name not in saved["head"]}
+            tensors |= {name: self.get_parameter(name).detach() for name in self._head}
+            saved |= {name: here[name] for name in ("model_class", "head", "id2label", "problem_type")}
         settings = checkpoint.settings_of(saved)
         settings.prefix_sharing = self.ptune_config.prefix_sharing
         check_fit(self, saved, tensors)
         names = checkpoint.compiled_names(settings, self.config.num_hidden_layers)
         compiled = [tensors[name] for name in names if name in tensors]
+        tables = self._tables()
         self._install(settings, *(tensors.get(name) for name in checkpoint.PROMPTS), compiled, saved["head"])
+        self._keep_tables(tables)
         with torch.no_grad():
             for name in saved["head"]:
                 self.get_parameter(name).copy_(tensors[name])
@@ -104,6 +127,7 @@ class PromptSaving:
             origin = Origin(checkpoint.BASE_FOLDER, checkpoint.base_config(self.config))
         else:
             self._check_vocabulary()
+            warn_of_changed_weights(self, save_directory)
         state = self.state_dict() if state_dict is None else state_dict
         if save_base:
             folder = os.path.join(save_directory, checkpoint.BASE_FOLDER)
@@ -124,14 +148,8 @@ class PromptSaving:
         adapters = getattr(self, "peft_config", None)
         if adapters and (self._hf_peft_config_loaded or not beside):  # those of add_adapter
             raise ValueError(
-                f"adapters: expected none, got {', '.join(adapters)}, which neither a folder of prompts nor "
-                "its base would hold; peft's get_peft_model(model, config) saves its own beside what save_prompts "
-                "writes, and delete_adapter takes one away"
-            )
-        if lost := sorted(set(self._head) - dict(self.named_parameters()).keys()):
-            raise ValueError(
-                f"head: expected {', '.join(lost)}, which the modules_to_save of an adapter have replaced; a config "
-                "without task_type leaves the head alone"
+                f"adapters: {', '.join(adapters)} would be lost, for neither a folder of prompts nor its base holds "
+                "them; remove them with delete_adapter, or use peft's get_peft_model, which saves them itself"
             )
 
     def _check_vocabulary(self: Any) -> None:
@@ -143,9 +161,15 @@ class PromptSaving:
             )
 
     def _own(self: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: whole(state[name]) for name in self._own_names()}
+        return {name: whole(state[here]) for name, here in self._own_names().items()}
 
-    def _own_names(self: Any) -> list[str]:
+    def _own_names(self: Any) -> dict[str, str]:
+        """Of prompts and head: as a folder has them, and as they are called here, where PEFT may have wrapped them."""
+        names = {id(tensor): name for name, tensor in (*self.named_parameters(), *self.named_buffers())}
+        owners = (name.rpartition(".") for name in self._folder_names())
+        return {f"{owner}.{name}": names[id(getattr(self.get_submodule(owner), name))] for owner, _, name in owners}
+
+    def _folder_names(self: Any) -> list[str]:
         prompts = zip(checkpoint.PROMPTS, self._tables(), strict=True)
         compiled = (
             []

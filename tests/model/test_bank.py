@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from torch import Tensor
 
 import ptune
@@ -64,6 +65,26 @@ def alone(path: Path, task: str, ids: Tensor, mask: Tensor) -> Tensor:
     model = LOADERS[task].from_pretrained(path, prefix_sharing=False).eval()
     with torch.no_grad():
         return model(input_ids=ids[mask.bool()][None], attention_mask=mask[mask.bool()][None]).logits[0]
+
+
+@pytest.mark.parametrize("kind", ["shallow", "overwrite", "head"])
+def test_a_model_in_memory_is_added_as_its_folder(base_of, tmp_path, kind):
+    base = base_of("llama")
+    folder = tuned(base, tmp_path, kind, "sequence")
+    model = LOADERS["sequence"].from_pretrained(folder)
+    bank = bank_of(base)
+    bank.add("folder", folder)
+    bank.add("model", model)
+    ids, mask = batch(1, "right")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()  # the bank has a copy
+    ids, mask = ids.expand(2, -1), mask.expand(2, -1)
+    one, other = bank(ids, mask, prompt_names=["folder", "model"]).logits
+    close(other, one)
+    bank.save("model", tmp_path / "again")
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        assert torch.equal(load_file(tmp_path / "again" / "model.safetensors")[name], tensor)
 
 
 def test_prompts_that_come_draw_no_random_numbers(base_of, tmp_path):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import ptune
 from ptune.checkpoint import CONFIG_NAME, WEIGHTS_NAME, MisfitError, read_config
 
-from .common import COUNT, set_prompts, settings_for, skip_without_peft_of_now
+from .common import COUNT, close, set_prompts, settings_for, skip_without_peft_of_now
 from .families import FAMILIES, LAYERS
 
 CLASSIFIER = ptune.AutoPTuneModelForSequenceClassification
@@ -142,7 +142,7 @@ def test_adapters_are_not_dropped(base_of, tmp_path):
         model.save_pretrained,
         lambda folder: model.save_pretrained(folder, save_base=True),
     ):
-        with pytest.raises(ValueError, match=r"adapters: expected none, got style, which .* get_peft_model"):
+        with pytest.raises(ValueError, match=r"adapters: style would be lost, .* get_peft_model"):
             save(tmp_path / "folder")
     assert not (tmp_path / "folder").exists()
     model.delete_adapter("style")
@@ -150,7 +150,7 @@ def test_adapters_are_not_dropped(base_of, tmp_path):
 
 
 def test_prompts_are_saved_beside_an_adapter_of_peft(base_of, tmp_path):
-    """Which freezes them, and is saved by itself; a head that it wraps is its own."""
+    """Which freezes them, and is saved by itself."""
     peft = pytest.importorskip("peft")
     auto = ptune.AutoPTuneModelForSequenceClassification
     model = base_of("llama").tuned(auto, num_labels=3, **settings_for("overwrite"))
@@ -164,14 +164,111 @@ def test_prompts_are_saved_beside_an_adapter_of_peft(base_of, tmp_path):
     expected = both.eval()(input_ids=ids).logits
     both.save_pretrained(tmp_path / "adapter")
     model.save_prompts(tmp_path / "prompts")
-    with pytest.raises(ValueError, match="adapters: expected none, got default"):
+    with pytest.raises(ValueError, match="adapters: default would be lost"):
         model.save_prefix(tmp_path / "prefix")  # whose keys and values are of the adapter
     again = peft.PeftModel.from_pretrained(auto.from_pretrained(tmp_path / "prompts"), tmp_path / "adapter").eval()
     assert torch.equal(again(input_ids=ids).logits, expected)
-    wrapped = base_of("llama").tuned(auto, num_labels=3, **settings_for("overwrite"))
-    peft.get_peft_model(wrapped, peft.LoraConfig(target_modules=["q_proj"], task_type="SEQ_CLS"))
-    with pytest.raises(ValueError, match=r"head: expected score\.weight, which the modules_to_save"):
-        wrapped.save_prompts(tmp_path / "wrapped")
+
+
+@pytest.mark.parametrize("name", ["llama", "roberta"])  # a head of one layer, and of two
+def test_an_adapter_of_peft_may_hold_prompts_and_head(base_of, tmp_path, name):
+    """Those that its modules_to_save name are trained, cast and saved as without it."""
+    peft = pytest.importorskip("peft")
+    auto = ptune.AutoPTuneModelForSequenceClassification
+    model = base_of(name).tuned(auto, num_labels=3, **settings_for("overwrite"))
+    own = [key.rpartition(".")[0] for key, parameter in model.named_parameters() if parameter.requires_grad]
+    targets = ["q_proj"] if name == "llama" else ["query"]
+    config = peft.LoraConfig(target_modules=targets, r=2, init_lora_weights=False, modules_to_save=own)
+    if name == "llama":
+        config.task_type = "SEQ_CLS"  # which adds the head by itself
+    both = peft.get_peft_model(model, config)
+    ids, labels = torch.randint(3, 61, (2, 5)), torch.tensor([0, 2])
+    started = [parameter.detach().clone() for parameter in both.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD([parameter for parameter in both.parameters() if parameter.requires_grad], lr=0.1)
+    both.train()(input_ids=ids, labels=labels).loss.backward()
+    optimizer.step()
+    trained = [parameter for parameter in both.parameters() if parameter.requires_grad]
+    assert all(not torch.equal(now, before) for now, before in zip(trained, started, strict=True))
+    expected = both.eval()(input_ids=ids).logits
+    both.save_pretrained(tmp_path / "adapter")
+    again = base_of(name).tuned(auto, num_labels=3, **settings_for("overwrite"))
+    again = peft.PeftModel.from_pretrained(again, tmp_path / "adapter").eval()
+    assert torch.equal(again(input_ids=ids).logits, expected)  # as Trainer resumes
+    with both.disable_adapter():
+        untrained = model(input_ids=ids).logits  # the base and the prompts from before
+    model.save_prompts(tmp_path / "prompts")
+    prompts = auto.from_pretrained(tmp_path / "prompts")
+    assert not torch.equal(prompts(input_ids=ids).logits, untrained)
+    for key, value in load_file(tmp_path / "prompts" / "model.safetensors").items():
+        assert torch.equal(value, model.get_parameter(key)), key
+        assert model.get_parameter(key).requires_grad, key
+    both.half()
+    assert {p.dtype for p in (*model.prompt_parameters(), *map(model.get_parameter, model._head))} == {torch.float32}
+    assert model.get_input_embeddings().weight.dtype == torch.float16
+
+
+def test_an_optimizer_goes_on_with_prompts_that_are_loaded(base_of, tmp_path):
+    auto = ptune.AutoPTuneModelForSequenceClassification
+    model = base_of("llama").tuned(auto, **settings_for("overwrite"))
+    model.save_prompts(tmp_path)
+    ids = torch.randint(3, 61, (2, 5))
+    expected, held = model(ids).logits, {id(p) for p in model.parameters() if p.requires_grad}
+    set_prompts(model, "overwrite")
+    model.load_prompts(tmp_path)
+    held = {id(p): p for p in model.parameters() if p.requires_grad}
+    with torch.no_grad():
+        for parameter in held.values():
+            parameter.mul_(1.5)
+    model.compile_prompts()
+    assert not torch.equal(model(ids).logits, expected)
+    model.load_prompts(tmp_path)
+    assert {id(p) for p in model.parameters() if p.requires_grad} == held.keys()
+    assert torch.equal(model(ids).logits, expected)
+    optimizer = torch.optim.AdamW(held.values(), lr=0.1)
+    model(ids, labels=torch.tensor([0, 1])).loss.backward()
+    optimizer.step()
+    assert not torch.equal(model(ids).logits, expected)
+
+
+@pytest.mark.parametrize("mode", ["shallow", "overwrite"])
+def test_prompts_go_on_to_another_task(base_of, tmp_path, mode):
+    """Without their head, and whatever its labels are: the one that is here stays."""
+    base, ids = base_of("llama"), torch.randint(3, 61, (2, 5))
+    taught = base.tuned(ptune.AutoPTuneModelForSequenceClassification, num_labels=3, **settings_for(mode))
+    set_prompts(taught, mode)
+    taught.save_prompts(tmp_path)
+    for loader, labels in (
+        (ptune.AutoPTuneModelForSequenceClassification, 5),
+        (ptune.AutoPTuneModelForTokenClassification, 3),
+        (ptune.AutoPTuneModelForCausalLM, 2),
+    ):
+        model = loader.from_pretrained(base.folder, num_labels=labels)
+        head = {name: model.get_parameter(name).clone() for name in model._head}
+        with pytest.raises(MisfitError, match=r"load_prompts\(…, head=False\) takes the prompts alone"):
+            model.load_prompts(tmp_path)
+        model.load_prompts(tmp_path, head=False)
+        assert model.ptune_config.pre_seq_len == COUNT
+        assert all(torch.equal(model.get_parameter(name), value) for name, value in head.items())
+        assert {n for n, p in model.named_parameters() if p.requires_grad and "prompt" not in n} == head.keys()
+        close(model.base_model(ids).last_hidden_state, taught.base_model(ids).last_hidden_state)
+    other = base_of("qwen3").tuned(ptune.AutoPTuneModelForCausalLM)
+    with pytest.raises(MisfitError, match="model_type"):
+        other.load_prompts(tmp_path, head=False)
+
+
+def test_a_base_that_has_changed_is_said_to_be_lost(base_of, tmp_path, caplog):
+    model = base_of("llama").tuned(ptune.AutoPTuneModelForCausalLM, **settings_for("shallow"))
+    model.half().save_prompts(tmp_path / "half")
+    assert not caplog.records
+    with torch.no_grad():
+        model.model.layers[2].self_attn.q_proj.weight.add_(0.1)
+    for save in (model.save_prompts, model.save_pretrained, model.save_prefix):
+        caplog.clear()
+        save(tmp_path / "prompts")
+        assert "weights have changed since it was loaded, and are not in this folder" in caplog.text
+    caplog.clear()
+    model.save_pretrained(tmp_path / "whole", save_base=True)
+    assert not caplog.records
 
 
 def test_a_base_without_a_name(tmp_path):
