@@ -282,8 +282,8 @@ class PromptBank:
 
     def _named_rows(self, names: Iterable[str | None], input_ids: Tensor) -> tuple[list[str | None], list[Entry]]:
         """The name of each row of a batch, and its prompt."""
-        if not isinstance(input_ids, Tensor) or input_ids.is_floating_point() or input_ids.is_complex():
-            raise ValueError(f"input_ids: expected a tensor of integers, got {_said(input_ids)}")
+        if not isinstance(input_ids, Tensor) or input_ids.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"input_ids: expected a tensor of int32 or int64, got {_said(input_ids)}")
         if input_ids.dim() != 2 or input_ids.shape[0] == 0 or input_ids.shape[1] == 0:
             raise ValueError(f"input_ids: expected [b, n] with at least one token, got shape {tuple(input_ids.shape)}")
         given = [] if isinstance(names, str) or not isinstance(names, Iterable) else list(names)
@@ -433,6 +433,8 @@ def _check_base(base: Any) -> None:
         raise NotImplementedError(
             f"base: expected an encoder or a decoder, got the encoder-decoder {type(base).__name__}"
         )
+    if type(base).__name__.endswith("ForMultipleChoice"):
+        raise NotImplementedError(f"base: expected one whose rows are texts by themselves, got {type(base).__name__}")
     if rounds_by_batch(base.config):
         raise NotImplementedError(
             "base: LLM.int8 chooses the columns that it rounds over all rows of a batch, so that a row would depend on "

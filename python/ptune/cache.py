@@ -83,27 +83,31 @@ class PrefixedCache(_StandIn):
 
 
 class CastCache(_StandIn):
-    """Stands in for a cache in one attention, and has it keep keys and values in ``dtype``."""
+    """Stands in for a cache in one attention, and has it keep keys and values in ``dtype``.
 
-    def __init__(self, cache: Any, dtype: torch.dtype) -> None:
+    ``returns_whole``: whether what it returns is in the dtype of what it was given.
+    """
+
+    def __init__(self, cache: Any, dtype: torch.dtype, returns_whole: bool = False) -> None:
         super().__init__(cache)
-        self.dtype = dtype
+        self.dtype, self.returns_whole = dtype, returns_whole
 
     @classmethod
-    def of(cls, cache: Any, dtype: torch.dtype) -> Any:
+    def of(cls, cache: Any, *how: Any) -> Any:
         """For any cache; that of an encoder-decoder is two."""
         if isinstance(cache, EncoderDecoderCache):
             both: Any = copy.copy(cache)  # what it knows of its layers is shared
-            both.self_attention_cache = cls(cache.self_attention_cache, dtype)
-            both.cross_attention_cache = cls(cache.cross_attention_cache, dtype)
+            both.self_attention_cache = cls(cache.self_attention_cache, *how)
+            both.cross_attention_cache = cls(cache.cross_attention_cache, *how)
             return both
-        return cls(cache, dtype)
+        return cls(cache, *how)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         key, value = cast_kv(key_states, value_states, self.dtype)
-        return _update(self.cache, self.dtype, key, value, layer_idx, *args, **kwargs)
+        key, value = _update(self.cache, self.dtype, key, value, layer_idx, *args, **kwargs)
+        return (key.to(key_states.dtype), value.to(value_states.dtype)) if self.returns_whole else (key, value)
 
 
 def _update(

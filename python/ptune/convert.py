@@ -120,10 +120,11 @@ def to_peft(
             "peft_type": "PREFIX_TUNING", "token_dim": heads * width, "num_attention_heads": heads,
             "encoder_hidden_size": heads * width, "prefix_projection": False,
         }  # fmt: skip
-    own = model._head
-    if not own and task_type in ("SEQ_CLS", "TOKEN_CLS"):  # of which PEFT wants the base's
-        own = [name for name, _ in model.named_parameters() if name.partition(".")[0] in ("classifier", "score")]
-    head = {f"base_model.{name}": model.get_parameter(name) for name in own}
+    own = set(model._head)
+    if task_type in ("SEQ_CLS", "TOKEN_CLS"):  # of which PEFT wants the base's too
+        names = [name for name, _ in model.named_parameters()]
+        own |= {name for name in names if name.partition(".")[0] in ("classifier", "score", "pre_classifier")}
+    head = {f"base_model.{name}": model.get_parameter(name) for name in sorted(own)}
     checkpoint.write(out, described, head | {"prompt_embeddings": prompts}, (CONFIG_NAME, WEIGHTS_NAME))
     if changed := model.origin.overrides:
         _logger.warning("%s: PEFT's folder does not say that its base was loaded with %s", out, changed)

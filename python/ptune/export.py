@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .checkpoint import replace_file
+from .mixin import PTuneMixin
 
 NAME = "prompt_embeds"
 
@@ -16,13 +17,17 @@ NAME = "prompt_embeds"
 def export_prompt_embeds(model: Any, path: str | os.PathLike[str]) -> None:
     """Write the prompt rows of ``model``, [m, d] in the base's dtype, to a safetensors file as ``prompt_embeds``.
 
-    Raises `ValueError` for anything but a shallow prompt: embeddings cannot carry what deep prompts do to each block.
+    Raises `TypeError` for a model without our prompts, and `ValueError` for others than shallow ones: embeddings cannot
+    carry what deep prompts do to each block.
     """
+    if not isinstance(model, PTuneMixin):
+        raise TypeError(f"model: expected one with prompts, got {type(model).__name__}")
     mode = model.ptune_config.tuning_mode
     if mode != "ptune":
         raise ValueError(f"tuning_mode: expected 'ptune', got {mode!r}; only shallow prompts are embeddings")
     with torch.no_grad():
-        rows = model.get_prompt(1)[0][0].cpu().contiguous()
+        prompts, _ = model.get_prompt(1)
+    rows = prompts[0].cpu().contiguous()  # type: ignore[index]
     replace_file(Path(path), lambda scratch: save_file({NAME: rows}, scratch, metadata={"format": "pt"}))
 
 

@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache
+from transformers import Cache, masking_utils
 
 from .inputs import BEFORE_5_24, CACHE, named
+from .mixture import current_mixture
 
 
 class PromptGeneration:
@@ -78,7 +79,16 @@ class PromptGeneration:
         **kwargs: Any,
     ) -> Any:
         """A static cache's mask, [b, n] rather than 4-D: the body adds the prompt's columns and makes the rest."""
-        cache = kwargs[CACHE]
+        cache, mixture = kwargs[CACHE], current_mixture(self)
+        if not self.prompts_enabled and mixture is None:
+            stock = getattr(super(), "create_masks_for_generate", masking_utils.create_masks_for_generate)
+            return stock(config, inputs_embeds, attention_mask, is_first_iteration=is_first_iteration, **kwargs)
+        padded = attention_mask is not None and is_first_iteration and bool((attention_mask == 0).any())
+        if config.model_type == "bloom" and (padded or mixture is not None):
+            raise NotImplementedError(
+                f"{type(self).__name__}: static caches are not supported for padded batches with prompts, nor in banks,"
+                " as it makes its bias of the mask"
+            )
         if config.is_encoder_decoder or is_first_iteration or isinstance(cache.get_seq_length(), int):
             return attention_mask
         # as wide at every step, or a compiled decoding step would be compiled again for each

@@ -19,6 +19,8 @@ from .quantised import is_quantised
 HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 CACHES = HALVES | {"float32": torch.float32}
 SETTINGS = ("attn_dtype", "kv_cache_dtype")
+# float32 weights of an attention that take what its cache returns: DeepSeek's (MLA), which compress it, and Doge's
+_BEHIND_THE_CACHE = ("kv_b_proj", "dt_proj")
 _CACHE_ARGUMENTS = (CACHE, "layer_past")
 
 
@@ -127,13 +129,14 @@ def _cast_cache(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple
     dtype = cache_dtype_of(module.config._attn_implementation)
     if dtype is None:
         return None
-    return tuple(_casting(x, dtype) for x in args), {name: _casting(x, dtype) for name, x in kwargs.items()}
+    how = dtype, any(hasattr(module, name) for name in _BEHIND_THE_CACHE)
+    return tuple(_casting(x, how) for x in args), {name: _casting(x, how) for name, x in kwargs.items()}
 
 
-def _casting(argument: Any, dtype: torch.dtype) -> Any:
+def _casting(argument: Any, how: tuple[torch.dtype, bool]) -> Any:
     # a prefix is cast as it is written
     return (
-        CastCache.of(argument, dtype)
+        CastCache.of(argument, *how)
         if isinstance(argument, Cache) and not isinstance(argument, PrefixedCache)
         else argument
     )

@@ -64,7 +64,7 @@ class PTuneMixin(PromptSaving):
         """Begin anew with the prompts of ``config``: a `PTuneConfig`, or a transformers config that bears its fields.
 
         ``tokenizer``, or a function that returns one, reads a ``prompt_init_text`` of strings; by default the base's
-        own is loaded. Raises `ValueError` or `NotImplementedError`, and then changes nothing.
+        own is loaded. Raises `TypeError`, `ValueError` or `NotImplementedError`, and then changes nothing.
         """
         settings = PTuneConfig.of(config)
         shallow = deep = None

@@ -58,6 +58,7 @@ class PromptSaving:
         train but the head. Raises `ValueError` where the prompts are not shared.
         """
         self._check_adapters()
+        self._check_vocabulary()
         if self.prefix_plan.path != "prefix":
             raise ValueError(f"save_prefix: prompts are not shared here: {self.prefix_plan.reason}")
         self._hooks.prefix.forget()  # what was kept before an edit that cannot be seen

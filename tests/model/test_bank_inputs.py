@@ -65,6 +65,23 @@ class TestOverriddenBases:
             bank.add("a", folder)
 
 
+@pytest.mark.parametrize("trained", [torch.float32, torch.bfloat16])
+def test_a_config_within_the_config_may_have_another_dtype(tmp_path, trained):
+    """MPT's says its own."""
+    config = transformers.MptConfig(d_model=24, n_heads=4, n_layers=2, vocab_size=VOCABULARY, max_seq_len=64)
+    transformers.MptForCausalLM(config).save_pretrained(tmp_path / "base")
+    model = LOADERS["lm"].from_pretrained(tmp_path / "base", dtype=trained, **KINDS["shallow"])
+    model.save_prompts(tmp_path / "prompts")
+    ids = torch.randint(3, VOCABULARY, (1, 5))
+    for dtype in (torch.float32, torch.bfloat16):
+        stock = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=dtype)
+        assert stock.config.attn_config.dtype is not trained or dtype == trained
+        bank = ptune.PromptBank(stock)
+        bank.add("a", tmp_path / "prompts")
+        expected = LOADERS["lm"].from_pretrained(tmp_path / "prompts", dtype=dtype)
+        close(bank(ids, prompt_names=["a"]).logits[0].float(), expected(ids).logits[0].float(), 2e-2)
+
+
 class TestLearnedPositions:
     """Of which the tiny models have 64, and RoBERTa 62."""
 
@@ -191,12 +208,22 @@ class TestRefusals:
             base_of("llama").tuned().load_prompts(folder)
         assert bank.names == ["a"]
 
+    def test_files(self, bank, tmp_path):
+        (tmp_path / "model.safetensors").write_bytes(b"")
+        with pytest.raises(FileNotFoundError, match=r"model\.safetensors: expected a folder of prompts"):
+            bank.add("b", tmp_path / "model.safetensors")
+
+    def test_bases_whose_rows_are_choices(self, base_of):
+        base = base_of("bert").stock(transformers.AutoModelForMultipleChoice)
+        with pytest.raises(NotImplementedError, match="rows are texts by themselves, got BertForMultipleChoice"):
+            ptune.PromptBank(base)
+
     @pytest.mark.parametrize("call", ["__call__", "generate"])
     def test_batches(self, bank, call):
         call, ids = getattr(bank, call), torch.randint(3, VOCABULARY, (2, 5))
         mask = torch.ones_like(ids)
-        for wrong in (ids.tolist(), ids.float(), None):
-            with pytest.raises(ValueError, match="input_ids: expected a tensor of integers, got"):
+        for wrong in (ids.tolist(), ids.float(), ids.bool(), ids.to(torch.int8), None):
+            with pytest.raises(ValueError, match="input_ids: expected a tensor of int32 or int64, got"):
                 call(wrong, mask, prompt_names=["a", None])
         for wrong in (mask.tolist(), mask[:, 1:], mask[:1], mask[None]):
             with pytest.raises(ValueError, match=r"attention_mask: expected a tensor of shape \(2, 5\), got"):

@@ -158,6 +158,27 @@ def test_peft_reads_the_head_of_the_base(base_of, tmp_path, name):
     close(logits(theirs.eval(), ids, mask), logits(model, ids, mask))
 
 
+@pytest.mark.parametrize("name", ["roberta", "distilbert"])
+def test_peft_reads_a_head_that_is_new_in_part(base_of, tmp_path, name):
+    """The checkpoint's classifier was for other labels: its first layer stays, and PEFT wants that too."""
+    classifier, tuned = TASKS["SEQ_CLS"]
+    base_of(name).stock(classifier, num_labels=2).save_pretrained(tmp_path / "base")
+    labels = {"num_labels": 3, "ignore_mismatched_sizes": True}
+    model = tuned.from_pretrained(tmp_path / "base", tuning_mode="ptune", pre_seq_len=3, **labels)
+    assert len(model._head) == 2
+    model.save_prompts(tmp_path / "ours")
+    to_peft(tmp_path / "ours", tmp_path / "peft")
+    skip_without_peft_of_now()
+    stock = classifier.from_pretrained(tmp_path / "base", **labels)
+    theirs = peft.PeftModel.from_pretrained(stock, tmp_path / "peft").state_dict()
+    saved = {
+        key.replace(".modules_to_save.default", ""): its for key, its in theirs.items() if "modules_to_save" in key
+    }
+    for name in model._head:
+        (found,) = (its for key, its in saved.items() if key.endswith(f".{name}"))
+        assert torch.equal(found, model.get_parameter(name))
+
+
 @pytest.mark.parametrize("kind", ["PROMPT_TUNING", "PREFIX_TUNING"])
 def test_a_half_base_rounds_nothing(base_of, tmp_path, kind):
     base_of("llama").stock(transformers.AutoModelForCausalLM).bfloat16().save_pretrained(tmp_path / "base")

@@ -33,6 +33,8 @@ def test_deep_prompts_and_batches_are_refused(base_of, tmp_path):
     model = base_of("llama").tuned(**settings_for("overwrite"))
     with pytest.raises(ValueError, match="tuning_mode: expected 'ptune', got 'deep_ptune'"):
         export_prompt_embeds(model, tmp_path / "prompt.safetensors")
+    with pytest.raises(TypeError, match="model: expected one with prompts, got LlamaModel"):
+        export_prompt_embeds(base_of("llama").stock(), tmp_path / "prompt.safetensors")
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match=r"input_ids: expected \[n\]"):
         prompt_embeds(torch.zeros(2, 24), model.get_input_embeddings(), torch.zeros(1, 3, dtype=torch.long))

@@ -314,3 +314,27 @@ def test_a_cache_ends_where_rotary_embeddings_change(mode, sharing):
     cached, anew = (model.generate(ids, **how, use_cache=use, return_dict_in_generate=True) for use in (True, False))
     assert cached.sequences.tolist() == anew.sequences.tolist()
     close(torch.stack(cached.logits), torch.stack(anew.logits))
+
+
+@pytest.mark.parametrize("padding", ["left", "none"])
+def test_bloom_and_static_caches(base_of, tmp_path, padding):
+    """It makes its bias of the mask, which must be as wide as the cache: without prompts it does so by itself."""
+    base = base_of("bloom")
+    stock, model = base.stock(transformers.AutoModelForCausalLM), base.tuned(ptune.AutoPTuneModelForCausalLM)
+    ids, mask = pad(texts_for(padding), padding, 0)
+    mask = torch.ones_like(ids) if mask is None else mask
+    how = {"attention_mask": mask, "cache_implementation": "static", "pad_token_id": 0, **GREEDY}
+    expected = stock.generate(ids, **how)
+    assert torch.equal(model.generate(ids, **how), expected)
+    set_prompts(model, "shallow")
+    with model.disable_prompts():
+        assert torch.equal(model.generate(ids, **how), expected)
+    if padding == "none":
+        dynamic = model.generate(ids, **how | {"cache_implementation": "dynamic"})
+        assert torch.equal(model.generate(ids, **how), dynamic)
+    else:
+        with pytest.raises(NotImplementedError, match="static caches are not supported for padded batches with"):
+            model.generate(ids, **how)
+    bank = ptune.PromptBank(stock)
+    with pytest.raises(NotImplementedError, match="nor in banks"):
+        bank.generate(ids, prompt_names=[None] * len(ids), **how)

@@ -556,3 +556,27 @@ class TestRefusals:
     def test_what_is_no_model(self):
         with pytest.raises(TypeError, match="model: expected a transformers model, got Linear"):
             ptune.hybrid(torch.nn.Linear(2, 2))
+
+
+MLA = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+EXPERTS = {
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
+    "moe_intermediate_size": 16,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize(("name", "config"), [("deepseek_v3", MLA | EXPERTS), ("doge", {})])
+@torch.no_grad()
+def test_weights_behind_the_cache(name, config, dtype):
+    """Some attentions put what their cache returns through weights, which are float32."""
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "pad_token_id": 0, "initializer_range": 0.3}
+    stock = hf.AutoModelForCausalLM.from_config(hf.AutoConfig.for_model(name, **sizes, **heads, **config)).eval()
+    half, ids = ptune.hybrid(copy.deepcopy(stock), dtype), torch.randint(3, VOCABULARY, (2, 9))
+    expected, kept = stock(ids).logits, half(ids, use_cache=True)
+    assert distance(kept.logits, expected) < 0.05 * expected.norm()
+    close(kept.logits, half(ids, use_cache=False).logits, 0.1)
+    assert kept[ptune.inputs.CACHE].layers[0].keys.dtype == dtype
+    how = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    assert half.generate(ids, **how).shape == (2, 13)

@@ -389,6 +389,8 @@ def test_refusals(base_of, change, message):
 def test_what_is_no_model_and_what_has_two_masks():
     with pytest.raises(ValueError, match="model: expected a transformers model, or a module around one, got Linear"):
         audit(torch.nn.Linear(2, 2), [{"input": torch.ones(2, 2)}])
+    with pytest.raises(ValueError, match="model: expected a transformers model, or a module around one, got dict"):
+        audit({}, [inputs()])
     config = transformers.T5Config(vocab_size=VOCABULARY, d_model=24, d_kv=6, d_ff=40, num_layers=1, num_heads=4)
     model = transformers.T5ForConditionalGeneration(config).eval()
     with pytest.raises(NotImplementedError, match="T5ForConditionalGeneration: an encoder-decoder"):

@@ -117,7 +117,8 @@ class TestWatch:
         assert torch.equal(*gradients)
 
     def test_refusals(self, base_of):
-        with pytest.raises(ValueError, match="every: expected at least 1, got 0"):
-            watch(base_of("bert").stock(), every=0)
+        for wrong in (0, 1.5, "a"):
+            with pytest.raises(ValueError, match=f"every: expected an integer of at least 1, got {wrong!r}"):
+                watch(base_of("bert").stock(), every=wrong)
         with pytest.raises(ValueError, match="model: Linear has no list of blocks"):
             watch(torch.nn.Linear(2, 2))

@@ -125,8 +125,9 @@ def test_a_changed_base_inside(base_of, tmp_path, given, change):
 def test_a_resized_vocabulary_is_not_dropped(base_of, tmp_path):
     model = base_of("llama").tuned(ptune.AutoPTuneModelForCausalLM, **settings_for("shallow"))
     model.resize_token_embeddings(70)
-    with pytest.raises(ValueError, match="vocab_size: expected 61, as it was loaded, got 70"):
-        model.save_prompts(tmp_path)
+    for save in (model.save_prompts, model.save_prefix, model.save_pretrained):
+        with pytest.raises(ValueError, match="vocab_size: expected 61, as it was loaded, got 70"):
+            save(tmp_path)
     assert not any(tmp_path.iterdir())
 
 

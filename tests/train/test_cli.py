@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 import ptune as package
 from ptune import AutoPTuneModel
+from ptune.checkpoint import PROMPTS
 from ptune.cli import app
 from ptune.data import hold_out
 from ptune.runs import Run
@@ -90,6 +91,44 @@ def test_scores_by_label(tiny_bert, tmp_path):
     for label, (*rates, count) in ((label, its.values()) for label, its in scores["by_label"].items()):
         start = shown.index(label)
         assert shown[start : start + 5] == [label, *(f"{rate:.4f}" for rate in rates), str(count)]
+
+
+def test_prompts_of_another_task_to_start_from(tiny_bert, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    shared = ["--model", tiny_bert, "--steps", 3]
+    mood = ["--task", "classification", "--data", classification_file(tmp_path)]
+    names = ["--task", "tagging", "--data", tagging_file(tmp_path)]
+    succeed("train", *shared, *mood, "--pre-seq-len", 5, "--out", first)
+    still = [*names, "--out", second, "--init-from", first, "--learning-rate", 1e-9]
+    succeed("train", *shared, *still, "--pre-seq-len", 5)
+    before, after = (load_file(folder / "model.safetensors") for folder in (first, second))
+    for name in PROMPTS:
+        torch.testing.assert_close(after[name], before[name], rtol=0, atol=1e-7)
+    assert after["classifier.bias"].shape == (3,)
+    (tmp_path / "names.yaml").write_text(
+        f"task: tagging\ndata: {names[-1].name}\ninit_from: first\npre_seq_len: 5\nlearning_rate: 1e-9\n"
+    )
+    succeed("train", *shared, "--task-mix", tmp_path / "names.yaml", "--out", tmp_path / "mixed")
+    after = load_file(tmp_path / "mixed" / "names" / "model.safetensors")
+    torch.testing.assert_close(after[PROMPTS[1]], before[PROMPTS[1]], rtol=0, atol=1e-7)
+    model = AutoPTuneModel.from_pretrained(tiny_bert)
+    model.load_prompts(first, head=False)
+    model.save_prefix(tmp_path / "prefix")
+    for given, problem in (
+        ([], "pre_seq_len: the prompts to start from have 5, got 16"),
+        (
+            ["--pre-seq-len", 5, "--tuning-mode", "none"],
+            "init_from: expected with a tuning mode, and without init_text",
+        ),
+        (["--pre-seq-len", 5, "--init-text", "good"], "init_from: expected with a tuning mode, and without init_text"),
+        (
+            ["--pre-seq-len", 5, "--init-from", tmp_path / "prefix"],
+            "init_from: expected prompts, got a compiled prefix",
+        ),
+    ):
+        result = ptune("train", *shared, *still, *given, "--overwrite")
+        assert result.exit_code == 2
+        assert problem in " ".join(result.stderr.split())
 
 
 @pytest.mark.parametrize("mode", ["ptune", "deep_ptune"])

@@ -27,8 +27,8 @@ def watch(model: nn.Module, every: int = EVERY) -> "Watch":
 
     Raises `ValueError` for a model without blocks, or ``every`` below 1.
     """
-    if every < 1:
-        raise ValueError(f"every: expected at least 1, got {every}")
+    if type(every) is not int or every < 1:
+        raise ValueError(f"every: expected an integer of at least 1, got {every!r}")
     anatomy = Anatomy(model)
     if not anatomy.blocks:
         raise ValueError(f"model: {type(model).__name__} has no list of blocks to watch")

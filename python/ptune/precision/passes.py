@@ -236,6 +236,8 @@ class _Passes:
 
 
 def _check(model: nn.Module, batches: list[Batch], dtype: torch.dtype) -> None:
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model: expected a transformers model, or a module around one, got {type(model).__name__}")
     if dtype not in SHORT:
         raise ValueError(f"dtype: expected {' or '.join(map(str, SHORT))}, got {dtype}")
     if not batches:
