@@ -136,6 +136,7 @@ def _parameters_of(base: Any, names: Iterable[str]) -> list[str]:
 MODELS = {
     "classification": AutoPTuneModelForSequenceClassification,
     "tagging": AutoPTuneModelForTokenClassification,
+    "answering": AutoPTuneModelForQuestionAnswering,
     "generation": AutoPTuneModelForCausalLM,
     "seq2seq": AutoPTuneModelForSeq2SeqLM,
 }

@@ -19,6 +19,7 @@ _LOADERS: dict[Any, Any] = {**MODELS, None: AutoPTuneModel}
 _CLASSES: dict[str, Any] = {
     "SEQ_CLS": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
     "TOKEN_CLS": modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+    "QUESTION_ANS": modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
     "CAUSAL_LM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     "SEQ_2_SEQ_LM": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     "FEATURE_EXTRACTION": modeling_auto.MODEL_MAPPING_NAMES,
@@ -41,7 +42,8 @@ def convert(
     Args:
         source: PEFT's folder; or a file of P-tuning v2 or Petals (safetensors, or torch's format of tensors alone).
         base_model: the base, where ``source`` does not name it, or no longer in its place.
-        task: ``"classification"``, ``"tagging"``, ``"generation"`` or ``"seq2seq"``, where ``source`` does not say.
+        task: ``"classification"``, ``"tagging"``, ``"answering"``, ``"generation"`` or ``"seq2seq"``, where ``source``
+            does not say.
         task_id: which task of a multitask prompt.
 
     Raises `ValueError`, and writes nothing, for what is no such prompt, holds pickled code, or does not fit the base
@@ -121,9 +123,9 @@ def to_peft(
             "encoder_hidden_size": heads * width, "prefix_projection": False,
         }  # fmt: skip
     own = set(model._head)
-    if task_type in ("SEQ_CLS", "TOKEN_CLS"):  # of which PEFT wants the base's too
-        names = [name for name, _ in model.named_parameters()]
-        own |= {name for name in names if name.partition(".")[0] in ("classifier", "score", "pre_classifier")}
+    if task_type in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"):  # of which PEFT wants the base's too
+        wanted = ("classifier", "score", "pre_classifier", "qa_outputs")
+        own |= {name for name, _ in model.named_parameters() if name.partition(".")[0] in wanted}
     head = {f"base_model.{name}": model.get_parameter(name) for name in sorted(own)}
     checkpoint.write(out, described, head | {"prompt_embeddings": prompts}, (CONFIG_NAME, WEIGHTS_NAME))
     if changed := model.origin.overrides:

@@ -26,8 +26,8 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 # our tasks, by PEFT's names of them
 TASK_TYPES = {
-    "SEQ_CLS": "classification", "TOKEN_CLS": "tagging", "CAUSAL_LM": "generation", "SEQ_2_SEQ_LM": "seq2seq",
-    "FEATURE_EXTRACTION": None, None: None,
+    "SEQ_CLS": "classification", "TOKEN_CLS": "tagging", "QUESTION_ANS": "answering", "CAUSAL_LM": "generation",
+    "SEQ_2_SEQ_LM": "seq2seq", "FEATURE_EXTRACTION": None, None: None,
 }  # fmt: skip
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _ROWS = ("PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING")

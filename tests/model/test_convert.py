@@ -21,6 +21,7 @@ from .families import LAYERS, VOCABULARY
 TASKS = {
     "SEQ_CLS": (transformers.AutoModelForSequenceClassification, ptune.AutoPTuneModelForSequenceClassification),
     "TOKEN_CLS": (transformers.AutoModelForTokenClassification, ptune.AutoPTuneModelForTokenClassification),
+    "QUESTION_ANS": (transformers.AutoModelForQuestionAnswering, ptune.AutoPTuneModelForQuestionAnswering),
     "CAUSAL_LM": (transformers.AutoModelForCausalLM, ptune.AutoPTuneModelForCausalLM),
 }
 KINDS = {
@@ -38,7 +39,7 @@ def peft_model(base, kind: str, task: str, **settings):
     if task != "CAUSAL_LM" and kind in ("PREFIX_TUNING", "projected", "CARTRIDGE"):
         skip_without_peft_of_now()
     config, rest = KINDS[kind]
-    labels = {} if task == "CAUSAL_LM" else {"num_labels": 5}
+    labels = {} if task in ("CAUSAL_LM", "QUESTION_ANS") else {"num_labels": 5}
     stock = TASKS[task][0].from_pretrained(base.folder, **labels)
     model = peft.get_peft_model(stock, config(task_type=task, num_virtual_tokens=6, **rest | settings))
     with torch.no_grad():
@@ -84,6 +85,25 @@ def test_reads_peft_on_an_encoder(base_of, tmp_path, kind):
     ours = ptune.AutoPTuneModelForTokenClassification.from_pretrained(tmp_path / "ours").eval()
     ids, mask = texts()
     close(logits(ours, ids, mask), logits(model, ids, mask))
+
+
+@pytest.mark.parametrize(("name", "kind"), [("gpt2", "PROMPT_TUNING"), ("bert", "PREFIX_TUNING")])
+@torch.no_grad()
+def test_question_answering(base_of, tmp_path, name, kind):
+    base, auto = base_of(name), ptune.AutoPTuneModelForQuestionAnswering
+    model = peft_model(base, kind, "QUESTION_ANS")
+    model.save_pretrained(tmp_path / "peft")
+    convert(tmp_path / "peft", tmp_path / "ours")
+    ours = auto.from_pretrained(tmp_path / "ours").eval()
+    ids, mask = texts()
+    for name in ("start_logits", "end_logits"):
+        got, expected = (its(input_ids=ids, attention_mask=mask)[name] for its in (ours, model))
+        close(got, expected[:, -ids.shape[1] :])
+    if kind == "PROMPT_TUNING":
+        to_peft(tmp_path / "ours", tmp_path / "again")
+        stock = transformers.AutoModelForQuestionAnswering.from_pretrained(base.folder)
+        again = peft.PeftModel.from_pretrained(stock, tmp_path / "again").eval()
+        close(again(input_ids=ids, attention_mask=mask).end_logits[:, -ids.shape[1] :], got)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])  # two tables, and one under two names

@@ -275,6 +275,7 @@ class TestCards:
         [
             (ptune.AutoPTuneModel, "feature-extraction", {}),
             (CLASSIFIER, "text-classification", {"num_labels": 2}),
+            (ptune.AutoPTuneModelForQuestionAnswering, "question-answering", {}),
             (ptune.AutoPTuneModelForTokenClassification, "token-classification", {"num_labels": 2}),
             (ptune.AutoPTuneModelForCausalLM, "text-generation", {}),
         ],
