@@ -86,6 +86,27 @@ def test_a_resumed_run_ends_as_the_whole_one(base_of, tmp_path, kind, prompts):
     assert_same(trained(resumed), trained(whole))
 
 
+@pytest.mark.parametrize("kind", ["classifier", "language model"])
+def test_a_resumed_run_of_prompts_beside_lora(base_of, tmp_path, kind):
+    """PEFT saves what its config names: prompts and head among it, as the README has it."""
+    peft = pytest.importorskip("peft")
+    base = base_of(kind)
+
+    def both():
+        model = make_model(kind, base, **DEEP)
+        own = {name.rpartition(".")[0] for name, parameter in model.named_parameters() if parameter.requires_grad}
+        targets = ["query", "value"] if kind == "classifier" else ["q_proj", "v_proj"]
+        config = peft.LoraConfig(r=2, target_modules=targets, modules_to_save=own, lora_dropout=0.0)
+        return peft.get_peft_model(model, config)
+
+    whole, resumed, start = both(), both(), trained(both())
+    make_trainer(kind, whole, base, tmp_path, max_steps=6, save_strategy="steps", save_steps=3).train()
+    trainer = make_trainer(kind, resumed, base, tmp_path / "again", max_steps=6)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert_same(trained(resumed), trained(whole))
+    assert not any(torch.equal(value, start[name]) for name, value in trained(whole).items() if "lora_A" not in name)
+
+
 @pytest.mark.parametrize(
     "options",
     [
