@@ -8,9 +8,9 @@ is rounded once, to nearest even; prompt gradients are summed over the batch in 
 (Neumaier 1974). Inputs may have any strides and are never copied first; outputs are contiguous and never alias inputs,
 but for `overwrite_`, which returns its input, and the views that `part_qkv` returns.
 
-Errors: `ValueError` (shapes, dtypes, devices, layouts), `IndexError` (values) or `TypeError` (another class)
-names the argument, what was expected and what came, before anything is written; for a number of another class it is
-torch's own `RuntimeError`. The values of a placement and of ``input_ids`` are checked on the CPU only: on a GPU that
+Errors: `ValueError` for shapes, dtypes, devices and layouts, `IndexError` for values out of range, `TypeError` for
+arguments of another class (torch's own `RuntimeError` for numbers of one). Each names the argument, what was expected
+and what came, before anything is written. The values of a placement and of ``input_ids`` are checked on the CPU only: on a GPU that
 would synchronise, so there a row out of range is never read and comes out as NaN (`Placement.of` checks on the host,
 before the copy).
 """

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from . import checkpoint, hub
 from .attention import Prefix
+from .compatibility import check_compiled
 from .config import PTuneConfig
 from .entry import CompiledEntries, Entry
-from .fit import check_compiled
 from .heads import Head, Heads
 from .layout import first_column, ones_and_zeros
 from .likeness import warn_of_other_weights

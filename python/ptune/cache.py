@@ -38,7 +38,7 @@ class CompiledPrefix(nn.Module):
         return Prefix.of([tensor.double() for tensor in tensors] if dtype == torch.float64 else tensors)
 
 
-class _StandIn(Cache):
+class _CacheProxy(Cache):
     """Stands in for ``cache``, and is it but for what a subclass says."""
 
     def __init__(self, cache: Any) -> None:
@@ -59,7 +59,7 @@ class _StandIn(Cache):
         return getattr(self.cache, name)
 
 
-class PrefixedCache(_StandIn):
+class PrefixedCache(_CacheProxy):
     """Stands in for an empty cache while text is run, and writes the prefix with it, in its place in each row.
 
     In ``dtype``, which is by default that of the text.
@@ -82,7 +82,7 @@ class PrefixedCache(_StandIn):
         return self.cache.get_mask_sizes(query_length + self.prefix.num_columns, layer_idx)
 
 
-class CastCache(_StandIn):
+class CastCache(_CacheProxy):
     """Stands in for a cache in one attention, and has it keep keys and values in ``dtype``.
 
     ``returns_whole``: whether what it returns is in the dtype of what it was given.

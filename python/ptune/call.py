@@ -29,7 +29,7 @@ class Call:
         placement: for the ops on ``[prompt ; text]``.
         as_tuple: whether the caller wants a tuple.
         capture: what takes the keys and values of prompt rows that run alone.
-        begun: whether the body was called for these.
+        begun: of a capture: whether the body's pre-hook has let it pass.
         prefix: whether the prompt is a prefix, of text that is run alone.
         injected: how many rows of a prefix the attention functions prepend; 0 where none do.
         padded: whether there is padding among the injected call's text.
@@ -39,7 +39,7 @@ class Call:
         cache: the cache that the caller gave, where a `PrefixedCache` stands in for it.
         depth: how many blocks have had their deep prompts.
         body: whose call it is; ``None`` of blocks on a server.
-        outer: what ran when it began, such as a call of another model, a hook of which this is.
+        outer: the call that was running when this one began, such as that of another model whose hook made this call.
     """
 
     layout: Layout

@@ -166,7 +166,7 @@ def hold_out(
     chooser = random.Random(seed)
     wanted = {key: share * len(indices) for key, indices in strata.items()}
     sizes = {key: min(math.floor(number), len(strata[key]) - 1) for key, number in wanted.items()}
-    # whole examples that no stratum has for itself: to those that lack most, by lot among equals
+    # what rounding down left over goes to the strata that lost most; ties are broken by lot
     lots = random.Random(f"lots {seed}")
     able = [key for key in wanted if sizes[key] + 1 < len(strata[key])]
     lacking = sorted(able, key=lambda key: (sizes[key] - wanted[key], lots.random()))

@@ -15,13 +15,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAtte
 from . import checkpoint
 from .anatomy import find_body
 from .attention import stock_name
+from .compatibility import check_fit
 from .config import take_settings
 from .dropout import FrozenDropout
-from .fit import check_fit
-from .hooks import pool
 from .layout import roll_rows, states_at
 from .loading import saved_labels
 from .models import ptune_class
+from .pooling import pool
 from .quantised import holds_quantised
 
 

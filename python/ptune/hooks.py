@@ -19,6 +19,7 @@ from .concat import ConcatPath, matching
 from .inputs import CACHE, check_inputs, named
 from .layout import Layout, first_column, ones_and_zeros, positions_of, states_at
 from .mixture import Mixture, current_mixture
+from .pooling import pool
 from .prefix import PrefixPath
 
 _thread = threading.local()
@@ -263,13 +264,3 @@ def _is_resumed(past: Any, mask: Tensor | None, length: int) -> bool:
         return seen > 0
     # a static cache counts in a tensor: the mask, which covers the past, tells without a host synchronisation
     return mask.shape[1] > length if mask is not None else bool(seen > 0)
-
-
-def pool(body: Any, first: Tensor) -> Tensor:
-    """The body's own pooling of each row's first token, [b, d]."""
-    if getattr(body, "pooler", None) is None:
-        raise NotImplementedError(f"{type(body).__name__}: prompts are not supported, because it pools in its forward")
-    if isinstance(body.pooler, nn.Linear):
-        activation = body.pooler_activation if hasattr(body, "pooler_activation") else body.activation
-        return activation(body.pooler(first))
-    return body.pooler(first[:, None])

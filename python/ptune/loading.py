@@ -92,7 +92,7 @@ def load_model(
             kwargs.pop(name, None)
     saved = checkpoint.read_config(path) if checkpoint.is_prompt_folder(path) else None
     if saved is None:
-        check_base(path)
+        check_base_path(path)
     base = _base_of(path, saved, base_model)
     try:
         fetching = {name: kwargs[name] for name in _FOR_CONFIG if name in kwargs}
@@ -139,7 +139,7 @@ def load_model(
     return (model, info) if output_loading_info else model
 
 
-def check_base(path: str | os.PathLike[str]) -> None:
+def check_base_path(path: str | os.PathLike[str]) -> None:
     """Raises `ValueError` for a folder that holds prompts, and `FileNotFoundError` for what can be no base at all."""
     if checkpoint.is_prompt_folder(path):
         raise ValueError(f"{path}: expected a base, got a folder of prompts")
@@ -168,7 +168,7 @@ def check_keywords(keywords: Iterable[str], config: Any) -> None:
     for name in keywords:
         near = [_OF_PEFT[name]] if name in _OF_PEFT else difflib.get_close_matches(name, _KEYWORDS, 1, _NEAR)
         if near and name not in _KEYWORDS and not hasattr(config, name):
-            raise TypeError(f"{name}: expected a keyword of ptune's or transformers', got neither; is it {near[0]}?")
+            raise TypeError(f"{name}: unknown keyword; did you mean {near[0]}?")
 
 
 def _missing(info: dict[str, Any]) -> set[str]:

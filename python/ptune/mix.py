@@ -24,7 +24,7 @@ from transformers import AutoConfig, PrinterCallback, TrainerCallback
 from .bank import PromptBank, check_name
 from .checkpoint import PROMPTS, read_json, write_json
 from .data import Columns
-from .loading import check_base
+from .loading import check_base_path
 from .runs import CHECKPOINTS, RECORD, Options, Run, prepare, remove_checkpoints
 from .tasks import IGNORED, Features
 from .train import BEGAN_WITH, EVALUATIONS, OneDevice, ResumableTrainer, evaluate, groups_of, line_of
@@ -159,7 +159,7 @@ def train_mix(
     Returns: by task, the record that stands in its `train.json`.
     """
     first = next(iter(options.values()))
-    check_base(first.model)
+    check_base_path(first.model)
     if AutoConfig.from_pretrained(first.model).is_encoder_decoder:
         raise NotImplementedError(
             f"model: {first.model} is an encoder-decoder, and tasks are trained together in a PromptBank, which takes "
@@ -194,7 +194,7 @@ def train_mix(
         if resume is not None:
             best.load(resume)
         data = _Steps(runs, steps, first.seed)
-        trainer = _Trainer(mix, arguments, train_dataset=data, data_collator=partial(_collate, runs))
+        trainer = _MixTrainer(mix, arguments, train_dataset=data, data_collator=partial(_collate, runs))
         trainer.best = best
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(_Clipping(mix))
@@ -336,7 +336,7 @@ def _widened(tensor: Tensor, width: int, filling: int) -> Tensor:
     return tensor if tensor.dim() == 1 else nn.functional.pad(tensor, (0, width - tensor.shape[1]), value=filling)
 
 
-class _Trainer(ResumableTrainer):
+class _MixTrainer(ResumableTrainer):
     best: _Best
 
     def _save(self, output_dir: Any = None, state_dict: Any = None) -> None:

@@ -36,8 +36,8 @@ class Plan:
         reason: why.
         causal: whether text is read from left to right.
         limit: how many positions, prompt and text together, the path serves; longer calls take the concat path.
-        packs: whether prompt rows and text run in one pass, where keys and values need not be kept; ``None`` for where
-            that is thought to pay.
+        packs: whether prompt rows and text run in one pass, where keys and values need not be kept; ``None``: where
+            that pays, as `PrefixPath` decides for each call.
     """
 
     path: str

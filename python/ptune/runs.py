@@ -27,7 +27,7 @@ from .anatomy import position_limit
 from .auto import MODELS
 from .checkpoint import WEIGHTS_NAME, check_free, fingerprint, is_prompt_folder, read_config, read_json, write_json
 from .data import Columns, DataError, hold_out
-from .loading import check_base
+from .loading import check_base_path
 from .plan import Plan
 from .quantised import is_quantised
 from .support import ENCODER_DECODERS
@@ -422,7 +422,7 @@ def _check(options: Options) -> None:
         if rate is not None and not 0 < rate < math.inf:
             raise ValueError(f"{name}: expected a positive number, got {rate}")
     check_columns(TASKS[options.task], options.columns)
-    check_base(options.model)
+    check_base_path(options.model)
     out = options.out
     check_free(out)
     nearest = next(path for path in (out, *out.absolute().parents) if path.exists())

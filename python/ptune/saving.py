@@ -12,7 +12,7 @@ from torch import Tensor
 from . import checkpoint, hub
 from .anatomy import evaluating, whole
 from .cache import CompiledPrefix
-from .fit import check_compiled, check_fit, warn_of_other_settings
+from .compatibility import check_compiled, check_fit, warn_of_other_settings
 from .half_attention import dtypes_of
 from .likeness import sample, warn_of_changed_weights, warn_of_other_weights
 from .loading import Origin

@@ -240,7 +240,7 @@ class Tagging(Task[Tagged]):
 
     @staticmethod
     def is_known(label: str, labels: Sequence[str]) -> bool:
-        # one that goes on with an entity, of which training had but those of one word
+        # I-x is known where training had B-x alone, of entities of one word
         return label in labels or label[2:] in {tag[2:] for tag in labels if tag != "O"}
 
     @staticmethod
@@ -398,7 +398,7 @@ class Generation(Task[Passage]):
                 f"max_new_tokens: the model's positions leave room for fewer than {max_new_tokens} after {short} of "
                 f"{len(texts)} prompts, which are completed up to there"
             )
-        # What a row may be completed by must not depend on its neighbours, so those of a batch may the same.
+        # A row's limit must not depend on its neighbours, so a batch holds rows of one limit.
         for limit, group in groupby(range(len(texts)), key=limits.__getitem__):
             indices = list(group)
             for start in range(0, len(indices), PREDICT_BATCH):

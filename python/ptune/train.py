@@ -87,7 +87,7 @@ class ResumableTrainer(Trainer):
         self.lr_scheduler.load_state_dict(rest["scheduler"])
 
     def _run_epoch(self, *places: Any, **where: Any) -> None:
-        """One step is done of every epoch that is begun: none may be where the checkpoint was the run's last."""
+        """Trainer does a step of an epoch before it looks at max_steps; a run resumed from its last must do none."""
         if self.state.global_step < self.args.max_steps:
             super()._run_epoch(*places, **where)
 
@@ -130,7 +130,7 @@ class _Trainer(ResumableTrainer):
 
 
 class _AtTheEnd(TrainerCallback):
-    """Has the last step evaluated, which Trainer saves alone where it comes between two evaluations."""
+    """Evaluates at the last step too: between two evaluations Trainer would save it without evaluating."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **options: Any) -> None:
         control.should_evaluate |= state.global_step == state.max_steps

@@ -6,8 +6,8 @@ import torch
 import transformers as hf
 
 import ptune
-from ptune.hooks import pool
 from ptune.inputs import BEFORE_5_24
+from ptune.pooling import pool
 
 from .common import COUNT, settings_for
 

@@ -431,7 +431,7 @@ def test_large_batches_are_split(servers, folder_of):
 @pytest.fixture
 def server_with(cluster, folder_of):
     return lambda dtype="auto", **limits: remote.BlockServer(
-        str(folder_of("llama")), 0, 2, dtype, limits=remote.Limits(**limits)
+        str(folder_of("llama")), 0, 2, dtype, limits=remote.ServerLimits(**limits)
     )
 
 

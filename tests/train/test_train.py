@@ -53,7 +53,7 @@ def test_a_second_gpu_is_left_alone(tmp_path):
     [
         (ResumableTrainer, Trainer),
         (ptune.train._Trainer, Trainer),
-        (ptune.mix._Trainer, Trainer),
+        (ptune.mix._MixTrainer, Trainer),
         (PromptGeneration, GenerationMixin),
     ],
 )

@@ -10,9 +10,9 @@ import transformers
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
-from ..classification import pooled_forward
 from ..generation import PromptGeneration
 from ..mixin import PTuneMixin
+from ..pooling import pooled_forward
 
 _PREFIX = "PTune"
 _DISTRIBUTED = "Distributed"

@@ -14,7 +14,7 @@ from ..checkpoint import read_json
 from ..data import Columns, DataError, read_passages, read_text, split_lines
 from ..half_attention import HALVES
 from ..hub import cached
-from ..loading import check_base
+from ..loading import check_base_path
 from ..runs import load_tokenizer
 from ..tasks import Generation
 from .damage import first, greatest, last, mean
@@ -30,7 +30,7 @@ def audit_files(
     """Audit a model by the first ``count`` batches of the texts of ``data``. Raises: ValueError or OSError."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out: {out} is a file")
-    check_base(model)
+    check_base_path(model)
     texts = read_texts(data, text_column)[: batch_size * count]
     tokenizer = load_tokenizer(model, "classification")
     pooling = pooling_of(model)

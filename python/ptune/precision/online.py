@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .sites import ATTENTION, QKV, Anatomy, attention_calls, has_weights
+from .sites import ATTENTION, QKV, Parts, attention_calls, has_weights
 from .statistics import FLOAT16_MAX
 
 EVERY = 16
@@ -29,10 +29,10 @@ def watch(model: nn.Module, every: int = EVERY) -> "Watch":
     """
     if type(every) is not int or every < 1:
         raise ValueError(f"every: expected an integer of at least 1, got {every!r}")
-    anatomy = Anatomy(model)
-    if not anatomy.blocks:
+    parts = Parts(model)
+    if not parts.blocks:
         raise ValueError(f"model: {type(model).__name__} has no list of blocks to watch")
-    return Watch(model, anatomy, every)
+    return Watch(model, parts, every)
 
 
 class Watch:
@@ -42,21 +42,21 @@ class Watch:
         calls: how many calls of the model began.
     """
 
-    def __init__(self, model: nn.Module, anatomy: Anatomy, every: int) -> None:
+    def __init__(self, model: nn.Module, parts: Parts, every: int) -> None:
         self.calls = 0
         self._model = model
-        self._names = anatomy.names
+        self._names = parts.names
         self._every = every
         self._peaks: dict[tuple[nn.Module, str], Tensor] = {}  # in the order of execution
         self._dtypes: dict[tuple[nn.Module, str], torch.dtype] = {}
         self._sampled: ExitStack | None = None
         self._copies: list[_Copy] = []
         self._warned = False
-        inside = [m for block in anatomy.blocks for m in block.modules() if has_weights(m)]
+        inside = [m for block in parts.blocks for m in block.modules() if has_weights(m)]
         self._handles = [
             model.register_forward_pre_hook(self._begin),
             *(module.register_forward_hook(self._note_module) for module in dict.fromkeys(inside)),
-            *(block.register_forward_hook(self._note_block) for block in anatomy.blocks),
+            *(block.register_forward_hook(self._note_block) for block in parts.blocks),
             model.register_forward_hook(self._end, always_call=True),
         ]
 

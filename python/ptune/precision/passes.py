@@ -20,7 +20,7 @@ from ..attention import attention_of
 from ..mixin import PTuneMixin
 from .candidates import SHORT, Candidate, layers, repairs, whole
 from .damage import DEFAULT_LIMITS, POOLING, Damage, Limits, Outputs, passes, severity
-from .sites import ATTENTION, QKV, Anatomy, Site, attention_calls, find_sites
+from .sites import ATTENTION, QKV, Parts, Site, attention_calls, find_sites
 from .statistics import Tally, without_padding
 
 Batch = Mapping[str, Tensor]
@@ -192,7 +192,7 @@ class _Passes:
 
         rows = 0
         with ExitStack() as stack:
-            body = Anatomy(self.outputs).body
+            body = Parts(self.outputs).body
             stack.enter_context(_removed(body.register_forward_pre_hook(note_mask, with_kwargs=True)))
             for module in dict.fromkeys(site.module for site in sites if site.kind not in ATTENTION):
                 stack.enter_context(_removed(module.register_forward_hook(note, with_kwargs=True)))

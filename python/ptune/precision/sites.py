@@ -107,7 +107,7 @@ def _pop_override(name: str) -> Any:
 
 def find_sites(model: nn.Module, run: Callable[[], Any]) -> list[Site]:
     """The sites of ``model`` that ``run()``, a call of it, passes, in the order in which it does."""
-    anatomy = Anatomy(model)
+    parts = Parts(model)
     passed: dict[tuple[nn.Module, str], None] = {}  # ordered
     widths: dict[nn.Module, int] = {}
 
@@ -116,12 +116,12 @@ def find_sites(model: nn.Module, run: Callable[[], Any]) -> list[Site]:
         widths[module] = next((x.shape[-1] for x in tree_leaves(output) if isinstance(x, Tensor) and x.dim()), 0)
 
     def note_attention(stock: Any, module: Any, *args: Any, **kwargs: Any) -> Any:
-        anatomy.attentions.add(module)
+        parts.attentions.add(module)
         for kind in ATTENTION:
             passed.setdefault((module, kind))
         return stock(module, *args, **kwargs)
 
-    watched = [m for m in model.modules() if m in anatomy.blocks or m in anatomy.poolings or has_weights(m)]
+    watched = [m for m in model.modules() if m in parts.blocks or m in parts.poolings or has_weights(m)]
     handles = [module.register_forward_hook(note) for module in watched]
     try:
         with attention_calls(model, note_attention):
@@ -131,11 +131,11 @@ def find_sites(model: nn.Module, run: Callable[[], Any]) -> list[Site]:
             handle.remove()
     sites = []
     for module, what in passed:
-        kind = what if what in ATTENTION else anatomy.kind(module, widths)
-        if kind is not None and not anatomy.is_kept(module):
-            block = anatomy.block(module)
-            layer, name = (None, None) if block is None else (anatomy.blocks[block], anatomy.names[block])
-            sites.append(Site(kind, layer, name, anatomy.names[module], module))
+        kind = what if what in ATTENTION else parts.kind(module, widths)
+        if kind is not None and not parts.is_kept(module):
+            block = parts.block(module)
+            layer, name = (None, None) if block is None else (parts.blocks[block], parts.names[block])
+            sites.append(Site(kind, layer, name, parts.names[module], module))
     return sites
 
 
@@ -145,7 +145,7 @@ def _flat(blocks: nn.ModuleList) -> Iterator[nn.Module]:
         yield from _flat(block) if isinstance(block, nn.ModuleList) else [block]
 
 
-class Anatomy:
+class Parts:
     """Which part of a model each module is."""
 
     def __init__(self, model: nn.Module) -> None:

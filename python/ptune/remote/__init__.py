@@ -20,7 +20,7 @@ from .model import (
 from .relay import RemoteError, Retries
 from .sequential import RemoteSequential
 from .serve import ServeConfig, Servers, connect, join, serve_blocks, status
-from .server import BlockServer, Limits
+from .server import BlockServer, ServerLimits
 from .session import InferenceSession
 
 __all__ = [
@@ -30,12 +30,12 @@ __all__ = [
     "AutoDistributedModelForTokenClassification",
     "BlockServer",
     "InferenceSession",
-    "Limits",
     "Link",
     "RemoteError",
     "RemoteSequential",
     "Retries",
     "ServeConfig",
+    "ServerLimits",
     "Servers",
     "connect",
     "distributed_class",

@@ -18,7 +18,7 @@ from transformers import AutoConfig
 
 from .link import Link
 from .relay import Leg, Relay, RemoteError, Replicas, Retries
-from .server import BlockServer, Limits
+from .server import BlockServer, ServerLimits
 from .wire import checked_dtype
 
 NAMESPACE = "ptune"
@@ -34,7 +34,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "gpus": (int, float, type(None)),
     "resources": (dict,),
     "max_restarts": (int,),
-    "limits": (Limits, dict),
+    "limits": (ServerLimits, dict),
 }
 _started: dict[str, Sequence[Any]] = {}  # Ray ends an actor when its last handle goes
 _logger = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ class ServeConfig:
         revision: of a model on the hub.
         cpus, gpus, resources: what Ray is to reserve for each server; by default a GPU where ``device`` is one.
         max_restarts: how often Ray starts a server anew that died; -1 without end.
-        limits: see `Limits`.
+        limits: see `ServerLimits`.
     """
 
     model: str
@@ -70,7 +70,7 @@ class ServeConfig:
     gpus: float | None = None
     resources: dict[str, float] = field(default_factory=dict)
     max_restarts: int = -1
-    limits: Limits = field(default_factory=Limits)
+    limits: ServerLimits = field(default_factory=ServerLimits)
 
     def __post_init__(self) -> None:
         for name, kinds in _KINDS.items():
@@ -83,7 +83,7 @@ class ServeConfig:
             if type(getattr(self, name)) is not int or getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)!r}")
         if isinstance(self.limits, dict):
-            self.limits = _made_of(Limits, "limits", self.limits)
+            self.limits = _made_of(ServerLimits, "limits", self.limits)
         if self.gpus is None:
             self.gpus = 1.0 if self.device.startswith("cuda") else 0.0
         if self.dtype != "auto":

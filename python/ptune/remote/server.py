@@ -21,7 +21,7 @@ _FETCH_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
-class Limits:
+class ServerLimits:
     """What one server takes on.
 
     Attributes:
@@ -59,10 +59,10 @@ class BlockServer:
         last: int,
         dtype: str = "auto",
         device: str = "cpu",
-        limits: Limits | None = None,
+        limits: ServerLimits | None = None,
         revision: str | None = None,
     ) -> None:
-        self.limits = limits or Limits()
+        self.limits = limits or ServerLimits()
         self.span = Span(path, first, last, dtype, device, revision=revision or "main")
         idle = self.limits.idle_seconds
         self._kept = Keeping(self.limits.kept_bytes, idle)

@@ -1,4 +1,4 @@
-"""Sequence classification, pooled over the text by its mask.
+"""Pooling over the text, by its mask, and the sequence classification that does it.
 
 Stock decoders find the last token by ``pad_token_id`` (wrong where it is also the end of text, an error where there is
 none), and stock encoders take the first column, which is padding in a row that is padded on the left.
@@ -9,7 +9,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
@@ -86,3 +86,13 @@ def _classify_padded_right(model: Any, stock: Callable[..., Any], arguments: dic
     if output.attentions is not None:
         output["attentions"] = tuple(roll_rows(roll_rows(a, -shift, 2), -shift, 3) for a in output.attentions)
     return output if (model.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+
+def pool(body: Any, first: Tensor) -> Tensor:
+    """The body's own pooling of each row's first token, [b, d]."""
+    if getattr(body, "pooler", None) is None:
+        raise NotImplementedError(f"{type(body).__name__}: prompts are not supported, because it pools in its forward")
+    if isinstance(body.pooler, nn.Linear):
+        activation = body.pooler_activation if hasattr(body, "pooler_activation") else body.activation
+        return activation(body.pooler(first))
+    return body.pooler(first[:, None])
