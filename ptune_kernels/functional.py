@@ -10,9 +10,9 @@ but for `overwrite_`, which returns its input, and the views that `part_qkv` ret
 
 Errors: `ValueError` for shapes, dtypes, devices and layouts, `IndexError` for values out of range, `TypeError` for
 arguments of another class (torch's own `RuntimeError` for numbers of one). Each names the argument, what was expected
-and what came, before anything is written. The values of a placement and of ``input_ids`` are checked on the CPU only: on a GPU that
-would synchronise, so there a row out of range is never read and comes out as NaN (`Placement.of` checks on the host,
-before the copy).
+and what came, before anything is written. The values of a placement and of ``input_ids`` are checked on the CPU only:
+on a GPU that would synchronise, so there a row out of range is never read and comes out as NaN (`Placement.of` checks
+on the host, before the copy).
 """
 
 import functools

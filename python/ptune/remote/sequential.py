@@ -132,7 +132,7 @@ class _Pass:
         self.slices = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
         self.chunks: list[_Chunk] = []
         self.shared: list[SharedRows] = []  # at most one, for all chunks
-        # as soon as the pass is dropped: chunks and relays refer to each other, and would wait for the garbage collector
+        # once the pass is dropped: chunks and relays refer to each other, and would wait for the garbage collector
         weakref.finalize(self, _release, self.chunks, self.shared).atexit = False
 
     def forward(self, hidden: Tensor, prompts: Tensor | None, shared: Tensor | None) -> Tensor:
