@@ -6,24 +6,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.models.auto import modeling_auto
 
 from . import checkpoint, hub
 from .anatomy import evaluating
 from .auto import MODELS, AutoPTuneModel
 from .checkpoint import MisfitError
-from .foreign import CONFIG_NAME, TASK_TYPES, WEIGHTS_NAME, read_foreign, shape_of
+from .foreign import CONFIG_NAME, WEIGHTS_NAME, read_foreign, shape_of
 from .inputs import CACHE
+from .kinds import kind_of
 
 _LOADERS: dict[Any, Any] = {**MODELS, None: AutoPTuneModel}
-_CLASSES: dict[str, Any] = {
-    "SEQ_CLS": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-    "TOKEN_CLS": modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
-    "QUESTION_ANS": modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
-    "CAUSAL_LM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    "SEQ_2_SEQ_LM": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
-    "FEATURE_EXTRACTION": modeling_auto.MODEL_MAPPING_NAMES,
-}
 _OUTPUT_LAYERS = ("out_proj.weight", "score.weight", "classifier.weight")
 
 _logger = logging.getLogger(__name__)
@@ -95,15 +87,15 @@ def to_peft(
     and values, and model classes of other tasks.
     """
     saved = checkpoint.read_config(folder)
-    task_type = next((kind for kind, names in _CLASSES.items() if saved["model_class"] in names.values()), None)
-    if task_type is None:
+    kind = kind_of(saved["model_class"])
+    if kind is None:
         raise ValueError(f"{folder}: model_class: expected one of a task that PEFT has, got {saved['model_class']}")
-    model = _LOADERS[TASK_TYPES[task_type]].from_pretrained(folder, base_model=base_model)
+    model = _LOADERS[kind.task].from_pretrained(folder, base_model=base_model)
     settings, config = model.ptune_config, model.config
     if settings.tuning_mode is None:
         raise ValueError(f"{folder}: expected prompts, and it holds a head alone")
     described = {
-        "task_type": task_type,
+        "task_type": kind.peft,
         "base_model_name_or_path": model.origin.name,
         "num_virtual_tokens": settings.pre_seq_len,
         "num_transformer_submodules": 1,
@@ -123,7 +115,7 @@ def to_peft(
             "encoder_hidden_size": heads * width, "prefix_projection": False,
         }  # fmt: skip
     own = set(model._head)
-    if task_type in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"):  # of which PEFT wants the base's too
+    if kind.task in ("classification", "tagging", "answering"):  # of which PEFT wants the base's too
         wanted = ("classifier", "score", "pre_classifier", "qa_outputs")
         own |= {name for name, _ in model.named_parameters() if name.partition(".")[0] in wanted}
     head = {f"base_model.{name}": model.get_parameter(name) for name in sorted(own)}

@@ -21,14 +21,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .checkpoint import read_json
+from .kinds import KINDS
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
-# our tasks, by PEFT's names of them
-TASK_TYPES = {
-    "SEQ_CLS": "classification", "TOKEN_CLS": "tagging", "QUESTION_ANS": "answering", "CAUSAL_LM": "generation",
-    "SEQ_2_SEQ_LM": "seq2seq", "FEATURE_EXTRACTION": None, None: None,
-}  # fmt: skip
+_TASK_TYPES = {None: None} | {kind.peft: kind.task for kind in KINDS}
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _ROWS = ("PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING")
 _KEYS_AND_VALUES = ("PREFIX_TUNING", "CARTRIDGE")
@@ -61,8 +58,8 @@ def _read_peft(folder: Path, task_id: int | None, base_model: Any) -> Foreign:
     kind, task_type, base = (config.get(key) for key in ("peft_type", "task_type", "base_model_name_or_path"))
     if kind not in _ROWS + _KEYS_AND_VALUES:
         raise ValueError(f"{path}: peft_type: expected one of {', '.join(_ROWS + _KEYS_AND_VALUES)}, got {kind!r}")
-    if not isinstance(task_type, str | None) or task_type not in TASK_TYPES:
-        known = ", ".join(name for name in TASK_TYPES if name)
+    if not isinstance(task_type, str | None) or task_type not in _TASK_TYPES:
+        known = ", ".join(name for name in _TASK_TYPES if name)
         raise ValueError(f"{path}: task_type: expected one of {known}, got {task_type!r}")
     if not isinstance(base, str | None):
         raise ValueError(f"{path}: base_model_name_or_path: expected a name, got {base!r}")
@@ -88,7 +85,7 @@ def _read_peft(folder: Path, task_id: int | None, base_model: Any) -> Foreign:
         )
     head = {name.removeprefix("base_model."): tensor for name, tensor in tensors.items()}
     held = {"prompts" if kind in _ROWS else "prefix": prompts}
-    return Foreign(base, TASK_TYPES[task_type], head=head, **held)
+    return Foreign(base, _TASK_TYPES[task_type], head=head, **held)
 
 
 def _of_task(folder: Path, prompts: Tensor, tensors: dict[str, Tensor], task_id: int | None) -> Tensor:

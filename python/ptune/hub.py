@@ -13,24 +13,17 @@ from huggingface_hub import CommitInfo, HfApi, ModelCardData, try_to_load_from_c
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from torch import Tensor
-from transformers.models.auto import modeling_auto
 from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
 from . import checkpoint
+from .kinds import KINDS, kind_of
 
 CARD_NAME = "README.md"
 # of `download`; the latter two are of the repository of prompts, and not of the one of its base
 OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "token", "revision", "subfolder")
 OF_THE_PROMPTS = OPTIONS[-2:]
 
-_TASKS = {  # the hub's name, the class that loads such prompts, the model classes
-    "text-classification": ("SequenceClassification", modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES),
-    "token-classification": ("TokenClassification", modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES),
-    "question-answering": ("QuestionAnswering", modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES),
-    "text-generation": ("CausalLM", modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
-    "text2text-generation": ("Seq2SeqLM", modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES),
-}
 _WHAT = {
     None: "A task head",
     "ptune": "A soft prompt",
@@ -146,16 +139,13 @@ def write(folder: str | os.PathLike[str], config: dict[str, Any], tensors: dict[
 def card(config: dict[str, Any]) -> str:
     """The model card of a folder with this ``ptune_config.json``."""
     base, name = config["base"]["name"], config["model_class"]
-    tag, loader = next(
-        ((tag, f"For{loader}") for tag, (loader, names) in _TASKS.items() if name in names.values()),
-        ("feature-extraction", ""),
-    )
+    kind = kind_of(name) or KINDS[-1]
     folder = _folder_name(base)
     on_hub = folder is None and _is_valid(base)
     data = ModelCardData(
         base_model=base if on_hub else None,
         library_name="ptune-kernels",
-        pipeline_tag=tag,
+        pipeline_tag=kind.tag,
         tags=["prompt-tuning", "ptune-kernels"],
     )
     elsewhere = "" if on_hub else ", base_model=…"
@@ -175,9 +165,9 @@ Trained with ptune-kernels on a frozen `{name}`, whose own weights are not in he
 | `deep_prompt_mode` | `{config["deep_prompt_mode"]}` |
 
 ```python
-from ptune import AutoPTuneModel{loader}
+from ptune import AutoPTuneModel{kind.loader}
 
-model = AutoPTuneModel{loader}.from_pretrained("…"{elsewhere})  # this repository, or a folder
+model = AutoPTuneModel{kind.loader}.from_pretrained("…"{elsewhere})  # this repository, or a folder
 ```
 """
 

@@ -315,8 +315,8 @@ class TestRefusals:
         self.refuse(folder, "peft_type: expected one of PROMPT_TUNING, .*got 'LORA'")
 
     def test_other_tasks(self, folder):
-        self.change(folder, task_type="QUESTION_ANS")
-        self.refuse(folder, "task_type: expected one of SEQ_CLS, .*got 'QUESTION_ANS'")
+        self.change(folder, task_type="POLY")
+        self.refuse(folder, "task_type: expected one of SEQ_CLS, .*got 'POLY'")
 
     def test_other_base(self, folder, base_of):
         self.refuse(
