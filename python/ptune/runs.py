@@ -70,6 +70,7 @@ class Options:
     max_length: int = 128
     steps: int | None = None
     batch_size: int = 32
+    micro_batch_size: int | None = None
     learning_rate: float | None = None
     head_learning_rate: float = HEAD_LEARNING_RATE
     dtype: str = "auto"
@@ -121,6 +122,7 @@ class Run:
             learning_rate=self.learning_rate,
             head_learning_rate=options.head_learning_rate,
             batch_size=options.batch_size,
+            micro_batch_size=options.micro_batch_size,
             seed=options.seed,
             checkpoints=checkpoints,
             resume=options.resume,
@@ -421,6 +423,10 @@ def _check(options: Options) -> None:
         rate = getattr(options, name)
         if rate is not None and not 0 < rate < math.inf:
             raise ValueError(f"{name}: expected a positive number, got {rate}")
+    if options.micro_batch_size is not None and options.batch_size % options.micro_batch_size:
+        raise ValueError(
+            f"micro_batch_size: expected a divisor of batch_size ({options.batch_size}), got {options.micro_batch_size}"
+        )
     check_columns(TASKS[options.task], options.columns)
     check_base_path(options.model)
     out = options.out

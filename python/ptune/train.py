@@ -118,7 +118,8 @@ class _Trainer(ResumableTrainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
         data: Any = self.train_dataset if train_dataset is None else train_dataset
         lengths = [len(features["input_ids"]) for features in data]
-        return _ByLength(self.args.train_batch_size, lengths, self.args.seed)
+        size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return _ByLength(size, lengths, self.args.seed)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """In the order of the data set, which scoring relies on (Trainer's own follows the training sampler)."""
@@ -216,6 +217,7 @@ def fit(
     learning_rate: float,
     head_learning_rate: float = HEAD_LEARNING_RATE,
     batch_size: int = 32,
+    micro_batch_size: int | None = None,
     warmup: float = 0.1,
     evaluations: int = EVALUATIONS,
     seed: int = 0,
@@ -232,6 +234,7 @@ def fit(
         steps: optimizer steps in all, each of `batch_size` examples.
         learning_rate: of the prompts, or of all that trains where there are none.
         head_learning_rate: of what trains beside prompts.
+        micro_batch_size: how many of them at once, where memory is short: a divisor; by default all.
         warmup: the share of steps in which the learning rates rise; they then fall linearly to 0.
         evaluations: how often at most to evaluate and save, the last time at the end, spread evenly over the steps.
         checkpoints: a folder for Trainer's checkpoints. With evaluation examples, `model` then ends with the best one's
@@ -245,6 +248,7 @@ def fit(
     """
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("model: nothing in it requires grad, so there is nothing to train: choose a tuning mode")
+    micro_batch_size = micro_batch_size or batch_size
     every = math.ceil(steps / evaluations)
     with tempfile.TemporaryDirectory() as scratch:
         trainer = _trainer(
@@ -256,7 +260,8 @@ def fit(
             output_dir=str(checkpoints or scratch),
             max_steps=steps,
             warmup_steps=round(warmup * steps),
-            per_device_train_batch_size=batch_size,
+            per_device_train_batch_size=micro_batch_size,
+            gradient_accumulation_steps=batch_size // micro_batch_size,
             eval_strategy="steps" if evaluation else "no",
             eval_steps=every,
             save_strategy="steps" if checkpoints else "no",

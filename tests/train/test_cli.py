@@ -439,6 +439,7 @@ DAMAGES = {
         ({"--prompt-column": "text"}, "prompt_column: classification takes none, got 'text'"),
         ({"--task": "tagging", "--text-column": "text"}, "text_column: tagging takes none, got 'text'"),
         ({"--init-text": ""}, "prompt_init_text"),
+        ({"--micro-batch-size": 5}, "micro_batch_size: expected a divisor of batch_size (32), got 5"),
         ({"--max-length": "3"}, "max_length: expected 4 or more with this tokenizer, got 3"),
         ({"--model": "no tokenizer"}, "expected a tokenizer in no tokenizer, got one without a vocabulary"),
         ({"--model": "odd tokenizer"}, "the tokenizer of odd tokenizer cannot be read"),

@@ -14,7 +14,7 @@ from ptune.data import Columns, Labelled
 from ptune.generation import PromptGeneration
 from ptune.mix import TaskMix
 from ptune.runs import load_tokenizer, new_model
-from ptune.tasks import IGNORED, Classification, Generation, Tagging
+from ptune.tasks import IGNORED, TASKS, Classification, Generation, Tagging
 from ptune.train import OneDevice, ResumableTrainer, evaluate, fit
 
 from .commands import FILES
@@ -36,6 +36,38 @@ def test_prompts_and_head_move_at_their_own_rates(tiny_bert, mode):
         rate = 1e-2 if mode and "prompt" not in name else 1e-3
         assert moved == pytest.approx(rate, rel=1e-3), name
     assert any("prompt" in name for name in before) == (mode is not None)
+
+
+@pytest.mark.parametrize("kind", ["classification", "generation"])
+def test_a_batch_in_parts_trains_alike(tiny_bert, tiny_llama, tmp_path, kind):
+    """Trained on the same examples in each step, of which each part has another number of labels in generation."""
+    kind, base = TASKS[kind], str(tiny_bert if kind == "classification" else tiny_llama)
+    examples = kind.read(FILES[kind.name](tmp_path), Columns())
+    task = kind(load_tokenizer(base, kind.name), 32, kind.label_names(examples))
+    trained, sizes = [], []
+    for micro_batch_size in (None, 3):
+        set_seed(1)
+        texts = [task.text_of(example) for example in examples]
+        model = new_model(kind.name, base, task.labels, tuning_mode="ptune", pre_seq_len=3, init_text=texts)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        model.register_forward_pre_hook(
+            lambda model, args, given: sizes.append(len(given["input_ids"])), with_kwargs=True
+        )
+        fit(
+            model,
+            task,
+            examples,
+            steps=3,
+            learning_rate=1e-2,
+            batch_size=12,
+            micro_batch_size=micro_batch_size,
+            quiet=True,
+        )
+        trained.append(model.prompt_embeddings.weight.detach())
+    assert sizes == [12] * 3 + [3] * 12
+    torch.testing.assert_close(trained[1], trained[0], rtol=0, atol=1e-4)
 
 
 def test_a_second_gpu_is_left_alone(tmp_path):
