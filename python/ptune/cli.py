@@ -62,7 +62,9 @@ def _dtype(help: str, *names: str) -> Any:
 _HALVES = ("float16", "bfloat16")
 _DTYPES = ("auto", "float32", *_HALVES)
 
-RunFolder = Annotated[Path, typer.Argument(help="The --out folder of a finished `ptune train`.", show_default=False)]
+RunFolder = Annotated[
+    Path, typer.Argument(help="The --out folder of a finished `ptune train`, or of save_prompts.", show_default=False)
+]
 BaseModel = Annotated[str | None, typer.Option(help="The base, where it is not where it was in training.")]
 TextColumn = Annotated[str | None, typer.Option(help="Column of the text. Default: found by its name.")]
 LabelColumn = Annotated[str | None, typer.Option(help="Column of the label. Default: found by its name.")]

@@ -27,6 +27,7 @@ from .anatomy import position_limit
 from .auto import MODELS
 from .checkpoint import WEIGHTS_NAME, check_free, fingerprint, is_prompt_folder, read_config, read_json, write_json
 from .data import Columns, DataError, hold_out
+from .kinds import kind_of
 from .loading import check_base_path
 from .plan import Plan
 from .quantised import is_quantised
@@ -39,6 +40,7 @@ LEARNING_RATES = {None: HEAD_LEARNING_RATE, "ptune": 3e-2, "deep_ptune": 1e-2}
 EPOCHS = 3
 MIN_STEPS = 150
 MIN_ROOM = 8  # tokens of text beside the prompt
+_LONGEST = 2**20  # tokens; a tokenizer that knows no limit says 10^30
 RECORD = "train.json"
 RECORD_KEYS: dict[str, type | tuple[type, ...]] = {
     "task": str,
@@ -316,8 +318,6 @@ def read_record(folder: Path) -> dict[str, Any]:
         problem = f"{there}: expected the --out folder of a finished `ptune train`"
         if (folder / CHECKPOINTS).is_dir():
             problem += ", and this run was interrupted: `ptune train … --resume` goes on with it"
-        elif is_prompt_folder(folder):
-            problem += "; prompts that Python saved are loaded with AutoPTuneModelFor….from_pretrained"
         raise ValueError(problem)
     record = read_json(path)
     for name, kind in RECORD_KEYS.items():
@@ -336,16 +336,36 @@ def _weights_in(folder: Path) -> str | None:
     return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
 
 
+def _record_of(folder: Path) -> dict[str, Any] | None:
+    """`read_record`; ``None`` of prompts that Python saved, which know of no run."""
+    return read_record(folder) if (folder / RECORD).exists() or not is_prompt_folder(folder) else None
+
+
 def load_run(folder: Path, base_model: str | None = None) -> tuple[PreTrainedModel, Task]:
-    """The tuned model of an output folder, and its task; ``base_model``: where its base is now, if elsewhere."""
-    record = read_record(folder)
-    name, base = record["task"], base_model or read_config(folder)["base"]["name"]
+    """The tuned model of a folder of prompts, and its task; ``base_model``: where its base is now, if elsewhere.
+
+    Of prompts that Python saved, the task is that of their class, and texts are cut where the base can read no further.
+    Raises: ValueError for a class that is of no task here.
+    """
+    record, saved = _record_of(folder), read_config(folder)
+    base = base_model or saved["base"]["name"]
+    name = record["task"] if record else getattr(kind_of(saved["model_class"]), "task", None)
+    if name not in TASKS or saved.get("problem_type") not in (None, "single_label_classification"):
+        got = " of ".join(filter(None, (saved["model_class"], saved.get("problem_type"))))
+        raise ValueError(f"{folder}: expected prompts for {', '.join(TASKS)}, got those of {got}")
     model = MODELS[name].from_pretrained(folder, base_model=base_model)
     if torch.cuda.is_available() and not is_quantised(model):  # which is where it belongs already
         model.to("cuda")
     labels = [] if name in WRITING else [model.config.id2label[i] for i in range(model.config.num_labels)]
     tokenizer = load_tokenizer(base, name)
-    return model, TASKS[name](tokenizer, record["max_length"], labels)
+    return model, TASKS[name](tokenizer, record["max_length"] if record else _readable(model, tokenizer), labels)
+
+
+def _readable(model: Any, tokenizer: PreTrainedTokenizerBase) -> int:
+    """How long a text may be, as the tokenizer and the model's table of positions say."""
+    _, positions = position_limit(model.base_model)
+    room = _LONGEST if positions is None else positions - model.ptune_config.pre_seq_len
+    return min(room, tokenizer.model_max_length, _LONGEST)
 
 
 def describe(folder: Path) -> dict[str, str]:
@@ -353,8 +373,7 @@ def describe(folder: Path) -> dict[str, str]:
     tasks = [] if (folder / RECORD).exists() else sorted(path.parent for path in folder.glob(f"*/{RECORD}"))
     if tasks:
         return {task.name: _learnt(read_record(task)) for task in tasks}
-    # prompts that Python saved know of no run
-    record = read_record(folder) if (folder / RECORD).exists() or not is_prompt_folder(folder) else None
+    record = _record_of(folder)
     prompts = read_config(folder)
     mode, weights = prompts["tuning_mode"], folder / WEIGHTS_NAME
     lines = {

@@ -11,7 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForSeq2SeqLM, BertForSequenceClassification, MBartTokenizer, Trainer
+from transformers import (
+    AutoConfig,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    BertForSequenceClassification,
+    MBartTokenizer,
+    Trainer,
+)
 from typer.testing import CliRunner
 
 import ptune as package
@@ -566,8 +573,8 @@ def test_folders_that_are_no_run(tmp_path):
     [
         ('{"task": "classif', "not JSON"),
         (b"\xff", "not JSON"),
-        ("[]", "it has no task"),
-        ('{"task": "classification"}', "it has no max_length"),
+        ("[]", "task is missing, or of the wrong type"),
+        ('{"task": "classification"}', "max_length is missing"),
         ("translation", "task: expected one of classification, tagging, generation, seq2seq, got 'translation'"),
     ],
 )
@@ -584,12 +591,38 @@ def test_a_damaged_record_is_named(tmp_path, content, problem):
         assert problem in result.stderr
 
 
-def test_prompts_saved_from_python_are_no_run(tiny_bert, tmp_path):
-    model = AutoPTuneModel.from_pretrained(tiny_bert, tuning_mode="ptune", pre_seq_len=2)
-    model.save_prompts(tmp_path)
-    result = ptune("predict", tmp_path, "x")
-    assert result.exit_code == 2
-    assert "prompts that Python saved are loaded with AutoPTuneModelFor" in result.stderr
+def test_prompts_saved_from_python(tiny_bert, tiny_llama, tmp_path):
+    prompts = {"tuning_mode": "deep_ptune", "pre_seq_len": 6}
+    labels = {"id2label": {0: "no", 1: "yes"}, "label2id": {"no": 0, "yes": 1}}
+    text = " ".join(["good", *["one"] * 60])  # longer than the model can read
+    model = package.AutoPTuneModelForSequenceClassification.from_pretrained(tiny_bert, **labels, **prompts).eval()
+    model.save_prompts(tmp_path / "mood")
+    answer = json.loads(succeed("predict", tmp_path / "mood", text))
+    ids = AutoTokenizer.from_pretrained(tiny_bert)(text, truncation=True, max_length=40 - 6, return_tensors="pt")
+    score, index = model(**ids).logits[0].softmax(-1).max(-1)
+    assert answer == {"text": text, "label": ["no", "yes"][index], "score": pytest.approx(score.item(), abs=1e-3)}
+    scores = json.loads(succeed("eval", tmp_path / "mood", "--data", classification_file(tmp_path), "--json"))
+    assert scores["by_label"].keys() <= {"no", "yes"}
+    writer = package.AutoPTuneModelForCausalLM.from_pretrained(tiny_llama, **prompts)
+    writer.save_prompts(tmp_path / "tale")
+    assert json.loads(succeed("predict", tmp_path / "tale", "the red", "--max-new-tokens", 2))["prompt"] == "the red"
+
+
+def test_prompts_saved_from_python_for_other_tasks(tiny_bert, tmp_path):
+    classifier = package.AutoPTuneModelForSequenceClassification
+    for kind, given in (
+        (AutoPTuneModel, {}),
+        (package.AutoPTuneModelForQuestionAnswering, {}),
+        (classifier, {"problem_type": "multi_label_classification"}),
+    ):
+        model = kind.from_pretrained(tiny_bert, tuning_mode="ptune", pre_seq_len=2, **given)
+        model.save_prompts(tmp_path)
+        result = ptune("predict", tmp_path, "x")
+        assert result.exit_code == 2
+        got = " of ".join([model.base_class.__name__, *given.values()])
+        problem = f"expected prompts for classification, tagging, generation, seq2seq, got those of {got}"
+        assert problem in " ".join(result.stderr.split())
+    AutoPTuneModel.from_pretrained(tiny_bert, tuning_mode="ptune", pre_seq_len=2).save_prompts(tmp_path)
     said = succeed("info", tmp_path)
     assert "BertModel" in said
     assert "prompt rows" in said
