@@ -280,7 +280,7 @@ def test_an_interrupted_run_resumes_to_the_same_weights(kind, task, request, tmp
     assert not (newest / "config.json").exists()
     assert not (newest / "tokenizer.json").exists()
     assert {path.suffix for path in newest.iterdir()} == {".safetensors", ".json"}
-    (out / "checkpoints" / "checkpoint-of-mine").mkdir()
+    shutil.copytree(newest, out / "checkpoints" / "checkpoint-of-mine")
     cut_short = out / "checkpoints" / "checkpoint-18"
     shutil.copytree(newest, cut_short)
     (cut_short / "trainer_state.json").write_text('{"best')

@@ -101,7 +101,7 @@ def test_tags_that_go_on_with_known_entities():
     assert scores["entity_recall"] == 0
 
 
-def test_entities_are_whole():
+def test_entities_are_whole(recwarn):
     task = Tagging(word_tokenizer(), 20, ["O", "B-per", "I-per"])
     example = Tagged(("Ann", "Bob", "in"), ("B-per", "I-per", "O"))
     features = task.encode(example)
@@ -114,6 +114,7 @@ def test_entities_are_whole():
     assert task.score_by_label([example], [features], whole) == {"per": found}
     none = Tagged(("in",), ("O",))
     assert task.score_by_label([none], [task.encode(none)], reduced(task, [task.encode(none)], [[0, 0, 0]])) == {}
+    assert not recwarn.list
 
 
 def test_only_the_completion_and_its_end_are_learnt():
