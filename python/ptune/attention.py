@@ -308,7 +308,7 @@ def _mask(attention: Attention, **given: Any) -> Any:
         call = None  # that of another model, which calls this one or was interrupted
     if isinstance(call, Call) and call.capture is not None:
         call.capture.note_window(given.get("local_size"))
-    if not isinstance(call, Call) or not call.injected:
+    if not isinstance(call, Call) or not (call.injected or call.packed):
         return _additive_in(attention.dtype, stock(**given))
     if (packed := call.packed) is not None:
         if packed.own_mask is None and not packed.overwritten:
@@ -317,14 +317,17 @@ def _mask(attention: Attention, **given: Any) -> Any:
             own = {name: value for name, value in given.items() if name not in _OF_TEXT} | own
             packed.own_mask = _additive_in(attention.dtype, stock(**own))
         keys = packed.mask if given.get("attention_mask") is None else packed.mask.to(given["attention_mask"].device)
-        given |= {"batch_size": packed.batch_size, "q_length": packed.length, "kv_length": keys.shape[1]}
-        given["attention_mask"] = keys
+        given |= {"batch_size": packed.batch_size, "q_length": packed.length, "attention_mask": keys}
+        if packed.cache is None:
+            given["kv_length"] = keys.shape[1]
     given["q_offset"] = given.get("q_offset", 0) + call.injected
     if call.columns is not None:
         given["mask_function"] = partial(_by_column, given["mask_function"], call.columns)
     window = given.get("local_size")
     skip = given.get("allow_is_causal_skip", True) or given.get("allow_is_bidirectional_skip", False)
     plain = attention.stock == "sdpa" and skip and (window is None or given["kv_length"] < window)
+    if packed is not None:
+        plain = plain and given["kv_length"] == keys.shape[1]  # a static cache is longer
     mask = None
     if call.padded or not plain:
         mask = _additive_in(attention.dtype, stock(**given | {"allow_is_causal_skip": False}))

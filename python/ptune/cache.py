@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, EncoderDecoderCache
 
+from ptune_kernels import Placement
+
 from .attention import Prefix, cast_kv, no_autocast
 
 
@@ -80,6 +82,47 @@ class PrefixedCache(_CacheProxy):
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         return self.cache.get_mask_sizes(query_length + self.prefix.num_columns, layer_idx)
+
+
+class PackedCache(_CacheProxy):
+    """Stands in for an empty cache while prompt rows and texts run as one sequence (see `Packed`), and writes both.
+
+    It returns keys and values [b, h, m + n, head_dim], of each row's prompt and text; those of the prompt rows alone,
+    [1, h, m, head_dim], are then `own`. ``texts``: b, n.
+    """
+
+    def __init__(
+        self,
+        cache: Any,
+        num_prompts: int,
+        texts: torch.Size,
+        placement: Placement | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__(cache)
+        self.num_prompts, self.texts, self.placement, self.dtype = num_prompts, texts, placement, dtype
+        self.own: Any = None
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        (own_key, key), (own_value, value) = (self.part(states) for states in (key_states, value_states))
+        self.own = own_key, own_value
+        prefix = Prefix([(own_key[0], own_value[0])], self.placement)
+        key, value = prefix.before(0, key, value, self.dtype)
+        return _update(self.cache, self.dtype, key, value, layer_idx, *args, **kwargs)
+
+    def part(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """[1, h, m + b·n, head_dim] → [1, h, m, head_dim] and [b, h, n, head_dim], views."""
+        text = states[0, :, self.num_prompts :].unflatten(1, self.texts)
+        return states[:, :, : self.num_prompts], text.transpose(0, 1)
+
+    def get_seq_length(self, layer_idx: int = 0) -> Any:
+        return self.cache.get_seq_length(layer_idx) + self.num_prompts
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Of a text's own mask, however many rows there are of all."""
+        return self.cache.get_mask_sizes(self.num_prompts + self.texts[1], layer_idx)
 
 
 class CastCache(_CacheProxy):

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import Cache, PreTrainedModel
 
 from .attention import Attention, attention_of, cache_dtype_of
-from .cache import CastCache, PrefixedCache
+from .cache import CastCache, PackedCache, PrefixedCache
 from .config import SHORT_DTYPES
 from .inputs import CACHE
 from .quantised import is_quantised
@@ -137,7 +137,7 @@ def _casting(argument: Any, how: tuple[torch.dtype, bool]) -> Any:
     # a prefix is cast as it is written
     return (
         CastCache.of(argument, *how)
-        if isinstance(argument, Cache) and not isinstance(argument, PrefixedCache)
+        if isinstance(argument, Cache) and not isinstance(argument, PackedCache | PrefixedCache)
         else argument
     )
 

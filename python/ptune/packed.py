@@ -9,6 +9,7 @@ from ptune_kernels import part_qkv, spread_kv
 
 from . import varlen
 from .attention import KEYWORD, Attention, agreeing, is_causal_in
+from .cache import PackedCache
 from .concat import embed_behind, fusible_scale
 
 
@@ -21,20 +22,24 @@ class Packed:
 
     Args:
         num_prompts: m.
-        mask: [b, m + n], 1 for what may be attended to.
+        mask: [b, m + n], 1 for what may be attended to; its columns are those of ``cache``, if there is one.
         padded: whether it hides anything.
         overwritten: whether every block overwrites its prompt rows, so that what attention makes of them is lost.
+        cache: what keeps keys and values.
     """
 
-    def __init__(self, num_prompts: int, mask: Tensor, padded: bool, overwritten: bool) -> None:
+    def __init__(
+        self, num_prompts: int, mask: Tensor, padded: bool, overwritten: bool, cache: PackedCache | None = None
+    ) -> None:
         self.num_prompts = num_prompts
         self.batch_size, self.length = mask.shape[0], mask.shape[1] - num_prompts
         self.mask = mask.bool()
         self.overwritten = overwritten
+        self.cache = cache
         self.own_mask: Any = None
         self.plain_mask: Any = ...  # what attentions get where `mask` and causality are all that hides; not known yet
         # made outside the blocks, which may be compiled one by one
-        self.lengths = varlen.Lengths.of(num_prompts, self.mask[:, num_prompts:], padded)
+        self.lengths = None if cache is not None else varlen.Lengths.of(num_prompts, self.mask[:, num_prompts:], padded)
 
     @property
     def rows(self) -> int:
@@ -90,6 +95,10 @@ class Packed:
         **kwargs: Any,
     ) -> Any:
         kwargs.pop("position_ids", None)  # they restart where a text begins, which flash attention would act on
+        if self.cache is not None:
+            own_query, query = self.cache.part(query)
+            own = own_query, *self.cache.own
+            return self._attend_apart(attention, module, own, (query, key, value), mask, **kwargs)
         key, value = agreeing(key, value, attention.dtype)
         dtype = attention.dtype or key.dtype
         plain = attention.stock == "sdpa" and not kwargs.get("dropout") and kwargs.get("position_bias") is None
@@ -103,14 +112,25 @@ class Packed:
         own_query, own_key, own_value, query, key, value = part_qkv(
             query, key, value, self.num_prompts, self.batch_size, attention.dtype
         )
-        output, weights = attention.run(attention.behind_prefix(module), module, query, key, value, mask, **kwargs)
-        output = output.reshape(1, -1, *output.shape[2:])
-        if self.overwritten:
-            return nn.functional.pad(output, (0, 0, 0, 0, self.num_prompts, 0)), weights
         if attention.stock == "eager" or query.device.type == "cpu":
             # they keep copies of the texts' queries for backward; a view of the prompt's would keep the rest as well
             own_query = own_query.clone()
-        own_output, _ = attention.run(
-            attention.function(module), module, own_query, own_key, own_value, self.own_mask, **kwargs
-        )
+        own = own_query, own_key, own_value
+        return self._attend_apart(attention, module, own, (query, key, value), mask, **kwargs)
+
+    def _attend_apart(
+        self,
+        attention: Attention,
+        module: nn.Module,
+        own: tuple[Tensor, Tensor, Tensor],
+        of_text: tuple[Tensor, Tensor, Tensor],
+        mask: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Queries, keys and values of the prompt rows, and of the texts behind them."""
+        output, weights = attention.run(attention.behind_prefix(module), module, *of_text, mask, **kwargs)
+        output = output.reshape(1, -1, *output.shape[2:])
+        if self.overwritten:
+            return nn.functional.pad(output, (0, 0, 0, 0, self.num_prompts, 0)), weights
+        own_output, _ = attention.run(attention.function(module), module, *own, self.own_mask, **kwargs)
         return torch.cat([own_output, output], 1), weights

@@ -18,7 +18,7 @@ from ptune_kernels import prepend
 from .anatomy import device_of
 from .attention import KEYWORD, Prefix, cache_dtype_of
 from .bridge import bridge, unshard_for_backward
-from .cache import PrefixedCache
+from .cache import PackedCache, PrefixedCache
 from .call import Call, running, set_call
 from .capture import Capture
 from .concat import matching
@@ -95,8 +95,8 @@ class PrefixPath:
                 arguments[CACHE] = None
             if "use_cache" in self.parameters:
                 arguments["use_cache"] = False
-            if self._packs(layout, text):
-                return self._pack(body, arguments, layout, text, token_type)
+        if self._packs(layout, text):
+            return self._pack(body, arguments, layout, text, token_type, cache)
         prefix = self.prefix(token_type) if mixture is None else mixture.prefix
         if cache is not None:
             call = Call(layout, text.shape[1], layout.placement(), prefix=True, cache=cache)
@@ -156,7 +156,7 @@ class PrefixPath:
         return [*self.model.prompt_parameters(), *_parameters(self.body)]
 
     def _packs(self, layout: Layout, text: Tensor) -> bool:
-        """Whether this call, which keeps no keys and values, runs prompt rows and text in one pass."""
+        """Whether this call runs prompt rows and text in one pass."""
         packs = self.plan.packs
         if packs is None:
             # Of rows that are overwritten, and run by themselves, only keys and values are computed: less work, which a
@@ -170,12 +170,19 @@ class PrefixPath:
         return settings.deep and settings.deep_prompt_mode == "overwrite"
 
     def _pack(
-        self, body: Any, arguments: dict[str, Any], layout: Layout, text: Tensor, token_type: int | None
+        self, body: Any, arguments: dict[str, Any], layout: Layout, text: Tensor, token_type: int | None, cache: Any
     ) -> tuple[Call, dict[str, Any]]:
-        """The call, and the body's arguments for prompt rows and text as one sequence."""
-        call, keys = injected_call(layout, arguments["attention_mask"])
-        call.packed = Packed(self.num_prompts, keys, call.padded, self._overwrites)
-        prompts = self.model.prompt_embeddings.weight
+        """The call, and the body's arguments for prompt rows and text as one sequence; ``cache``: that it fills."""
+        mask, prompts = arguments["attention_mask"], self.model.prompt_embeddings.weight
+        call, keys = injected_call(layout, mask)
+        cached = None
+        if cache is not None:
+            # a cache has each prompt in its place, and not before all
+            call = Call(layout, text.shape[1], prefix=True, padded=call.padded, cache=cache)
+            keys = layout.extend_mask(mask)
+            dtype = cache_dtype_of(body.config._attn_implementation)
+            cached = arguments[CACHE] = PackedCache(cache, self.num_prompts, text.shape[:2], layout.placement(), dtype)
+        call.packed = Packed(self.num_prompts, keys, call.padded, self._overwrites, cached)
         return call, call.packed.arguments(body, arguments, prompts, self.first_position, token_type)
 
     def keep_anew(self) -> None:

@@ -5,13 +5,14 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, DynamicCache, StaticCache
 from transformers.integrations.neftune import neftune_post_forward_hook
 
 import ptune
 from ptune import varlen
+from ptune.inputs import CACHE
 
-from .common import COUNT, LAYERS, PADDINGS, SHARED, close, set_prompts, settings_for, take, texts_for
+from .common import COUNT, LAYERS, MODES, PADDINGS, SHARED, close, set_prompts, settings_for, take, texts_for
 from .families import FAMILIES, VOCABULARY
 from .oracle import pad
 from .test_plan import tiny
@@ -391,3 +392,68 @@ def test_what_fails_packed_alone_is_run_apart(base_of, monkeypatch, shapes):
     shapes.clear()
     model(torch.randint(3, VOCABULARY, (3, 5)), use_cache=False)
     assert set(shapes) == {(1, COUNT), (3, 5)}
+
+
+@pytest.mark.parametrize("kept", ["dynamic", "static"])
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3", "gpt2", "opt"])  # of full, sliding and mixed windows
+@torch.no_grad()
+def test_a_cache_is_filled_in_the_same_pass(base_of, name, mode, padding, kept):
+    """With what two passes write to it; and what comes next reads it alike."""
+    model = base_of(name).tuned(ptune.AutoPTuneModelForCausalLM, **settings_for(mode)).eval()
+    set_prompts(model, mode)
+    ids, mask = pad(texts_for(padding), padding, 0)
+    mask = torch.ones_like(ids) if mask is None else mask
+    width = COUNT + ids.shape[1] + 1
+    found = []
+    for path in SHARED:
+        take(model, path)
+        config = model.config
+        cache = DynamicCache(config=config) if kept == "dynamic" else StaticCache(config=config, max_cache_len=width)
+        output = model(ids, attention_mask=mask, use_cache=True, **{CACHE: cache})
+        assert output[CACHE] is cache
+        states = [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
+        further = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+        step = model(ids[:, :1], attention_mask=further, **{CACHE: cache})
+        found.append((output.logits[mask.bool()], states, step.logits))
+    (whole, ours, next_ours), (expected, theirs, next_theirs) = found[1], found[0]
+    close(whole, expected)
+    if padding != "right":  # a column of padding, which the next token's would follow
+        close(next_ours, next_theirs)
+    here = torch.cat([torch.ones_like(mask[:, :COUNT]), mask], 1).bool()
+    if padding == "left":
+        here = torch.cat([mask, torch.ones_like(mask[:, :COUNT])], 1).bool()  # and before it the prompt
+    for one, other in zip(ours, theirs, strict=True):
+        for got, want in zip(one, other, strict=True):
+            if got.shape[2] == width - 1:  # a window has lost some, and a static cache has room
+                close(got.transpose(1, 2)[here], want.transpose(1, 2)[here])
+
+
+@pytest.mark.parametrize("mode", ["shallow", "overwrite", "add"])
+@torch.no_grad()
+def test_the_first_token_takes_one_pass(base_of, shapes, mode):
+    model = base_of("llama").tuned(ptune.AutoPTuneModelForCausalLM, **settings_for(mode)).eval()
+    ids = torch.randint(3, VOCABULARY, (3, 7))
+    how = {"max_new_tokens": 2, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    shapes.clear()
+    model.generate(ids, attention_mask=torch.ones_like(ids), **how)
+    first = [(1, COUNT)] * LAYERS + [(3, 7)] * LAYERS if mode == "overwrite" else [(1, COUNT + 3 * 7)] * LAYERS
+    assert shapes == first + [(3, 1)] * LAYERS
+
+
+def test_gradients_flow_through_what_a_cache_keeps(base_of):
+    model = base_of("llama").tuned(**settings_for("add")).eval()
+    set_prompts(model, "add")
+    ids, mask = pad(texts_for("left"), "left", 0)
+    weights, found = torch.randn(*ids.shape, 24) * mask[..., None], []
+    for path in SHARED:
+        take(model, path)
+        model.zero_grad()
+        output = model(ids, attention_mask=mask, use_cache=True)
+        further = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+        last = model(ids[:, -1:], attention_mask=further, **{CACHE: output[CACHE]}).last_hidden_state
+        ((output.last_hidden_state * weights).sum() + last.sum()).backward()
+        found.append([parameter.grad.clone() for parameter in model.prompt_parameters()])
+    for got, want in zip(*found, strict=True):
+        close(got, want, 2e-5)
