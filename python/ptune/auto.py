@@ -97,25 +97,29 @@ def with_prompts(base: Any, config: Any = None, *, head: Iterable[str] | None = 
     """A model with prompts on the weights of ``base``, a stock transformers model that is loaded already.
 
     The weights are the same memory, and ``base`` itself stays as it is: it runs without prompts, and further models can
-    be made of it. A head that trains is the new model's own copy.
+    be made of it. A head that trains is the new model's own copy. What is moved or cast later is copied too; what is
+    changed in place is changed in all, as where an adapter is merged.
 
     Args:
         config: a `PTuneConfig`, or a transformers config that bears its fields; by default the base's own. Without
-            prompts in it the head trains alone, until ``load_prompts`` brings others.
+            prompts in it nothing trains until ``load_prompts`` brings prompts and a head.
         head: names of what trains beside the prompts, parameters or modules that hold them. By default all that is
-            outside the body; nothing in a model that predicts words.
+            outside the body, and its pooler; nothing in a model that predicts words.
         tokenizer: reads a ``prompt_init_text`` of strings; by default the one saved with the base.
 
     Raises what `AutoPTuneModel.from_pretrained` does, `TypeError` for what is no stock transformers model, and
-    `ValueError` for names in ``head`` that it does not have. A base that is moved to another dtype or device
-    afterwards leaves the model where it was.
+    `ValueError` for names in ``head`` that it does not have.
     """
     check_stock(base)
     settings = PTuneConfig.of(base.config if config is None else config)
-    if head is None:
-        names = fresh_head(base) if base.get_output_embeddings() is None else []
-    else:
+    if head is not None:
         names = _parameters_of(base, head)
+    elif settings.tuning_mode is None or base.get_output_embeddings() is not None:
+        names = []
+    else:
+        # a pooler may be as new as the head: what the checkpoint lacked is no longer known
+        names = fresh_head(base)
+        names += [name for name, _ in base.named_parameters() if names and "pooler" in name.split(".")]
     model = prompted_twin(base, names)
     model.origin = origin_in_memory(base.config)
     model.init_prompts(settings, tokenizer)
@@ -124,13 +128,15 @@ def with_prompts(base: Any, config: Any = None, *, head: Iterable[str] | None = 
 
 def _parameters_of(base: Any, names: Iterable[str]) -> list[str]:
     """The parameters that ``names`` name, or that are in the modules that they name."""
+    if isinstance(names, str):
+        raise TypeError(f"head: expected a list of names, got {names!r}")
     own, found = [name for name, _ in base.named_parameters()], []
     for wanted in names:
         its = [name for name in own if name == wanted or name.startswith(f"{wanted}.")]
         if not its:
             raise ValueError(f"head: expected parameters of {type(base).__name__}, or modules of it, got {wanted!r}")
         found += its
-    return found
+    return list(dict.fromkeys(found))
 
 
 MODELS = {

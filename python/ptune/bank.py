@@ -121,6 +121,9 @@ class PromptBank:
         """
         check_name(name)
         if isinstance(folder, PTuneMixin):
+            if options:
+                raise TypeError(f"expected no keywords with a model, got {', '.join(options)}")
+            folder._check_adapters()
             saved, tensors = folder.described()
             folder = type(folder).__name__
         else:

@@ -56,15 +56,15 @@ class MisfitError(ValueError):
 
 def base_config(config: Any) -> dict[str, Any]:
     """What of a transformers config makes the base that prompts were trained on."""
-    return _of_the_base(json.loads(json.dumps(config.to_dict(), default=str)))
+    return _comparable(json.loads(json.dumps(config.to_dict(), default=str)))
 
 
-def _of_the_base(described: Any) -> Any:
+def _comparable(described: Any) -> Any:
     """Without what two copies of one base may differ in, in the configs inside a config too."""
     if not isinstance(described, dict):
         return described
     kept = {name: value for name, value in described.items() if name not in _NOT_THE_BASE and "drop" not in name}
-    return {name: _of_the_base(value) for name, value in sorted(kept.items())}
+    return {name: _comparable(value) for name, value in sorted(kept.items())}
 
 
 def fingerprint(described: dict[str, Any]) -> str:
@@ -125,7 +125,8 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     if not all(isinstance(its, str) and _NUMBERS.fullmatch(its) for its in config["base"].get("weights") or ()):
         raise ValueError(f"{path}: weights: expected 16 numbers in hexadecimal each, got {config['base']['weights']!r}")
     _check_labels(path, config)
-    config["base"]["config"] = _of_the_base(config["base"]["config"])  # which was once cleared at its top alone
+    for name in ("config", "overrides"):
+        config["base"][name] = _comparable(config["base"][name])  # which was once cleared at its top alone
     try:
         settings_of(config)
     except (TypeError, ValueError) as error:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import signal
 import sys
 import threading
@@ -231,7 +232,8 @@ def evaluate(
         check_labels(type(task), examples, task.labels, data)
         scores, by_label = report(model, task, examples)
     if as_json:
-        typer.echo(json.dumps({"examples": len(examples), **scores, "by_label": by_label}, ensure_ascii=False))
+        finite = {name: score if math.isfinite(score) else None for name, score in scores.items()}  # JSON has no others
+        typer.echo(json.dumps({"examples": len(examples), **finite, "by_label": by_label}, ensure_ascii=False))
         return
     _print_metrics(scores, f"{folder}, on {len(examples)} examples of {data}")
     if by_label:
@@ -482,6 +484,6 @@ def _print_by_label(by_label: dict[str, dict[str, float]]) -> None:
     for name in ("precision", "recall", "f1", "examples"):
         table.add_column(name, justify="right")
     for label, scores in by_label.items():
-        *rates, count = scores.values()
-        table.add_row(escape(label), *(f"{rate:.4f}" for rate in rates), str(count))
+        rates = (f"{scores[name]:.4f}" for name in ("precision", "recall", "f1"))
+        table.add_row(escape(label), *rates, str(scores["examples"]))
     results.print(table)

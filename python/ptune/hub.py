@@ -4,6 +4,7 @@ A repository holds what a folder does, ``ptune_config.json`` and ``model.safeten
 """
 
 import os
+import reprlib
 import shutil
 import tempfile
 from pathlib import Path, PureWindowsPath
@@ -74,7 +75,7 @@ def folder_of(path: str | os.PathLike[str], **options: Any) -> str | os.PathLike
     Raises `FileNotFoundError` where that is nothing, and `TypeError` for what is no path and for unknown ``options``.
     """
     if not isinstance(path, str | os.PathLike):
-        raise TypeError(f"folder: expected a path, or the name of a repository, got {path!r}")
+        raise TypeError(f"folder: expected a path, or the name of a repository, got {reprlib.repr(path)}")
     if unknown := options.keys() - set(OPTIONS):
         raise TypeError(f"expected keywords among {', '.join(OPTIONS)}, got {', '.join(sorted(unknown))}")
     if not is_repo_id(path):

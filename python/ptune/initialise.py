@@ -157,4 +157,8 @@ def _states(model: Any, ids: Tensor, deep: bool) -> tuple[Tensor, Tensor]:
     finally:
         for handle in handles:
             handle.remove()
+    if not states:
+        raise NotImplementedError(
+            f"{type(body).__name__}: deep prompts need blocks whose hooks are called, and none was"
+        )
     return shallow, torch.stack(states)

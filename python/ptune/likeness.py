@@ -41,6 +41,10 @@ def warn_of_other_weights(model: Any, saved: dict[str, Any], folder: Any) -> Non
 
 def warn_of_changed_weights(model: Any, folder: Any) -> None:
     """Say so where ``folder``, which holds prompts alone, would lose what the base has learnt or was merged into it."""
+    # a head within the body is in the folder
+    inside = {id(parameter) for parameter in model.base_model.parameters()}
+    if model.base_model is not model and any(id(model.get_parameter(name)) in inside for name in model._head):
+        return
     if not _are_alike(model.loaded_sample, sample(model)):
         _logger.warning(
             "%s: the base's weights have changed since it was loaded, and are not in this folder; "

@@ -29,7 +29,7 @@ from .saving import PromptSaving
 from .seq2seq import EncoderHooks
 from .support import check_base
 
-BORROWED = "is_another_models_memory"  # so marked are parameters that must not be written to
+BORROWED = "lies_in_another_model_at"  # where parameters lie that must not be written to
 
 
 class PTuneMixin(PromptSaving):
@@ -66,6 +66,7 @@ class PTuneMixin(PromptSaving):
         ``tokenizer``, or a function that returns one, reads a ``prompt_init_text`` of strings; by default the base's
         own is loaded. Raises `TypeError`, `ValueError` or `NotImplementedError`, and then changes nothing.
         """
+        self._check_unwrapped()
         settings = PTuneConfig.of(config)
         shallow = deep = None
         if settings.tuning_mode is not None:
@@ -229,6 +230,7 @@ class PTuneMixin(PromptSaving):
                 continue
             with torch.no_grad():
                 weight.copy_(values)
+            weight.grad = None
             setattr(self, name, table)
             weight.requires_grad_()
 
@@ -282,7 +284,8 @@ class PTuneMixin(PromptSaving):
         self._head = sorted(name for name in names if name in parameters)  # a tied weight goes by its first name alone
         for name in self._head:
             parameter = parameters[name]
-            parameter.data = parameter.data.to(torch.float32, copy=parameter.__dict__.pop(BORROWED, False))
+            borrowed = hasattr(parameter, BORROWED) and getattr(parameter, BORROWED) == parameter.data_ptr()
+            parameter.data = parameter.data.to(torch.float32, copy=borrowed)
 
     def _cast_to_head(self: Any) -> None:
         """Let float32 head modules take what a half-precision body gives, and give it to those that stayed half."""
@@ -300,7 +303,7 @@ class PTuneMixin(PromptSaving):
         kept = {
             id(tensor)
             for name, its in (*self.named_parameters(), *self.named_buffers())
-            if name in own
+            if name in own or ".modules_to_save." in name or ".original_module." in name  # PEFT's, active or not
             for tensor in (its, its.grad)
             if tensor is not None
         }

@@ -348,16 +348,20 @@ def load_run(folder: Path, base_model: str | None = None) -> tuple[PreTrainedMod
     Raises: ValueError for a class that is of no task here.
     """
     record, saved = _record_of(folder), read_config(folder)
-    base = base_model or saved["base"]["name"]
     name = record["task"] if record else getattr(kind_of(saved["model_class"]), "task", None)
+    found = [str(label) for label in (saved["id2label"] or {}).values()]
     if name not in TASKS or saved.get("problem_type") not in (None, "single_label_classification"):
         got = " of ".join(filter(None, (saved["model_class"], saved.get("problem_type"))))
         raise ValueError(f"{folder}: expected prompts for {', '.join(TASKS)}, got those of {got}")
+    if name == "classification" and len(found) == 1:
+        raise ValueError(f"{folder}: expected two labels or more, got {found[0]}")
+    if name == "tagging" and any(label != "O" and label[:2] not in ("B-", "I-") for label in found):
+        raise ValueError(f"{folder}: expected tags that begin with B- or I-, or are O, got {', '.join(found)}")
     model = MODELS[name].from_pretrained(folder, base_model=base_model)
     if torch.cuda.is_available() and not is_quantised(model):  # which is where it belongs already
         model.to("cuda")
-    labels = [] if name in WRITING else [model.config.id2label[i] for i in range(model.config.num_labels)]
-    tokenizer = load_tokenizer(base, name)
+    labels = [] if name in WRITING else [str(model.config.id2label[i]) for i in range(model.config.num_labels)]
+    tokenizer = load_tokenizer(model.origin.name, name)
     return model, TASKS[name](tokenizer, record["max_length"] if record else _readable(model, tokenizer), labels)
 
 

@@ -41,6 +41,8 @@ class PromptSaving:
         """What `save_prompts` writes: the config, and copies of prompts and head in float32 on the CPU."""
         self._check_adapters(beside=True)
         self._check_vocabulary()
+        if any(".original_module." in name for name in self._own_names().values()):
+            raise ValueError("adapters: expected one that is active, as it holds prompts or head; got it disabled")
         own = self._own(self.state_dict())
         copies = {name: tensor.detach().to("cpu", torch.float32, copy=True) for name, tensor in own.items()}
         return self._description(self.origin), copies
@@ -82,6 +84,7 @@ class PromptSaving:
 
         Raises `ptune.checkpoint.MisfitError` where prompts do not fit this base, saying why; nothing is changed then.
         """
+        self._check_unwrapped()
         folder = hub.folder_of(folder, **options)
         saved, tensors = checkpoint.read_config(folder), checkpoint.read_tensors(folder)
         if not head:
@@ -153,6 +156,15 @@ class PromptSaving:
                 "them; remove them with delete_adapter, or use peft's get_peft_model, which saves them itself"
             )
 
+    def _check_unwrapped(self: Any) -> None:
+        """Raises `ValueError` where PEFT or FSDP2 has taken over what prompts and head would replace."""
+        if getattr(self, "peft_config", None):
+            raise ValueError(
+                f"adapters: expected none yet, got {', '.join(self.peft_config)}; prompts come first, adapters on top"
+            )
+        if any(hasattr(self._found(name), "full_tensor") for name in self._folder_names()):
+            raise ValueError("prompts: expected a model that is not sharded yet; prompts come first, then fully_shard")
+
     def _check_vocabulary(self: Any) -> None:
         vocabulary = self.get_input_embeddings().num_embeddings
         if vocabulary != self._loaded_vocabulary:
@@ -167,8 +179,12 @@ class PromptSaving:
     def _own_names(self: Any) -> dict[str, str]:
         """Of prompts and head: as a folder has them, and as they are called here, where PEFT may have wrapped them."""
         names = {id(tensor): name for name, tensor in (*self.named_parameters(), *self.named_buffers())}
-        owners = (name.rpartition(".") for name in self._folder_names())
-        return {f"{owner}.{name}": names[id(getattr(self.get_submodule(owner), name))] for owner, _, name in owners}
+        return {name: names[id(self._found(name))] for name in self._folder_names()}
+
+    def _found(self: Any, name: str) -> Tensor:
+        """The parameter or buffer of this name, if need be within what PEFT wrapped around its module."""
+        owner, _, leaf = name.rpartition(".")
+        return getattr(self.get_submodule(owner), leaf)
 
     def _folder_names(self: Any) -> list[str]:
         prompts = zip(checkpoint.PROMPTS, self._tables(), strict=True)

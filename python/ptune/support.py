@@ -43,7 +43,7 @@ def check_base(model: Any) -> None:
         _refuse(name, reason)
     if config.is_encoder_decoder and config.model_type not in ENCODER_DECODERS:
         _refuse(name, f"it is an encoder-decoder, and of these only {', '.join(ENCODER_DECODERS)} have been tried")
-    if config.is_encoder_decoder and not (model.can_generate() or model.base_model is model):
+    if config.is_encoder_decoder and not model.can_generate() and (model.base_model is not model or "For" in name):
         _refuse(name, "of an encoder-decoder only the model that generates has been tried")
     if model.main_input_name != "input_ids" or config.get_text_config() is not config:
         _refuse(name, f"a multimodal model ({config.model_type}) builds its input from more than token ids")

@@ -283,9 +283,10 @@ class Tagging(Task[Tagged]):
         gold, predicted = self._both(examples, features, reduced)
         if not any(map(get_entities, gold + predicted)):
             return {}  # of which there is no report
-        *kinds, _, _, _ = classification_report(gold, predicted, output_dict=True, zero_division=0).items()
+        found = classification_report(gold, predicted, output_dict=True, zero_division=0)
         names = {"precision": "precision", "recall": "recall", "f1": "f1-score", "examples": "support"}
-        return {kind: {name: scores[its].item() for name, its in names.items()} for kind, scores in kinds}
+        kinds = {kind for tags in gold + predicted for kind, _, _ in get_entities(tags)}
+        return {kind: {name: found[kind][its].item() for name, its in names.items()} for kind in sorted(kinds)}
 
     def _both(
         self, examples: Sequence[Tagged], features: Sequence[Features], reduced: Any

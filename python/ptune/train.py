@@ -19,7 +19,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalPrediction
 
 from .checkpoint import read_json, write_json
-from .tasks import Task
+from .tasks import IGNORED, Task
 
 EVALUATIONS = 5  # of a run, by default
 HEAD_LEARNING_RATE = 1e-1  # a head starts from nothing: at the rate of prompts, which start from real states, it lags
@@ -108,7 +108,8 @@ class ResumableTrainer(Trainer):
 
 class _Trainer(ResumableTrainer):
     began_with: dict[str, Any] | None = None
-    evaluation: Sequence[Any] = ()  # the examples, in the order of ``eval_dataset``
+    labels_of_step: Any = None  # where a step has several parts
+    by_label: Any = None  # gives the last evaluation's scores of each label
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
@@ -121,6 +122,19 @@ class _Trainer(ResumableTrainer):
         size = self.args.train_batch_size * self.args.gradient_accumulation_steps
         return _ByLength(size, lengths, self.args.seed)
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Notes how many labels a step has, in all its parts."""
+        parts, count = super().get_batch_samples(*args, **kwargs)
+        self.labels_of_step = None if len(parts) < 2 else sum(_count(part["labels"]) for part in parts)
+        return parts, count
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """A part counts by its labels: Trainer takes the mean of the parts' means, but for language models."""
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        if self.labels_of_step is None or self.model_accepts_loss_kwargs or not model.training:
+            return loss
+        return loss * self.current_gradient_accumulation_steps * _count(inputs["labels"]) / self.labels_of_step
+
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """In the order of the data set, which scoring relies on (Trainer's own follows the training sampler)."""
         data: Any = self.eval_dataset if eval_dataset is None else eval_dataset
@@ -128,6 +142,10 @@ class _Trainer(ResumableTrainer):
             data, self.args.eval_batch_size, sampler=SequentialSampler(data), collate_fn=self.data_collator
         )
         return self.accelerator.prepare(loader)
+
+
+def _count(labels: Tensor) -> Tensor:
+    return (labels != IGNORED).sum()
 
 
 class _AtTheEnd(TrainerCallback):
@@ -162,6 +180,7 @@ def _trainer(
     examples = [example for _, example in pairs]
 
     def metrics(prediction: EvalPrediction) -> dict[str, float]:
+        trainer.by_label = lambda: task.score_by_label(examples, features, prediction.predictions)
         return task.score(examples, features, prediction.predictions)
 
     trainer = _Trainer(
@@ -184,7 +203,6 @@ def _trainer(
         ),
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.evaluation = examples
     return trainer
 
 
@@ -305,16 +323,7 @@ def report(
     model: torch.nn.Module, task: Task, examples: Sequence[Any]
 ) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
     """What `evaluate` says, and the scores of each label (see `Task.score_by_label`)."""
-    reduced: list[Any] = []
     with tempfile.TemporaryDirectory() as scratch, _random_state_kept():
-        trainer: Any = _trainer(model, task, [], examples, True, output_dir=scratch)
-        metrics = trainer.compute_metrics
-
-        def keep(prediction: EvalPrediction) -> dict[str, float]:
-            reduced.append(prediction.predictions)
-            return metrics(prediction)
-
-        trainer.compute_metrics = keep
+        trainer = _trainer(model, task, [], examples, True, output_dir=scratch)
         scores = trainer.evaluate()
-    by_label = task.score_by_label(trainer.evaluation, trainer.eval_dataset, *reduced)
-    return {name: scores[f"eval_{name}"] for name in ("loss", *task.metrics)}, by_label
+    return {name: scores[f"eval_{name}"] for name in ("loss", *task.metrics)}, trainer.by_label()

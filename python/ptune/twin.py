@@ -34,6 +34,8 @@ def twin_of(base: Any) -> Any:
     weights = {id(parameter): _sharing_memory(parameter) for parameter in base.parameters()}
     shared = {id(tensor): tensor for tensor in (*base.buffers(), *_taken_scales(base))}
     twin = copy.deepcopy(base, weights | shared).eval()
+    for name in ("_compiled_call", "_last_compile_config"):
+        vars(twin).pop(name, None)  # generate's, once it has compiled: a call of the base
     for module in twin.modules():
         # LLM.int8's modules take the scales from their weights at the first call, which threads would race for
         if getattr(getattr(module, "weight", None), "CB", None) is not None:
@@ -43,11 +45,11 @@ def twin_of(base: Any) -> Any:
 
 def _sharing_memory(parameter: Any) -> nn.Parameter:
     """A frozen parameter of the same values, in the same memory."""
-    if not hasattr(parameter, "SCB"):
-        shared = nn.Parameter(parameter.detach(), requires_grad=False)
-    else:  # LLM.int8's scales are on the parameter until its module takes them
-        shared = type(parameter)(parameter.data, requires_grad=False, CB=parameter.CB, SCB=parameter.SCB)
-    setattr(shared, BORROWED, True)
+    if hasattr(parameter, "SCB"):  # LLM.int8's scales are on the parameter until its module takes them
+        return type(parameter)(parameter.data, requires_grad=False, CB=parameter.CB, SCB=parameter.SCB)
+    shared = nn.Parameter(parameter.detach(), requires_grad=False)
+    if type(shared.data) is Tensor:
+        setattr(shared, BORROWED, shared.data_ptr())
     return shared
 
 

@@ -74,6 +74,8 @@ def test_a_model_in_memory_is_added_as_its_folder(base_of, tmp_path, kind):
     model = LOADERS["sequence"].from_pretrained(folder)
     bank = bank_of(base)
     bank.add("folder", folder)
+    with pytest.raises(TypeError, match="expected no keywords with a model, got revision"):
+        bank.add("model", model, revision="main")
     bank.add("model", model)
     ids, mask = batch(1, "right")
     with torch.no_grad():

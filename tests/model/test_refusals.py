@@ -92,8 +92,9 @@ def test_bases(config, reason):
 
 def test_encoder_decoders_that_do_not_generate():
     config = hf.T5Config(vocab_size=61, d_model=16, d_kv=8, d_ff=16, num_layers=2, num_heads=2)
-    with pytest.raises(NotImplementedError, match="only the model that generates has been tried"):
-        ptune.AutoPTuneModelForSequenceClassification.from_config(config, **settings_for("shallow"))
+    for loader in (ptune.AutoPTuneModelForSequenceClassification, ptune.AutoPTuneModelForQuestionAnswering):
+        with pytest.raises(NotImplementedError, match="only the model that generates has been tried"):
+            loader.from_config(config, **settings_for("shallow"))
 
 
 def test_bases_quantised_by_other_means(base_of):
@@ -364,6 +365,23 @@ def test_prompts_by_row_are_refused(base_of):
     model = base_of("llama").tuned(**settings_for("shallow"))
     with pytest.raises(NotImplementedError, match="adapter_names: not supported"):
         model(torch.randint(3, 61, (2, 5)), adapter_names=["one", "two"])
+
+
+def test_blocks_that_are_not_called():
+    """SqueezeBERT's hand a dict on; what is compiled calls no hooks."""
+    sizes = {"embedding_size": 24, "q_groups": 1, "k_groups": 1, "v_groups": 1, "post_attention_groups": 1}
+    config = hf.SqueezeBertConfig(**SMALL | sizes | {"hidden_size": 24, "intermediate_groups": 1, "output_groups": 1})
+    with pytest.raises(NotImplementedError, match="deep prompts need blocks whose hooks are called"):
+        ptune.AutoPTuneModel.from_config(config, tuning_mode="deep_ptune", pre_seq_len=3)
+
+
+def test_sharded_prompts_are_not_replaced(base_of, tmp_path):
+    model = base_of("llama").tuned(**settings_for("shallow"))
+    model.save_prompts(tmp_path)
+    model.prompt_embeddings.weight.full_tensor = None  # as those have that FSDP2 has sharded
+    for change in (lambda: model.load_prompts(tmp_path), lambda: model.init_prompts(ptune.PTuneConfig())):
+        with pytest.raises(ValueError, match="prompts: expected a model that is not sharded yet"):
+            change()
 
 
 def test_replicas(base_of):

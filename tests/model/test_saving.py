@@ -161,7 +161,11 @@ def test_prompts_are_saved_beside_an_adapter_of_peft(base_of, tmp_path):
     ids = torch.randint(3, 61, (2, 5))
     both(input_ids=ids, labels=torch.tensor([0, 2])).loss.backward()
     assert all(parameter.grad.any() for parameter in model.prompt_parameters())
-    set_prompts(model, "overwrite")
+    with pytest.raises(ValueError, match="adapters: expected none yet, got default; prompts come first"):
+        set_prompts(model, "overwrite")
+    with torch.no_grad():
+        for parameter in model.prompt_parameters():
+            parameter.normal_(std=0.7)
     expected = both.eval()(input_ids=ids).logits
     both.save_pretrained(tmp_path / "adapter")
     model.save_prompts(tmp_path / "prompts")
@@ -197,12 +201,20 @@ def test_an_adapter_of_peft_may_hold_prompts_and_head(base_of, tmp_path, name):
     assert torch.equal(again(input_ids=ids).logits, expected)  # as Trainer resumes
     with both.disable_adapter():
         untrained = model(input_ids=ids).logits  # the base and the prompts from before
+        with pytest.raises(
+            ValueError, match="expected one that is active, as it holds prompts or head; got it disabled"
+        ):
+            model.save_prompts(tmp_path / "prompts")
+        both.half().float()
     model.save_prompts(tmp_path / "prompts")
     prompts = auto.from_pretrained(tmp_path / "prompts")
     assert not torch.equal(prompts(input_ids=ids).logits, untrained)
     for key, value in load_file(tmp_path / "prompts" / "model.safetensors").items():
         assert torch.equal(value, model.get_parameter(key)), key
         assert model.get_parameter(key).requires_grad, key
+    bank = ptune.PromptBank(base_of(name).stock())
+    with pytest.raises(ValueError, match="adapters: default would be lost"):
+        bank.add("lora", model)
     both.half()
     assert {p.dtype for p in (*model.prompt_parameters(), *map(model.get_parameter, model._head))} == {torch.float32}
     assert model.get_input_embeddings().weight.dtype == torch.float16

@@ -79,19 +79,22 @@ def test_what_trains(base_of):
         return {name for name, p in model.named_parameters() if p.requires_grad} - {"prompt_embeddings.weight"}
 
     classifier = base_of("bert").stock(CLASSIFIER)
-    assert trained(classifier) == {"classifier.weight", "classifier.bias"}
-    assert trained(classifier, head=[]) == set()
     pooler = {"bert.pooler.dense.weight", "bert.pooler.dense.bias"}
-    assert trained(classifier, head=["bert.pooler", "classifier.bias"]) == pooler | {"classifier.bias"}
+    assert trained(classifier) == pooler | {"classifier.weight", "classifier.bias"}
+    assert trained(classifier, head=[]) == set()
+    assert trained(classifier, head=["classifier.bias", "classifier"]) == {"classifier.weight", "classifier.bias"}
+    assert ptune.with_prompts(classifier).num_trainable_parameters() == 0
     assert trained(base_of("llama").stock(WRITER)) == set()
     assert trained(base_of("llama").stock(WRITER), head=["lm_head"]) == {"lm_head.weight"}
     assert trained(base_of("bert").stock(transformers.AutoModelForMaskedLM)) == set()
+    with pytest.raises(TypeError, match="head: expected a list of names, got 'classifier'"):
+        trained(classifier, head="classifier")
     for wrong in ("classifie", "classifier.weights", "bert.pooler."):
         with pytest.raises(ValueError, match=f"head: expected parameters of .*, got '{wrong}'"):
             trained(classifier, head=[wrong])
 
 
-def test_folders_are_those_of_from_pretrained(base_of, tmp_path):
+def test_folders_are_those_of_from_pretrained(base_of, tmp_path, monkeypatch):
     """Written by either and read by either; what is read into a model leaves its base alone."""
     base = base_of("llama")
     stock = base.stock(CLASSIFIER, num_labels=LABELS, rms_norm_eps=0.01)
@@ -109,10 +112,35 @@ def test_folders_are_those_of_from_pretrained(base_of, tmp_path):
     assert torch.equal(again(ids).logits, model(ids).logits)
     assert not torch.equal(other.score.weight, model.score.weight)
     assert unchanged(other, before)
-    bare = ptune.with_prompts(other, head=[])
-    bare.load_prompts(tmp_path)
-    assert torch.equal(bare(ids).logits, model(ids).logits)
+    again.init_prompts(ptune.PTuneConfig(**settings_for("shallow")))
+    sharing = ptune.with_prompts(other, ptune.PTuneConfig(**settings_for("shallow")), head=["score"])
+    with monkeypatch.context() as patch:
+        patch.setattr(ptune.mixin, "make_plan", lambda hooks: (_ for _ in ()).throw(ValueError("no plan")))
+        with pytest.raises(ValueError, match="no plan"):
+            sharing.load_prompts(tmp_path)
+    sharing.load_prompts(tmp_path)  # into a head of its own, though the first did not come to it
+    assert torch.equal(sharing(ids).logits, model(ids).logits)
     assert unchanged(other, before)
+
+
+def test_prompts_without_a_head_for_a_base_with_one(base_of, tmp_path):
+    """A classifier of its own, in its checkpoint."""
+    base_of("llama").stock(CLASSIFIER, num_labels=LABELS).save_pretrained(tmp_path / "base")
+    tuned = ptune.AutoPTuneModelForSequenceClassification.from_pretrained(tmp_path / "base", **settings_for("shallow"))
+    tuned.save_prompts(tmp_path / "prompts")
+    model = ptune.with_prompts(CLASSIFIER.from_pretrained(tmp_path / "base"))
+    model.load_prompts(tmp_path / "prompts")
+    ids = torch.randint(3, 61, (2, 5))
+    assert torch.equal(model(ids).logits, tuned(ids).logits)
+
+
+def test_a_base_that_generate_has_compiled(base_of):
+    """The call that it compiled is of the base, and is no twin's."""
+    stock = base_of("llama").stock(WRITER)
+    stock._compiled_call = stock.__call__
+    model = ptune.with_prompts(stock, ptune.PTuneConfig(**settings_for("shallow")))
+    assert "_compiled_call" not in vars(model)
+    assert stock._compiled_call == stock.__call__
 
 
 def test_settings_on_the_bases_config_count(base_of):

@@ -622,6 +622,18 @@ def test_prompts_saved_from_python_for_other_tasks(tiny_bert, tmp_path):
         got = " of ".join([model.base_class.__name__, *given.values()])
         problem = f"expected prompts for classification, tagging, generation, seq2seq, got those of {got}"
         assert problem in " ".join(result.stderr.split())
+    for kind, labels, problem in (
+        (classifier, {"num_labels": 1}, "expected two labels or more, got LABEL_0"),
+        (
+            package.AutoPTuneModelForTokenClassification,
+            {},
+            "expected tags that begin with B- or I-, or are O, got LABEL_0",
+        ),
+    ):
+        kind.from_pretrained(tiny_bert, tuning_mode="ptune", pre_seq_len=2, **labels).save_prompts(tmp_path)
+        result = ptune("predict", tmp_path, "x")
+        assert result.exit_code == 2
+        assert problem in " ".join(result.stderr.split())
     AutoPTuneModel.from_pretrained(tiny_bert, tuning_mode="ptune", pre_seq_len=2).save_prompts(tmp_path)
     said = succeed("info", tmp_path)
     assert "BertModel" in said
@@ -662,6 +674,9 @@ def test_info_of_labels_that_are_numbers(tiny_bert, tmp_path):
     loader = package.AutoPTuneModelForSequenceClassification
     loader.from_pretrained(tiny_bert, id2label={0: 10, 1: 20}).save_prompts(tmp_path)
     assert "10, 20" in succeed("info", tmp_path)
+    data = tmp_path / "data.tsv"
+    data.write_text("label\ttext\n10\tgood\n20\tbad\n")
+    assert json.loads(succeed("eval", tmp_path, "--data", data, "--json"))["examples"] == 2
 
 
 def test_predict_names_the_text_that_is_not_utf8(tmp_path):
