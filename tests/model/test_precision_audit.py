@@ -259,7 +259,7 @@ def test_the_model_is_as_before(base_of):
 
 def test_compiled_prompts(base_of):
     """Their keys and values are those of each way to run the model, and of the model itself afterwards."""
-    model, batch = base_of("llama").tuned(tuning_mode="ptune", pre_seq_len=3).eval(), inputs()
+    model, batch = base_of("llama").tuned(tuning_mode="deep_ptune", pre_seq_len=3).eval(), inputs()
     limits = Limits(cosine=1.0)
     expected, exact = audit(model, [batch, batch], limits=limits), states(model, batch)
     model.compile_prompts()

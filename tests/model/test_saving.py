@@ -10,7 +10,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import ptune
-from ptune.checkpoint import CONFIG_NAME, WEIGHTS_NAME, MisfitError, read_config
+from ptune.checkpoint import CONFIG_NAME, PROMPTS, WEIGHTS_NAME, MisfitError, read_config
 
 from .common import COUNT, close, set_prompts, settings_for, skip_without_peft_of_now
 from .families import FAMILIES, LAYERS
@@ -199,6 +199,8 @@ def test_an_adapter_of_peft_may_hold_prompts_and_head(base_of, tmp_path, name):
     again = base_of(name).tuned(auto, num_labels=3, **settings_for("overwrite"))
     again = peft.PeftModel.from_pretrained(again, tmp_path / "adapter").eval()
     assert torch.equal(again(input_ids=ids).logits, expected)  # as Trainer resumes
+    own = [*PROMPTS, *model._head]
+    values = [model.get_parameter(key).clone() for key in own]
     with both.disable_adapter():
         untrained = model(input_ids=ids).logits  # the base and the prompts from before
         with pytest.raises(
@@ -206,6 +208,7 @@ def test_an_adapter_of_peft_may_hold_prompts_and_head(base_of, tmp_path, name):
         ):
             model.save_prompts(tmp_path / "prompts")
         both.half().float()
+    assert all(map(torch.equal, (model.get_parameter(key) for key in own), values))
     model.save_prompts(tmp_path / "prompts")
     prompts = auto.from_pretrained(tmp_path / "prompts")
     assert not torch.equal(prompts(input_ids=ids).logits, untrained)
