@@ -238,6 +238,13 @@ class Prefix:
         return attention.run(attention.behind_prefix(module), module, query, key, value, mask, **kwargs)
 
 
+class Behind:
+    """Given to the attention functions in place of a `Prefix` where their cache has set it before the text already."""
+
+    def attend(self, attention: Attention, module: Any, *states: Any, **kwargs: Any) -> Any:
+        return attention.run(attention.behind_prefix(module), module, *states, **kwargs)
+
+
 def _attention(
     attention: Attention, module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
 ) -> Any:
@@ -308,7 +315,7 @@ def _mask(attention: Attention, **given: Any) -> Any:
         call = None  # that of another model, which calls this one or was interrupted
     if isinstance(call, Call) and call.capture is not None:
         call.capture.note_window(given.get("local_size"))
-    if not isinstance(call, Call) or not (call.injected or call.packed):
+    if not isinstance(call, Call) or not (call.injected or call.cache is not None or call.packed):
         return _additive_in(attention.dtype, stock(**given))
     if (packed := call.packed) is not None:
         if packed.own_mask is None and not packed.overwritten:
@@ -326,8 +333,8 @@ def _mask(attention: Attention, **given: Any) -> Any:
     window = given.get("local_size")
     skip = given.get("allow_is_causal_skip", True) or given.get("allow_is_bidirectional_skip", False)
     plain = attention.stock == "sdpa" and skip and (window is None or given["kv_length"] < window)
-    if packed is not None:
-        plain = plain and given["kv_length"] == keys.shape[1]  # a static cache is longer
+    if call.cache is not None:  # a static one is longer than what it holds
+        plain = plain and given["kv_length"] == call.layout.num_prompts + call.length
     mask = None
     if call.padded or not plain:
         mask = _additive_in(attention.dtype, stock(**given | {"allow_is_causal_skip": False}))

@@ -16,7 +16,7 @@ from transformers import DynamicCache
 from ptune_kernels import prepend
 
 from .anatomy import device_of
-from .attention import KEYWORD, Prefix, cache_dtype_of
+from .attention import KEYWORD, Behind, Prefix, cache_dtype_of
 from .bridge import bridge, unshard_for_backward
 from .cache import PackedCache, PrefixedCache
 from .call import Call, running, set_call
@@ -99,10 +99,11 @@ class PrefixPath:
             return self._pack(body, arguments, layout, text, token_type, cache)
         prefix = self.prefix(token_type) if mixture is None else mixture.prefix
         if cache is not None:
-            call = Call(layout, text.shape[1], layout.placement(), prefix=True, cache=cache)
+            padded = mixture is not None or (layout.padded and _holds_padding(mask))
+            call = Call(layout, text.shape[1], layout.placement(), prefix=True, padded=padded, cache=cache)
             dtype = cache_dtype_of(body.config._attn_implementation)
             cached = PrefixedCache(cache, prefix.placed(call.placement), dtype)
-            return call, arguments | {CACHE: cached, "attention_mask": layout.extend_mask(mask)}
+            return call, arguments | {CACHE: cached, "attention_mask": layout.extend_mask(mask), KEYWORD: Behind()}
         if not torch.compiler.is_compiling() and any(_is_reentrant(module) for module in recomputing):
             embeds = arguments.get("inputs_embeds")
             if embeds is None:

@@ -9,7 +9,7 @@ from transformers import AutoConfig, DynamicCache, StaticCache
 from transformers.integrations.neftune import neftune_post_forward_hook
 
 import ptune
-from ptune import varlen
+from ptune import attention, varlen
 from ptune.inputs import CACHE
 
 from .common import COUNT, LAYERS, MODES, PADDINGS, SHARED, close, set_prompts, settings_for, take, texts_for
@@ -457,3 +457,30 @@ def test_gradients_flow_through_what_a_cache_keeps(base_of):
         found.append([parameter.grad.clone() for parameter in model.prompt_parameters()])
     for got, want in zip(*found, strict=True):
         close(got, want, 2e-5)
+
+
+@pytest.mark.parametrize("way", ["packed", "apart", "compiled"])
+@torch.no_grad()
+def test_no_mask_is_made_where_it_would_hide_nothing(base_of, monkeypatch, way):
+    """Nor given to an attention whose fused kernels refuse it, while a cache is filled."""
+    model = base_of("llama").tuned(ptune.AutoPTuneModelForCausalLM, **settings_for("shallow")).eval()
+    take(model, "packed" if way == "packed" else "apart")
+    if way == "compiled":
+        model.compile_prompts()
+    given, attend = [], attention._sdpa
+
+    def noting(module, query, key, value, mask, *args, **kwargs):
+        given.append(mask is None)
+        return attend(module, query, key, value, mask, *args, **kwargs)
+
+    monkeypatch.setattr(attention, "_sdpa", noting)
+    ids = torch.randint(3, VOCABULARY, (2, 6))
+    masks = [torch.ones_like(ids) for _ in range(2)]
+    masks[1][0, :2] = 0
+    for mask in (None, *masks):
+        for static in (False, True):
+            kind = {"max_cache_len": 20} if static else {}
+            cache = (StaticCache if static else DynamicCache)(config=model.config, **kind)
+            given.clear()
+            model(ids, attention_mask=mask, use_cache=True, **{CACHE: cache})
+            assert given == [mask is not masks[1] and not static] * LAYERS
