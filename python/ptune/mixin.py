@@ -225,14 +225,12 @@ class PTuneMixin(PromptSaving):
         """Have the prompts that are here now in the tables that they were in ``before``, where these are as large."""
         for name, table in zip(("prompt_embeddings", "intermediate_prompt_embeddings"), before, strict=True):
             weight, values = (getattr(its, "weight", None) for its in (table, getattr(self, name)))
-            # one that FSDP2 has sharded is left to it
-            if weight is None or values is None or weight.shape != values.shape or type(weight.data) is not Tensor:
-                continue
-            with torch.no_grad():
-                weight.copy_(values)
-            weight.grad = None
-            setattr(self, name, table)
-            weight.requires_grad_()
+            if weight is not None and values is not None and weight.shape == values.shape:
+                with torch.no_grad():
+                    weight.copy_(values)
+                weight.grad = None
+                setattr(self, name, table)
+                weight.requires_grad_()
 
     def prompt_parameters(self: Any) -> list[nn.Parameter]:
         """The tables of prompts that the model has: shallow, then deep."""

@@ -175,11 +175,11 @@ class PrefixPath:
     ) -> tuple[Call, dict[str, Any]]:
         """The call, and the body's arguments for prompt rows and text as one sequence; ``cache``: that it fills."""
         mask, prompts = arguments["attention_mask"], self.model.prompt_embeddings.weight
-        call, keys = injected_call(layout, mask)
-        cached = None
-        if cache is not None:
-            # a cache has each prompt in its place, and not before all
-            call = Call(layout, text.shape[1], prefix=True, padded=call.padded, cache=cache)
+        if cache is None:
+            (call, keys), cached = injected_call(layout, mask), None
+        else:  # which has each prompt in its place, and not before all
+            padded = layout.padded and _holds_padding(mask)
+            call = Call(layout, text.shape[1], prefix=True, padded=padded, cache=cache)
             keys = layout.extend_mask(mask)
             dtype = cache_dtype_of(body.config._attn_implementation)
             cached = arguments[CACHE] = PackedCache(cache, self.num_prompts, text.shape[:2], layout.placement(), dtype)
