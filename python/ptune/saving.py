@@ -101,7 +101,7 @@ class PromptSaving:
         self._install(settings, *(tensors.get(name) for name in checkpoint.PROMPTS), compiled, saved["head"])
         self._keep_tables(tables)
         with torch.no_grad():
-            for name in saved["head"]:
+            for name in saved["head"] if head else ():
                 self.get_parameter(name).copy_(tensors[name])
         warn_of_other_settings(self, saved, folder)
         warn_of_other_weights(self, saved, folder)
