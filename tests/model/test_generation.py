@@ -294,14 +294,18 @@ def test_a_draft_of_fewer_layers_keeps_no_prefix(base_of, mode):
 @pytest.mark.parametrize("sharing", ["auto", False], ids=["shared", "concat"])
 @pytest.mark.parametrize("mode", ["shallow", "overwrite"])
 def test_a_cache_ends_where_rotary_embeddings_change(mode, sharing):
-    """Prompt and text reach position 14 within the tokens that are generated."""
+    """Prompt and text reach position 14 within the tokens that are generated.
+
+    In float64: in float32 a steep model's twelve steps may differ by more than their last bits.
+    """
     factors = {"short_factor": [1.0] * 6, "long_factor": [8.0] * 6, "original_max_position_embeddings": 14}
     config = transformers.Phi3Config(
         vocab_size=61, hidden_size=24, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2,
         num_key_value_heads=1, pad_token_id=0, initializer_range=0.3, original_max_position_embeddings=14,
         rope_parameters={"rope_type": "longrope", "rope_theta": 10000.0, **factors},
     )  # fmt: skip
-    model = ptune.AutoPTuneModelForCausalLM.from_config(config, **settings_for(mode, prefix_sharing=sharing)).eval()
+    model = ptune.AutoPTuneModelForCausalLM.from_config(config, **settings_for(mode, prefix_sharing=sharing))
+    model = model.double().eval()
     set_prompts(model, mode, prefix_sharing=sharing)
     ids, mask = pad(texts_for("left"), "left", 0)
     how = {
@@ -313,7 +317,7 @@ def test_a_cache_ends_where_rotary_embeddings_change(mode, sharing):
     }
     cached, anew = (model.generate(ids, **how, use_cache=use, return_dict_in_generate=True) for use in (True, False))
     assert cached.sequences.tolist() == anew.sequences.tolist()
-    close(torch.stack(cached.logits), torch.stack(anew.logits))
+    close(torch.stack(cached.logits), torch.stack(anew.logits), 1e-9)
 
 
 @pytest.mark.parametrize("padding", ["left", "none"])
