@@ -5,12 +5,10 @@ path computes where prompt rows never read the text: in a causal model, and wher
 """
 
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import DynamicCache
 
 from ptune_kernels import prepend
@@ -27,6 +25,7 @@ from .layout import Layout, positions_of
 from .packed import Packed
 from .plan import Plan
 from .userhooks import UserHooks
+from .watched import Watched
 
 
 class PrefixPath:
@@ -41,7 +40,7 @@ class PrefixPath:
         self.plan = Plan("concat", "not planned yet")
         self.recomputing = [module for module in body.modules() if hasattr(module, "gradient_checkpointing")]
         self.keep_compiled = False
-        self._compiled: tuple[_State, Prefix] | None = None
+        self._compiled: tuple[Watched, Prefix] | None = None
         self._products: list[tuple[nn.Module, Any]] = []
         self.user_hooks = UserHooks(body)
 
@@ -130,19 +129,17 @@ class PrefixPath:
             return self.model.compiled_prefix.prefix(self.body.get_input_embeddings().weight.dtype)
         if self._runs_anew():
             return self._capture(token_type).prefix()
-        watched = self._watched()
-        device = watched[0].device.type
+        prompts, config = self.model.prompt_parameters(), self.body.config
+        device = prompts[0].device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        config = self.body.config
         # the number of layers is lowered for drafts
-        how = token_type, autocast, config._attn_implementation, config.num_hidden_layers, _steps
-        # the parameters themselves, as addresses are used again
-        state = _State(how, [(w, w.dtype, 0 if w.is_inference() else w._version) for w in watched])
+        how = token_type, autocast, config._attn_implementation, config.num_hidden_layers
         kept = self._compiled  # read once: other threads write it too
-        if kept is None or not kept[0].is_still(state):
+        if kept is None or not kept[0].is_still(how, prompts):
+            watched = Watched(how, prompts, self.body)
             # not inference tensors: they may be read where gradients are enabled
             with torch.inference_mode(False), torch.no_grad():
-                kept = self._compiled = state, self._capture(token_type).prefix()
+                kept = self._compiled = watched, self._capture(token_type).prefix()
         return kept[1]
 
     def _runs_anew(self) -> bool:
@@ -151,10 +148,9 @@ class PrefixPath:
             return False
         if not self.keep_compiled or torch.compiler.is_compiling():
             return True
-        return torch.is_grad_enabled() and any(weight.requires_grad for weight in self._watched())
-
-    def _watched(self) -> list[Tensor]:
-        return [*self.model.prompt_parameters(), *_parameters(self.body)]
+        return torch.is_grad_enabled() and any(
+            weight.requires_grad for weight in (*self.model.prompt_parameters(), *self.body.parameters())
+        )
 
     def _packs(self, layout: Layout, text: Tensor) -> bool:
         """Whether this call runs prompt rows and text in one pass."""
@@ -313,42 +309,6 @@ def injected_call(layout: Layout, mask: Tensor) -> tuple[Call, Tensor]:
     call.padded = layout.padded and _holds_padding(mask)
     call.columns = layout.columns_of_keys(mask.shape[1]) if call.padded else None
     return call, torch.cat([mask.new_ones(mask.shape[0], layout.num_prompts), mask], 1)
-
-
-_steps = 0
-
-
-def _count_step(*_: Any) -> None:
-    """Fused optimizers, and those of bitsandbytes, change weights and leave their versions."""
-    global _steps
-    _steps += 1
-
-
-register_optimizer_step_post_hook(_count_step)
-
-
-@dataclass
-class _State:
-    """What compiled keys and values were computed from: how, and weights with their dtypes and versions."""
-
-    how: tuple
-    weights: list[tuple[Tensor, torch.dtype, int]]
-
-    def is_still(self, other: "_State") -> bool:
-        return (
-            self.how == other.how
-            and len(self.weights) == len(other.weights)
-            and all(a is b and rest == now for (a, *rest), (b, *now) in zip(self.weights, other.weights, strict=True))
-        )
-
-
-def _parameters(module: nn.Module) -> list[nn.Parameter]:
-    """Those of ``module``, shared ones repeated, in a fifth of the time that its ``parameters()`` takes."""
-    found = [parameter for parameter in module._parameters.values() if parameter is not None]
-    for child in module._modules.values():
-        if child is not None:
-            found += _parameters(child)
-    return found
 
 
 def _is_reentrant(module: Any) -> bool:

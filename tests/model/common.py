@@ -1,7 +1,8 @@
 """What the tests of the model side share: texts, prompts and a comparison."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cache
 from importlib.metadata import version
 from typing import Any
 
@@ -49,6 +50,15 @@ def moved_by_a_bit(values: Any) -> Any:
     for parameter in twin.parameters():
         parameter.data = moved_by_a_bit(parameter)
     return twin
+
+
+def all_close(
+    got: Sequence[Tensor], run: Callable[[Any], Sequence[Tensor]], model: Any, tolerance: float = 1e-5
+) -> None:
+    """Each of ``got`` is `close` to what ``run(model)`` makes in its place."""
+    nudged = cache(lambda: run(moved_by_a_bit(model)))
+    for i, (one, expected) in enumerate(zip(got, run(model), strict=True)):
+        close(one, expected, tolerance, nudged=lambda i=i: nudged()[i])
 
 
 def texts_for(padding: str, lengths: tuple[int, ...] = (7, 3, 9, 1)) -> list[Tensor]:

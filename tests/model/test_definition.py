@@ -8,7 +8,7 @@ import transformers
 
 import ptune
 
-from .common import COUNT, MODES, PADDINGS, close, moved_by_a_bit, set_prompts, settings_for, texts_for
+from .common import COUNT, MODES, PADDINGS, all_close, close, moved_by_a_bit, set_prompts, settings_for, texts_for
 from .families import FAMILIES, LAYERS
 from .oracle import Prompt, pad, real, run_row
 
@@ -123,11 +123,14 @@ def test_eager_attention_records_text_queries(base_of, name, mode, cached):
     prompt, texts = set_prompts(model, mode), texts_for("left")
     ids, mask = pad(texts, "left", 0)
     output = model(input_ids=ids, attention_mask=mask, output_attentions=True, **how)
+    assert {got.shape[2:] for got in output.attentions} == {(ids.shape[1], ids.shape[1] + COUNT)}
     for row, text in enumerate(texts):
-        expected = run_row(stock, base.family.blocks(stock), prompt, text, output_attentions=True).output.attentions
-        for got, whole in zip(output.attentions, expected, strict=True):
-            close(got[row, :, -len(text) :, -len(text) - COUNT :], whole[0, :, COUNT:])
-            assert got.shape[2:] == (ids.shape[1], ids.shape[1] + COUNT)
+
+        def run(stock, text=text):
+            whole = run_row(stock, base.family.blocks(stock), prompt, text, output_attentions=True).output.attentions
+            return [each[0, :, COUNT:] for each in whole]
+
+        all_close([got[row, :, -len(text) :, -len(text) - COUNT :] for got in output.attentions], run, stock)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "roberta"])

@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 
 import ptune
 
-from .common import close, set_prompts, settings_for, texts_for
+from .common import all_close, close, set_prompts, settings_for, texts_for
 from .oracle import pad, real, run_row
 
 LABELS = 3
@@ -31,10 +31,12 @@ def test_causal_language_model(base_of, name, padding):
     ids, mask = pad(texts, padding, 0)
     labels = ids.masked_fill(mask == 0, -100)
     output = model(input_ids=ids, attention_mask=mask, labels=labels)
-    states = states_of(stock, base.family, prompt, texts)
-    for got, row in zip(real(output.logits, mask), states, strict=True):
-        close(got, stock.lm_head(row))
-    predicted = torch.cat([stock.lm_head(row[:-1]) for row in states])
+
+    def run(stock):
+        return [stock.lm_head(row) for row in states_of(stock, base.family, prompt, texts)]
+
+    all_close(real(output.logits, mask), run, stock)
+    predicted = torch.cat([logits[:-1] for logits in run(stock)])
     close(output.loss, cross_entropy(predicted, torch.cat([text[1:] for text in texts])))
     marked = mask * torch.arange(1, ids.shape[1] + 1)
     assert torch.equal(model(input_ids=ids, attention_mask=marked, labels=labels).loss, output.loss)
@@ -182,12 +184,13 @@ def test_token_classification(base_of, name, mode, padding):
     output = model(input_ids=ids, attention_mask=mask, labels=labels)
     stock = base.stock()
     head = model.score if name == "llama" else model.classifier
-    rows = [run_row(stock, base.family.blocks(stock), prompt, text).states[-1] for text in texts]
-    if name == "modernbert":
-        rows = [model.head(row) for row in rows]
-    for got, row in zip(real(output.logits, mask), rows, strict=True):
-        close(got, head(row))
-    close(output.loss, cross_entropy(torch.cat([head(row) for row in rows]), labels[mask.bool()]))
+
+    def run(stock):
+        rows = states_of(stock, base.family, prompt, texts)
+        return [head(model.head(row) if name == "modernbert" else row) for row in rows]
+
+    all_close(real(output.logits, mask), run, stock)
+    close(output.loss, cross_entropy(torch.cat(run(stock)), labels[mask.bool()]))
 
 
 @pytest.mark.parametrize("padding", ["right", "left"])
@@ -201,14 +204,14 @@ def test_question_answering(base_of, tmp_path, name, mode, padding):
     ids, mask = pad(texts, padding, model.config.pad_token_id or 0)
     spans = torch.stack([mask[i].nonzero()[:, 0][torch.randint(len(text), (2,))] for i, text in enumerate(texts)])
     output = model(input_ids=ids, attention_mask=mask, start_positions=spans[:, 0], end_positions=spans[:, 1])
-    stock = base.stock()
-    rows = [run_row(stock, base.family.blocks(stock), prompt, text).states[-1] for text in texts]
-    if name == "modernbert":
-        rows = [model.head(row) for row in rows]
     head = model.classifier if name == "modernbert" else model.qa_outputs
-    for kind, got in enumerate((output.start_logits, output.end_logits)):
-        for logits, row in zip(real(got, mask), rows, strict=True):
-            close(logits, head(row)[:, kind])
+
+    def run(stock):
+        rows = states_of(stock, base.family, prompt, texts)
+        logits = [head(model.head(row) if name == "modernbert" else row) for row in rows]
+        return [each[:, kind] for kind in range(2) for each in logits]
+
+    all_close(real(output.start_logits, mask) + real(output.end_logits, mask), run, base.stock())
     assert output.start_logits.shape == ids.shape
     close(
         output.loss,

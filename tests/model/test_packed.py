@@ -12,7 +12,7 @@ import ptune
 from ptune import attention, varlen
 from ptune.inputs import CACHE
 
-from .common import COUNT, LAYERS, MODES, PADDINGS, SHARED, close, set_prompts, settings_for, take, texts_for
+from .common import COUNT, LAYERS, MODES, PADDINGS, SHARED, all_close, close, set_prompts, settings_for, take, texts_for
 from .families import FAMILIES, VOCABULARY
 from .oracle import pad
 from .test_plan import tiny
@@ -139,15 +139,15 @@ def test_a_graph_of_gradients_can_be_made(base_of, name, mode):
     model.set_attn_implementation("eager")
     set_prompts(model, mode)
     ids = torch.randint(3, VOCABULARY, (3, 7))
-    runs = []
-    for path in ("packed", "concat"):
+    weights = torch.randn(*ids.shape, 24)
+
+    def run(model, path="concat"):
         take(model, path)
-        states = model(ids).last_hidden_state
-        torch.manual_seed(0)
-        loss = (states * torch.randn_like(states)).sum()
-        runs.append(torch.autograd.grad(loss, list(model.prompt_parameters()), create_graph=True))
-    for got, expected in zip(*runs, strict=True):
-        close(got.detach(), expected.detach(), 2e-5)
+        loss = (model(ids).last_hidden_state * weights).sum()
+        gradients = torch.autograd.grad(loss, list(model.prompt_parameters()), create_graph=True)
+        return [gradient.detach() for gradient in gradients]
+
+    all_close(run(model, "packed"), run, model, 2e-5)
 
 
 @pytest.mark.parametrize("mode", ["shallow", "add"])
@@ -186,6 +186,16 @@ def test_recorded_outputs_are_the_texts(base_of, name, mode, padding):
         close(got.transpose(1, 2)[real], expected.transpose(1, 2)[real])
 
 
+def of_text(model, path, ids, mask):
+    """States of the text, and the gradients of prompts."""
+    take(model, path)
+    model.zero_grad()
+    states = model(ids, attention_mask=mask, return_dict=False)[0][mask.bool()]
+    torch.manual_seed(0)
+    (states * torch.randn_like(states)).sum().backward()
+    return [states.detach(), *(p.grad.clone() for p in model.prompt_parameters())]
+
+
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.float32], ids=str)
 @pytest.mark.parametrize("shape", [(1, 1), (1, 9), (3, 1), (5, 12)], ids=str)
 @pytest.mark.parametrize(("name", "mode"), [("mistral", "add"), ("gpt2", "shallow"), ("distilbert", "overwrite")])
@@ -197,17 +207,7 @@ def test_batches_of_odd_shapes(base_of, name, mode, shape, dtype):
     mask[0, : shape[1] // 3] = 0
     if shape[0] > 1:
         mask[-1] = 0  # a row without a text
-    real = mask.bool()
-    runs = []
-    for path in ("packed", "concat"):
-        take(model, path)
-        model.zero_grad()
-        states = model(ids, attention_mask=mask, return_dict=False)[0][real]
-        torch.manual_seed(0)
-        (states * torch.randn_like(states)).sum().backward()
-        runs.append([states.detach(), *(p.grad.clone() for p in model.prompt_parameters())])
-    for got, expected in zip(*runs, strict=True):
-        close(got, expected, 2e-5)
+    all_close(of_text(model, "packed", ids, mask), lambda model: of_text(model, "concat", ids, mask), model, 2e-5)
 
 
 def one_by_one(queries, keys, values, lengths, causal, scaling):
@@ -255,16 +255,7 @@ def test_one_attention_over_all_sequences(base_of, monkeypatch, name, mode, shap
     real = torch.arange(shape[1]) < (shape[1] if padding == "none" else lengths[:, None])
     real = real.flip(1) if padding == "left" else real.expand(shape).clone()
     real[:, 1 : shape[1] // 2] &= padding != "within"
-    runs = []
-    for path in ("packed", "concat"):
-        take(model, path)
-        model.zero_grad()
-        states = model(ids, attention_mask=real.long(), return_dict=False)[0][real]
-        torch.manual_seed(0)
-        (states * torch.randn_like(states)).sum().backward()
-        runs.append([states.detach(), *(p.grad.clone() for p in model.prompt_parameters())])
-    for got, expected in zip(*runs, strict=True):
-        close(got, expected, 2e-5)
+    all_close(of_text(model, "packed", ids, real), lambda model: of_text(model, "concat", ids, real), model, 2e-5)
     behind = torch.equal(real, real.sort(1, descending=True)[0])
     assert len(served) == behind * (1 if name == "gemma3" else LAYERS)  # whose other layers have a window
 
@@ -446,17 +437,18 @@ def test_gradients_flow_through_what_a_cache_keeps(base_of):
     model = base_of("llama").tuned(**settings_for("add")).eval()
     set_prompts(model, "add")
     ids, mask = pad(texts_for("left"), "left", 0)
-    weights, found = torch.randn(*ids.shape, 24) * mask[..., None], []
-    for path in SHARED:
+    weights = torch.randn(*ids.shape, 24) * mask[..., None]
+    further = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+
+    def run(model, path="apart"):
         take(model, path)
         model.zero_grad()
         output = model(ids, attention_mask=mask, use_cache=True)
-        further = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
         last = model(ids[:, -1:], attention_mask=further, **{CACHE: output[CACHE]}).last_hidden_state
         ((output.last_hidden_state * weights).sum() + last.sum()).backward()
-        found.append([parameter.grad.clone() for parameter in model.prompt_parameters()])
-    for got, want in zip(*found, strict=True):
-        close(got, want, 2e-5)
+        return [parameter.grad.clone() for parameter in model.prompt_parameters()]
+
+    all_close(run(model, "packed"), run, model, 2e-5)
 
 
 @pytest.mark.parametrize("way", ["packed", "apart", "compiled"])

@@ -339,6 +339,14 @@ class TestCompiledPrompts:
         as_concat(model, ids)
         model.model.layers[1].self_attn.k_proj.weight = torch.nn.Parameter(weight.detach() * 2)
         as_concat(model, ids)
+        attention = model.model.layers[1].self_attn
+        attention.k_proj.bias = torch.nn.Parameter(torch.randn(len(weight)))
+        as_concat(model, ids)
+        attention.v_proj = torch.nn.Linear(*reversed(weight.shape))
+        as_concat(model, ids)
+        attention.v_proj = torch.nn.Sequential(attention.v_proj)
+        attention.v_proj.append(torch.nn.Linear(len(weight), len(weight)))
+        as_concat(model, ids)
         model.half().float()
         as_concat(model, ids)
         model.prompt_embeddings.weight.data += 1
@@ -395,15 +403,15 @@ class TestCompiledPrompts:
             expected = model(ids, token_type_ids=one)[0]
             model.compile_prompts()
             model(ids, token_type_ids=one)
-            is_still = ptune.prefix._State.is_still
+            is_still = ptune.watched.Watched.is_still
 
             def interrupted(*states):
-                monkeypatch.setattr(ptune.prefix._State, "is_still", is_still)
+                monkeypatch.setattr(ptune.watched.Watched, "is_still", is_still)
                 found = is_still(*states)
                 model(ids, token_type_ids=other)
                 return found
 
-            monkeypatch.setattr(ptune.prefix._State, "is_still", interrupted)
+            monkeypatch.setattr(ptune.watched.Watched, "is_still", interrupted)
             assert torch.equal(model(ids, token_type_ids=one)[0], expected)
 
     def test_refused_where_nothing_is_shared(self, base_of):
