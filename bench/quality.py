@@ -30,8 +30,9 @@ from transformers import (
 from ptune.data import read_labelled, read_tagged
 from ptune.demo import minilm_folder
 from ptune.half_attention import HALVES
-from ptune.runs import LEARNING_RATES, load_tokenizer, new_model
+from ptune.runs import LEARNING_RATES, new_model
 from ptune.tasks import TASKS
+from ptune.tokenizer import load_tokenizer
 from ptune.train import evaluate, fit
 
 PRE_SEQ_LEN = 16

@@ -152,7 +152,8 @@ def train(
             raise ValueError(f"--{'data' if task else 'task'}: expected one, or --task-mix")
         _quieten()
         from .data import Columns
-        from .runs import Options, latest_checkpoint, prepare
+        from .folders import latest_checkpoint
+        from .runs import Options, prepare
 
         run = prepare(
             Options(
@@ -192,8 +193,8 @@ def train(
 
 def _train_mix(files: list[Path], out: Path, steps: int | None, resume: bool, **shared: Any) -> None:
     _quieten()
+    from .folders import latest_checkpoint
     from .mix import read_mix, train_mix
-    from .runs import latest_checkpoint
 
     checkpoint = latest_checkpoint(out) if resume else None
     options = read_mix(files, out, checkpoint, **shared)
@@ -222,7 +223,8 @@ def evaluate(
     with _one_line_errors():
         _quieten()
         from .data import Columns
-        from .runs import check_columns, check_labels, load_run
+        from .folders import load_run
+        from .runs import check_columns, check_labels
         from .train import report
 
         model, task = load_run(folder, base_model)
@@ -260,7 +262,7 @@ def predict(
         if not any(map(str.strip, texts)):
             raise ValueError("no text to predict: give one, or lines on standard input or in --file")
         _quieten()
-        from .runs import load_run
+        from .folders import load_run
 
         model, task = load_run(folder, base_model)
         for prediction in task.predict(model, [text for text in texts if text.strip()], max_new_tokens=max_new_tokens):
@@ -272,7 +274,7 @@ def info(folder: RunFolder) -> None:
     """Show what an output folder holds."""
     with _one_line_errors():
         _quieten()
-        from .runs import describe
+        from .folders import describe
 
         rows = describe(folder)
     table = Table(title=escape(str(folder)), show_header=False)

@@ -22,8 +22,9 @@ from transformers import AutoModel, set_seed
 
 from . import corpora
 from .data import Labelled, Tagged
-from .runs import LEARNING_RATES, load_tokenizer, new_model
+from .runs import LEARNING_RATES, new_model
 from .tasks import TASKS, Task
+from .tokenizer import load_tokenizer
 from .train import evaluate, fit
 
 MODES = {"head only": None, "shallow prompts": "ptune", "deep prompts": "deep_ptune"}

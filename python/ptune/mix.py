@@ -24,8 +24,9 @@ from transformers import AutoConfig, PrinterCallback, TrainerCallback
 from .bank import PromptBank, check_name
 from .checkpoint import PROMPTS, read_json, write_json
 from .data import Columns
+from .folders import CHECKPOINTS, RECORD, remove_checkpoints
 from .loading import check_base_path
-from .runs import CHECKPOINTS, RECORD, Options, Run, prepare, remove_checkpoints
+from .runs import Options, Run, prepare
 from .tasks import IGNORED, Features
 from .train import BEGAN_WITH, EVALUATIONS, OneDevice, ResumableTrainer, evaluate, groups_of, line_of
 

@@ -1,56 +1,36 @@
-"""A training run from files to an output folder, and back from that folder to a model that predicts.
-
-The folder holds the prompts and head (`model.safetensors`, `ptune_config.json`), `train.json` (task, base, metrics and
-log) and, until the run has finished, Trainer's checkpoints. It is written only once training has begun.
-"""
+"""A training run, from files to an output folder (see `ptune.folders`), which is written once training has begun."""
 
 import hashlib
 import math
 import os
-import shutil
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import AutoConfig, PreTrainedTokenizerBase, set_seed
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
 )
-from transformers.trainer import TRAINER_STATE_NAME
 
 from .anatomy import position_limit
 from .auto import MODELS
-from .checkpoint import WEIGHTS_NAME, check_free, fingerprint, is_prompt_folder, read_config, read_json, write_json
+from .checkpoint import check_free, fingerprint, is_prompt_folder, read_config, read_json, write_json
 from .data import Columns, DataError, hold_out
-from .kinds import kind_of
+from .folders import CHECKPOINTS, RECORD, remove_checkpoints, weights_in
 from .loading import check_base_path
 from .plan import Plan
-from .quantised import is_quantised
 from .support import ENCODER_DECODERS
-from .tasks import TASKS, Task
+from .tasks import TASKS, WRITING, Task
+from .tokenizer import load_tokenizer
 from .train import BEGAN_WITH, HEAD_LEARNING_RATE, fit
 
-WRITING = ("generation", "seq2seq")  # one task, without labels, on two kinds of base
 LEARNING_RATES = {None: HEAD_LEARNING_RATE, "ptune": 3e-2, "deep_ptune": 1e-2}
 EPOCHS = 3
 MIN_STEPS = 150
 MIN_ROOM = 8  # tokens of text beside the prompt
-_LONGEST = 2**20  # tokens; a tokenizer that knows no limit says 10^30
-RECORD = "train.json"
-RECORD_KEYS: dict[str, type | tuple[type, ...]] = {
-    "task": str,
-    "max_length": int,
-    "steps": int,
-    "batch_size": int,
-    "learning_rate": (int, float),
-    "metrics": dict,
-}
-CHECKPOINTS = "checkpoints"
 
 
 @dataclass(frozen=True)
@@ -149,7 +129,7 @@ class Run:
             "head_learning_rate": options.head_learning_rate,
             "seed": options.seed,
             "kept_step": best["step"],
-            "weights": _weights_in(options.out),
+            "weights": weights_in(options.out),
             "prefix_sharing": f"{'yes' if self.prefix_plan.path == 'prefix' else 'no'}: {self.prefix_plan.reason}",
             "metrics": {name: best[f"eval_{name}"] for name in ("loss", *self.task.metrics)},
             "log": log,
@@ -271,31 +251,6 @@ def new_model(
     return MODELS[task].from_pretrained(base, tuning_mode=tuning_mode, **options)
 
 
-def load_tokenizer(base: str, task: str) -> PreTrainedTokenizerBase:
-    """The base's tokenizer, with a padding token, and what else the task needs of it. Raises: ValueError without."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(base, **({"add_prefix_space": True} if task == "tagging" else {}))
-    except (OSError, ValueError):
-        raise
-    except Exception as error:  # reading damaged files may fail in any way
-        raise ValueError(f"model: the tokenizer of {base} cannot be read: {error}") from None
-    if len(tokenizer) <= len(tokenizer.all_special_ids):  # made from the config alone
-        raise ValueError(
-            f"model: expected a tokenizer in {base}, got one without a vocabulary; save it beside the base"
-        )
-    if task == "tagging" and not tokenizer.is_fast:
-        raise ValueError(f"model: tagging needs a fast tokenizer, and {base} has none")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-    if tokenizer.pad_token is None:
-        raise ValueError(f"model: the tokenizer of {base} has no token to pad with; save one with a pad_token")
-    if task in WRITING and tokenizer.eos_token_id is None:
-        raise ValueError(f"model: generation learns where to end, and the tokenizer of {base} has no eos_token")
-    if task == "seq2seq" and getattr(tokenizer, "tgt_lang", "") is None:
-        raise ValueError(f"model: the tokenizer of {base} must be told languages; save one with src_lang and tgt_lang")
-    return tokenizer
-
-
 def check_columns(kind: type[Task], columns: Columns) -> None:
     """Raises ValueError for a column that is named and that the task has no use for."""
     for name, named in vars(columns).items():
@@ -308,128 +263,6 @@ def check_labels(kind: type[Task], examples: Sequence[Any], labels: Sequence[str
     unseen = [label for label in kind.label_names(examples) if not kind.is_known(label, labels)]
     if unseen:
         raise DataError(path, None, f"labels not seen in training: {', '.join(unseen)}; it saw {', '.join(labels)}")
-
-
-def read_record(folder: Path) -> dict[str, Any]:
-    """What `train.json` says. Raises: ValueError if the folder is not one that a finished run has written."""
-    path = folder / RECORD
-    if not path.is_file():
-        there = f"{folder} holds no {RECORD}" if folder.is_dir() else f"{folder}: no such folder"
-        problem = f"{there}: expected the --out folder of a finished `ptune train`"
-        if (folder / CHECKPOINTS).is_dir():
-            problem += ", and this run was interrupted: `ptune train … --resume` goes on with it"
-        raise ValueError(problem)
-    record = read_json(path)
-    for name, kind in RECORD_KEYS.items():
-        if not isinstance(record, dict) or not isinstance(record.get(name), kind):
-            raise ValueError(f"{path}: damaged: {name} is missing, or of the wrong type")
-    if record["task"] not in TASKS:
-        raise ValueError(f"{path}: task: expected one of {', '.join(TASKS)}, got {record['task']!r}")
-    if record.get("weights") not in (None, _weights_in(folder)):  # older runs did not say
-        raise ValueError(f"{path}: of a run whose prompts are no longer here: others were saved over them")
-    return record
-
-
-def _weights_in(folder: Path) -> str | None:
-    """By which a run knows its prompts."""
-    file = folder / WEIGHTS_NAME
-    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
-
-
-def _record_of(folder: Path) -> dict[str, Any] | None:
-    """`read_record`; ``None`` of prompts that Python saved, which know of no run."""
-    return read_record(folder) if (folder / RECORD).exists() or not is_prompt_folder(folder) else None
-
-
-def load_run(folder: Path, base_model: str | None = None) -> tuple[PreTrainedModel, Task]:
-    """The tuned model of a folder of prompts, and its task; ``base_model``: where its base is now, if elsewhere.
-
-    Of prompts that Python saved, the task is that of their class, and texts are cut where the base can read no further.
-    Raises: ValueError for a class that is of no task here.
-    """
-    record, saved = _record_of(folder), read_config(folder)
-    name = record["task"] if record else getattr(kind_of(saved["model_class"]), "task", None)
-    found = [str(label) for label in (saved["id2label"] or {}).values()]
-    if name not in TASKS or saved.get("problem_type") not in (None, "single_label_classification"):
-        got = " of ".join(filter(None, (saved["model_class"], saved.get("problem_type"))))
-        raise ValueError(f"{folder}: expected prompts for {', '.join(TASKS)}, got those of {got}")
-    if name == "classification" and len(found) == 1:
-        raise ValueError(f"{folder}: expected two labels or more, got {found[0]}")
-    if name == "tagging" and any(label != "O" and label[:2] not in ("B-", "I-") for label in found):
-        raise ValueError(f"{folder}: expected tags that begin with B- or I-, or are O, got {', '.join(found)}")
-    model = MODELS[name].from_pretrained(folder, base_model=base_model)
-    if torch.cuda.is_available() and not is_quantised(model):  # which is where it belongs already
-        model.to("cuda")
-    labels = [] if name in WRITING else [str(model.config.id2label[i]) for i in range(model.config.num_labels)]
-    tokenizer = load_tokenizer(model.origin.name, name)
-    return model, TASKS[name](tokenizer, record["max_length"] if record else _readable(model, tokenizer), labels)
-
-
-def _readable(model: Any, tokenizer: PreTrainedTokenizerBase) -> int:
-    """How long a text may be, as the tokenizer and the model's table of positions say."""
-    _, positions = position_limit(model.base_model)
-    room = _LONGEST if positions is None else positions - model.ptune_config.pre_seq_len
-    return min(room, tokenizer.model_max_length, _LONGEST)
-
-
-def describe(folder: Path) -> dict[str, str]:
-    """What an output folder holds, by name; of tasks that were trained together, what each has learnt."""
-    tasks = [] if (folder / RECORD).exists() else sorted(path.parent for path in folder.glob(f"*/{RECORD}"))
-    if tasks:
-        return {task.name: _learnt(read_record(task)) for task in tasks}
-    record = _record_of(folder)
-    prompts = read_config(folder)
-    mode, weights = prompts["tuning_mode"], folder / WEIGHTS_NAME
-    lines = {
-        "task": prompts["model_class"] if record is None else record["task"],
-        "base": prompts["base"]["name"],
-        "tuning mode": f"deep_ptune ({prompts['deep_prompt_mode']})" if mode == "deep_ptune" else str(mode),
-        "prompt rows": str(prompts["pre_seq_len"]),
-        "labels": ", ".join(map(str, prompts["id2label"].values())) if prompts["id2label"] else "none",
-        "size": f"{weights.stat().st_size / 1024:.0f} KiB",
-    }
-    if record is None:
-        return lines
-    steps, rates = f"{record['steps']} steps of {record['batch_size']}", f"learning rate {record['learning_rate']:g}"
-    lines["training"] = f"{steps}, {rates}"
-    for name in ("prefix_sharing", "kept_step"):  # older runs did not say
-        if name in record:
-            lines[name.replace("_", " ")] = str(record[name])
-    return lines | _metrics(record)
-
-
-def _metrics(record: dict[str, Any]) -> dict[str, str]:
-    return {name.replace("_", " "): f"{float(value):.4f}" for name, value in record["metrics"].items()}
-
-
-def _learnt(record: dict[str, Any]) -> str:
-    return f"{record['task']}: {', '.join(map(' '.join, _metrics(record).items()))}"
-
-
-def latest_checkpoint(out: Path) -> Path:
-    """The newest complete checkpoint of an output folder. Raises: ValueError if there is none."""
-    found = [path for path in (out / CHECKPOINTS).glob("checkpoint-[0-9]*") if _is_complete(path)]
-    if not found:
-        finished = [*out.glob(RECORD), *out.glob(f"*/{RECORD}")]
-        reason = f"the run in {out} has finished" if finished else f"{out / CHECKPOINTS} holds no checkpoint"
-        raise ValueError(f"out: nothing to resume, {reason}")
-    return max(found, key=lambda path: int(path.name.rpartition("-")[2]))
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    """Whether the file that is written last is whole."""
-    try:
-        read_json(checkpoint / TRAINER_STATE_NAME)
-    except (OSError, ValueError):
-        return False
-    return True
-
-
-def remove_checkpoints(folder: Path) -> None:
-    for checkpoint in folder.glob("checkpoint-[0-9]*"):
-        shutil.rmtree(checkpoint)
-    with suppress(OSError):  # there is none, or it holds what is not ours
-        folder.rmdir()
 
 
 def _check(options: Options) -> None:

@@ -464,6 +464,7 @@ class Seq2Seq(Generation):
 
 
 TASKS: dict[str, type[Task]] = {task.name: task for task in (Classification, Tagging, Generation, Seq2Seq)}
+WRITING = ("generation", "seq2seq")  # one task, without labels, on two kinds of base
 
 
 def _summed_loss(logits: Tensor, labels: Tensor) -> Tensor:

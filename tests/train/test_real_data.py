@@ -7,8 +7,9 @@ import torch
 from transformers import AutoModelForCausalLM, set_seed
 
 from ptune.data import Passage, read_labelled, read_tagged
-from ptune.runs import LEARNING_RATES, load_tokenizer, new_model
+from ptune.runs import LEARNING_RATES, new_model
 from ptune.tasks import TASKS, Generation
+from ptune.tokenizer import load_tokenizer
 from ptune.train import evaluate, fit
 
 

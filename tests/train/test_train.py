@@ -13,8 +13,9 @@ from ptune import PromptBank
 from ptune.data import Columns, Labelled
 from ptune.generation import PromptGeneration
 from ptune.mix import TaskMix
-from ptune.runs import load_tokenizer, new_model
+from ptune.runs import new_model
 from ptune.tasks import IGNORED, TASKS, Classification, Generation, Tagging
+from ptune.tokenizer import load_tokenizer
 from ptune.train import OneDevice, ResumableTrainer, evaluate, fit
 
 from .commands import FILES

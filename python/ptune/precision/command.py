@@ -15,8 +15,8 @@ from ..data import Columns, DataError, read_passages, read_text, split_lines
 from ..half_attention import HALVES
 from ..hub import cached
 from ..loading import check_base_path
-from ..runs import load_tokenizer
 from ..tasks import Generation
+from ..tokenizer import load_tokenizer
 from .damage import first, greatest, last, mean
 from .passes import Audit, audit
 
