@@ -100,11 +100,19 @@ class _SkipUnread(TorchFunctionMode):
         capture = self.capture
         if func is nn.functional.linear and not kwargs:
             if capture.lost or (capture.marked and capture.products is None and getattr(args[1], _UNREAD, False)):
-                return args[0].new_zeros(*args[0].shape[:-1], args[1].shape[0])
+                return _no_product(args[0], *args[0].shape[:-1], args[1].shape[0])
             product = func(*args)
             if capture.products is not None:
                 capture.products.append((args[1], product))
             return product
         if func is torch.addmm and not kwargs and capture.lost:
-            return args[1].new_zeros(args[1].shape[0], args[2].shape[1])
+            return _no_product(args[1], args[1].shape[0], args[2].shape[1])
         return func(*args, **(kwargs or {}))
+
+
+def _no_product(of: Tensor, *shape: int) -> Tensor:
+    """Zeros in the dtype that a product would have, which autocast has a say in."""
+    device, dtype = of.device.type, of.dtype
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    return of.new_zeros(*shape, dtype=dtype)

@@ -110,4 +110,9 @@ def fusible_scale(embedding: Any) -> float | None:
 
 def matching(prompts: Tensor, hidden: Tensor) -> Tensor:
     """Prompts where ``hidden`` lies, and as precise where it is float64."""
+    if prompts.is_meta and not hidden.is_meta:
+        raise NotImplementedError(
+            "prompts: expected on a device, got none of their numbers, as accelerate's cpu_offload and disk_offload "
+            "take them away; load the model with a device_map instead, which leaves prompts where they are"
+        )
     return prompts.to(hidden.device, torch.float64 if hidden.dtype == torch.float64 else prompts.dtype)

@@ -1,5 +1,6 @@
 """`generate` with prompts: they are run once, in the prefill, and then live in the cache."""
 
+import copy
 from functools import partial
 from typing import Any
 
@@ -9,6 +10,9 @@ from transformers import Cache, masking_utils
 
 from .inputs import BEFORE_5_24, CACHE, named
 from .mixture import current_mixture
+
+MASK = "attention_mask"
+_LIKE_TEXT = (MASK, "position_ids", "token_type_ids")  # as wide
 
 
 class PromptGeneration:
@@ -26,14 +30,18 @@ class PromptGeneration:
     def _prefill(
         self: Any, input_ids: Tensor, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any
     ) -> Any:
-        chunked, mask = generation_config.prefill_chunk_size is not None, model_kwargs.get("attention_mask")
-        if chunked and self.prompt_columns > 0 and mask is not None and bool((mask == 0).any()):
-            # a first chunk may be padding alone, and the prompt belongs before the first token of a later one
-            raise NotImplementedError(
-                "prefill_chunk_size: not supported for padded batches with prompts; leave it out, or generate for "
-                "texts of one length"
-            )
-        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
+        run = super()._prefill  # type: ignore[misc]
+        cache, mask = model_kwargs.get(CACHE), model_kwargs.get(MASK)
+        if generation_config.prefill_chunk_size is not None and self.prompt_columns > 0 and cache is not None:
+            if (seen := int(cache.get_seq_length()) - self.prompt_columns) >= 0:
+                run = partial(_prefill_in_chunks, run, seen)
+            elif mask is not None and bool((mask == 0).any()):
+                # a first chunk may be padding alone, and the prompt belongs before the first token of a later one
+                raise NotImplementedError(
+                    "prefill_chunk_size: not supported for padded batches with prompts; leave it out, or generate for "
+                    "texts of one length"
+                )
+        return run(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
     def prepare_inputs_for_generation(
         self: Any,
@@ -142,3 +150,27 @@ class PromptGeneration:
 
 def _crop_text(cache: Any, prompt_columns: int, removed: int) -> None:
     type(cache).crop(cache, min(0, removed + prompt_columns))
+
+
+def _prefill_in_chunks(
+    run: Any, seen: int, input_ids: Tensor, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any
+) -> Any:
+    """Go on from a cache that holds a prompt and ``seen`` columns of text, each chunk as a text by itself.
+
+    transformers' own chunks begin where the cache ends, and count its prompt as text.
+    """
+    whole, (rows, length), mask = copy.copy(generation_config), input_ids.shape, model_kwargs.get(MASK)
+    size, whole.prefill_chunk_size = generation_config.prefill_chunk_size, None
+    if mask is None:  # it was of ones, as wide as is noted; where there was none, what is new was given alone
+        all_text = getattr(generation_config, "_mask_length", None) == length
+        mask = torch.ones(rows, length if all_text else seen + length, dtype=torch.long, device=input_ids.device)
+    columns = mask.shape[1]
+    like_text = {name: model_kwargs[name] for name in _LIKE_TEXT if model_kwargs.get(name) is not None} | {MASK: mask}
+    for begin in range(seen, max(seen + 1, columns), size):
+        later = max(0, columns - begin - size)
+        parts = {name: its[..., : its.shape[-1] - later] for name, its in like_text.items()}
+        ids = input_ids[:, : length - later]
+        if length < columns:
+            ids = ids[:, -min(size, columns - begin) :]
+        output = run(ids, whole, model_kwargs | parts, *args, **kwargs)
+    return output

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
 
+import accelerate
 import pytest
 import torch
 import transformers as hf
@@ -197,6 +198,13 @@ def test_an_embedding_on_the_disk(base_of, tmp_path, mode):
     near.load_state_dict({n: p for n, p in model.state_dict().items() if "prompt" in n}, strict=False)
     ids = torch.randint(3, 61, (2, 5))
     assert torch.equal(model(ids)[0], near(ids)[0])
+
+
+@pytest.mark.parametrize("sharing", ["auto", False])
+def test_prompts_that_are_offloaded(base_of, sharing):
+    model = accelerate.cpu_offload(base_of("llama").tuned(**settings_for("add", prefix_sharing=sharing)))
+    with pytest.raises(NotImplementedError, match="prompts: expected on a device, .* cpu_offload .* device_map"):
+        model(torch.randint(3, 61, (2, 5)))
 
 
 def test_loading_information(base_of):

@@ -165,9 +165,10 @@ def test_chunked_prefill_of_a_padded_batch_is_refused(prompted):
         assert torch.equal(model.generate(ids, **how), stock.generate(ids, **how))
 
 
+@pytest.mark.parametrize("chunk", [None, 1, 2, 9])
 @pytest.mark.parametrize("given", ["all text", "new text"])
 @pytest.mark.parametrize("padded", [False, True], ids=["unpadded", "padded"])
-def test_a_conversation_goes_on_from_its_cache(pair, given, padded):
+def test_a_conversation_goes_on_from_its_cache(pair, given, padded, chunk):
     family, stock, model = pair
     prompt, texts = set_prompts(model, "overwrite"), texts_for("left" if padded else "none")
     ids, mask = pad(texts, "left" if padded else "none", 0)
@@ -182,6 +183,7 @@ def test_a_conversation_goes_on_from_its_cache(pair, given, padded):
         whole if given == "all text" else whole[:, seen:],
         attention_mask=mask,
         past_key_values=first.past_key_values,
+        prefill_chunk_size=chunk,
         pad_token_id=0,
         **GREEDY,
     )

@@ -195,6 +195,17 @@ def test_autocast(tuned, name):
             assert (of(run) - of(truth)).norm() <= 2 * (of(whole) - of(truth)).norm()
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_autocast_to_another_half_than_the_bases(tuned, name):
+    """What is not computed of overwritten rows has autocast's dtype too, or rotary embeddings would mix two halves."""
+    model = tuned(name, "tagging", "overwrite").half()
+    ids = torch.randint(3, VOCABULARY, (2, 5))
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        for path in (*SHARED, "concat"):
+            take(model, path)
+            assert model(ids).logits.isfinite().all()
+
+
 @pytest.mark.parametrize("path", SHARED)
 @pytest.mark.parametrize("name", ["llama", "gemma3", "bert"])
 def test_compiled_training_step(tuned, name, path):
