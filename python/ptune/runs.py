@@ -138,11 +138,10 @@ class Run:
         return record
 
     def best(self, log: Sequence[dict[str, float]]) -> dict[str, float]:
-        """The log's best evaluation, the first of equals, whose weights are the ones kept."""
-        first = self.task.metrics[0]
-        evaluations = [entry for entry in log if f"eval_{first}" in entry]
-        choose = max if self.task.greater_is_better else min
-        return choose(evaluations, key=lambda entry: entry[f"eval_{first}"])
+        """The log's best evaluation, by loss where scores are equal, whose weights are the ones kept."""
+        score, sign = f"eval_{self.task.metrics[0]}", -1 if self.task.greater_is_better else 1
+        evaluations = [entry for entry in log if score in entry]
+        return min(evaluations, key=lambda entry: (sign * entry[score], entry["eval_loss"]))
 
 
 def prepare(options: Options, say: Callable[[str], None]) -> Run:

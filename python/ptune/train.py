@@ -128,6 +128,15 @@ class _Trainer(ResumableTrainer):
         self.labels_of_step = None if len(parts) < 2 else sum(_count(part["labels"]) for part in parts)
         return parts, count
 
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Among evaluations of one score, as where one label is all that is predicted yet, that of the least loss."""
+        is_best, state = super()._determine_best_metric(metrics, trial), self.state
+        if not is_best and metrics[f"eval_{self.args.metric_for_best_model}"] == state.best_metric:
+            logged = [entry for entry in state.log_history if entry["step"] == state.best_global_step]
+            if is_best := metrics["eval_loss"] < min(entry.get("eval_loss", math.inf) for entry in logged):
+                state.best_global_step = state.global_step
+        return is_best
+
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """A part counts by its labels: Trainer takes the mean of the parts' means, but for language models."""
         loss = super().compute_loss(model, inputs, *args, **kwargs)

@@ -13,9 +13,15 @@ from .models import ptune_class
 
 
 def check_stock(base: Any) -> None:
-    """Raises `TypeError` or `NotImplementedError` for what can have no twin."""
+    """Raises `TypeError`, `ValueError` or `NotImplementedError` for what can have no twin."""
     if isinstance(base, PTuneMixin) or not isinstance(base, PreTrainedModel):
-        raise TypeError(f"base: expected a stock transformers model, got {type(base).__name__}")
+        remedy = "; give the base that it was made of" if isinstance(base, PTuneMixin) else ""
+        raise TypeError(f"base: expected a stock transformers model, got {type(base).__name__}{remedy}")
+    if "forward" in vars(base) and not hasattr(base, "_hf_hook"):
+        raise ValueError(
+            "base: expected its class's own forward, got one that was set on the object, as Trainer does for mixed "
+            "precision, and TRL; `del base.forward`, or load it anew"
+        )
     if len(set(getattr(base, "hf_device_map", {}).values())) > 1:
         raise NotImplementedError("base: expected a model on one device, got one spread over several")
 

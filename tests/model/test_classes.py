@@ -203,7 +203,7 @@ def test_an_embedding_on_the_disk(base_of, tmp_path, mode):
 @pytest.mark.parametrize("sharing", ["auto", False])
 def test_prompts_that_are_offloaded(base_of, sharing):
     model = accelerate.cpu_offload(base_of("llama").tuned(**settings_for("add", prefix_sharing=sharing)))
-    with pytest.raises(NotImplementedError, match="prompts: expected on a device, .* cpu_offload .* device_map"):
+    with pytest.raises(NotImplementedError, match=r"prompts: expected on a device, .* cpu_offload .* device_map"):
         model(torch.randint(3, 61, (2, 5)))
 
 

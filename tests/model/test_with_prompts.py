@@ -83,6 +83,9 @@ def test_what_trains(base_of):
     pooler = {"bert.pooler.dense.weight", "bert.pooler.dense.bias"}
     assert trained(classifier) == pooler | {"classifier.weight", "classifier.bias"}
     assert trained(classifier, head=[]) == set()
+    with torch.no_grad():  # as of a checkpoint that has it
+        classifier.bert.pooler.dense.bias[3] = 0.1
+    assert trained(classifier) == {"classifier.weight", "classifier.bias"}
     assert trained(classifier, head=["classifier.bias", "classifier"]) == {"classifier.weight", "classifier.bias"}
     assert ptune.with_prompts(classifier).num_trainable_parameters() == 0
     assert trained(base_of("llama").stock(WRITER)) == set()
@@ -202,7 +205,11 @@ def test_refusals_leave_the_base_alone(base_of):
     before, made = state_of(stock), ptune.with_prompts(stock)
     prompts = ptune.PTuneConfig(**settings_for("shallow"))
     for wrong, error, message in [
-        ((made, prompts), TypeError, "base: expected a stock transformers model, got PTuneLlamaForCausalLM"),
+        (
+            (made, prompts),
+            TypeError,
+            "got PTuneLlamaForCausalLM; give the base that it was made of",
+        ),
         ((torch.nn.Linear(2, 2), prompts), TypeError, "base: expected a stock transformers model, got Linear"),
         ((stock, {"pre_seq_len": 3}), TypeError, "config: expected a PTuneConfig or a transformers config, got dict"),
         ((stock, ptune.PTuneConfig(**settings_for("shallow"), prompt_init_text=[[99]])), ValueError, "99"),
@@ -211,6 +218,10 @@ def test_refusals_leave_the_base_alone(base_of):
             ptune.with_prompts(*wrong)
     with pytest.raises(TypeError, match=r"got LlamaForCausalLM; ptune\.with_prompts takes a model that is loaded"):
         ptune.AutoPTuneModelForCausalLM.from_pretrained(stock)
+    stock.forward = stock.forward
+    with pytest.raises(ValueError, match=r"base: expected its class's own forward, .*`del base\.forward`"):
+        ptune.with_prompts(stock, prompts)
+    del stock.forward
     stock.hf_device_map = {"model.embed_tokens": 0, "model.layers": 1}
     with pytest.raises(NotImplementedError, match="expected a model on one device"):
         ptune.with_prompts(stock, prompts)

@@ -498,6 +498,24 @@ def test_the_last_step_is_evaluated(tiny_bert, tmp_path, steps, expected):
     assert evaluated(tmp_path / "one") == evaluated(tmp_path / "mix" / "mood") == expected
 
 
+def test_of_equal_scores_the_least_loss_is_kept(tiny_bert, tmp_path):
+    """As while one label is all that is predicted: the first evaluation is not the best then."""
+    out, data = tmp_path / "out", tmp_path / "data.tsv"
+    data.write_text("label\ttext\n" + "yes\tgood one\n" * 30 + "no\tbad two\n" * 2)
+    slowly = ["--learning-rate", 1e-4, "--head-learning-rate", 1e-3, "--steps", 20]
+    arguments = ["--model", tiny_bert, "--task", "classification", "--data", data, "--eval-data", data, "--out", out]
+    succeed("train", *arguments, *slowly)
+    record = json.loads((out / "train.json").read_text())
+    evaluations = [entry for entry in record["log"] if "eval_loss" in entry]
+    best = max(entry["eval_macro_f1"] for entry in evaluations)
+    tied = [entry for entry in evaluations if entry["eval_macro_f1"] == best]
+    assert len(tied) > 1
+    least = min(entry["eval_loss"] for entry in tied)
+    assert least < tied[0]["eval_loss"]
+    assert record["metrics"]["loss"] == least
+    assert f"{least:.4f}" in succeed("eval", out, "--data", data)
+
+
 def test_what_is_cut_is_said(tiny_bert, tmp_path, caplog):
     out = tmp_path / "out"
     arguments = ["--model", tiny_bert, "--task", "tagging", "--data", tagging_file(tmp_path), "--out", out]
