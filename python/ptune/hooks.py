@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 
 from ptune_kernels import Placement, overwrite
 
@@ -23,6 +23,8 @@ from .pooling import pool
 from .prefix import PrefixPath
 
 _thread = threading.local()
+_logger: Any = logging.get_logger(__name__)
+_BEHIND = "ptune_prompt_rows"  # of a cache: behind how many its text stands
 
 
 class PromptHooks:
@@ -76,9 +78,10 @@ class PromptHooks:
         set_call(Bare(self.body, outer))
         note_body(reached=True)
         mixture = current_mixture(self.model)
-        if mixture is None and not self.model.prompts_enabled:
-            return None
         arguments = named(self.parameters, args, kwargs)
+        if mixture is None and not self.model.prompts_enabled:
+            _check_bare(arguments.get(CACHE))
+            return None
         check_inputs(arguments, self.parameters)
         text = arguments["inputs_embeds"] if arguments.get("input_ids") is None else arguments["input_ids"]
         past, length = arguments.get(CACHE), text.shape[1]
@@ -159,6 +162,8 @@ class PromptHooks:
             if self._is_deep(call) and call.depth != count:
                 raise RuntimeError(f"{type(body).__name__}: expected {count} blocks to run, {call.depth} did")
             self.leave_concat(call, output)
+        if (cache := output.get(CACHE)) is not None:
+            setattr(cache, _BEHIND, call.layout.num_prompts)
         if output.get("pooler_output") is not None:
             output["pooler_output"] = pool(body, states_at(call.layout.column, output["last_hidden_state"]))
         return output.to_tuple() if call.as_tuple else output
@@ -211,6 +216,14 @@ class PromptHooks:
         return resumed
 
     def _check_resumed(self, layout: Layout, past: Any, mask: Tensor | None, length: int) -> None:
+        behind = getattr(past, _BEHIND, None)
+        if behind is None and not torch.compiler.is_compiling():
+            _logger.warning_once(
+                f"{CACHE}: taken to hold {layout.num_prompts} prompt rows before its text, as if this model had filled "
+                "it, though nothing tells that it did"
+            )
+        elif behind not in (None, layout.num_prompts):
+            raise ValueError(f"{CACHE}: expected text behind {layout.num_prompts} prompt rows, got it behind {behind}")
         seen, static = past.get_seq_length(), past.is_compileable
         if not isinstance(seen, int):
             return  # a static cache counts in a tensor, which is left alone: reading it would synchronise
@@ -245,6 +258,16 @@ class PromptHooks:
 def _overwrite(hidden: Tensor, prompts: Tensor, placement: Placement | None, depth: int, mode: str) -> Tensor:
     """``hidden`` with a block's deep prompts; the first block's are added, so that no parameter is dead."""
     return overwrite(hidden, matching(prompts, hidden), placement, "add" if depth == 0 else mode)
+
+
+def _check_bare(past: Any) -> None:
+    """Raises `ValueError` for a cache that holds prompts, in a call without them."""
+    behind = getattr(past, _BEHIND, None)
+    if behind is None:
+        return
+    if past.get_seq_length() > 0:
+        raise ValueError(f"{CACHE}: expected text alone, as prompts are disabled, got it behind {behind} prompt rows")
+    delattr(past, _BEHIND)
 
 
 def note_body(*, reached: bool) -> None:

@@ -1,6 +1,7 @@
 """`generate` against the oracle, which runs the whole of each row again for every token."""
 
 import copy
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -190,6 +191,43 @@ def test_a_conversation_goes_on_from_its_cache(pair, given, padded, chunk):
     for row, text in enumerate(texts):
         tokens, _ = continued(stock, family, prompt, torch.cat([text, whole[row, ids.shape[1] :]]))
         assert second[row, -NEW:].tolist() == tokens.tolist()
+
+
+@pytest.mark.parametrize("sharing", ["auto", False], ids=["shared", "concat"])
+@torch.no_grad()
+def test_a_cache_that_another_model_filled(base_of, monkeypatch, sharing):
+    """Which may hold no prompt, or another, or one where there is to be none: columns alone do not tell."""
+    warned = Mock()
+    monkeypatch.setattr(ptune.hooks._logger, "warning_once", warned)
+    base = base_of("llama")
+    stock = base.stock(transformers.AutoModelForCausalLM)
+    model = base.tuned(ptune.AutoPTuneModelForCausalLM, **settings_for("add", prefix_sharing=sharing)).eval()
+    ids = torch.randint(3, 61, (2, 7))
+    how = {**GREEDY, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
+
+    def filled(model):
+        return model(ids[:, :4], use_cache=True).past_key_values
+
+    own = filled(model)
+    expected = model.generate(ids, **how)
+    assert torch.equal(model.generate(ids, past_key_values=copy.deepcopy(own), **how), expected)
+    warned.assert_not_called()
+    model.generate(ids, past_key_values=filled(stock), **how)
+    assert f"taken to hold {COUNT} prompt rows" in warned.call_args.args[0]
+    with model.disable_prompts():
+        with pytest.raises(ValueError, match=f"expected text alone, as prompts are disabled, got it behind {COUNT}"):
+            model.generate(ids, past_key_values=own, **how)
+        expected = model.generate(ids, **how)
+        own.crop(-own.get_seq_length())  # and then it is like a new one
+        assert torch.equal(model.generate(ids, past_key_values=own, **how), expected)
+        bare = filled(model)
+    warned.reset_mock()
+    model.generate(ids, past_key_values=bare, **how)
+    warned.assert_called()
+    own = filled(model)
+    set_prompts(model, "add", count=COUNT + 2, prefix_sharing=sharing)
+    with pytest.raises(ValueError, match=f"expected text behind {COUNT + 2} prompt rows, got it behind {COUNT}"):
+        model.generate(ids, past_key_values=own, **how)
 
 
 @pytest.mark.parametrize(
