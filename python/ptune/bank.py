@@ -110,14 +110,14 @@ class PromptBank:
         """How much memory compiled prompts take."""
         return self._compiled.nbytes
 
-    def add(self, name: str, folder: Any, **options: Any) -> None:
+    def add(self, name: str, folder: Any, *, replace: bool = False, **options: Any) -> None:
         """Take in the prompts and head of ``folder`` (of `save_prompts`, `save_prefix` or a Trainer) as ``name``.
 
         ``folder`` may be the name of a repository on the hub, with the ``options`` of `ptune.hub.download`, or a model
-        with prompts, of which the bank has a copy of its own. Raises
-        `ValueError`, or `FileNotFoundError`, that names it where that is not possible: a name that is taken or is not
-        one of letters, digits, ``_``, ``.`` and ``-``, a folder that is damaged, or one that does not fit
-        (`ptune.checkpoint.MisfitError`). The bank is then as it was.
+        with prompts, of which the bank has a copy of its own. ``replace``: in place of the prompts that have the name,
+        if any do, which batches that are running go on with. Raises `ValueError`, or `FileNotFoundError`, that names it
+        where that is not possible: a name that is taken or is not one of letters, digits, ``_``, ``.`` and ``-``, a
+        folder that is damaged, or one that does not fit (`ptune.checkpoint.MisfitError`). The bank is then as it was.
         """
         check_name(name)
         if isinstance(folder, PTuneMixin):
@@ -132,13 +132,15 @@ class PromptBank:
             if (inside := base_inside(here, saved)) is not None:
                 saved["base"]["name"] = str(inside.absolute())  # for `save`, to a folder without it
         with self._lock, torch.inference_mode(False):  # heads may train later
-            if name in self._entries:
-                raise ValueError(f"name: {name!r} is taken; remove it first")
+            if (before := self._entries.get(name)) is not None and not replace:
+                raise ValueError(f"name: {name!r} is taken; remove it first, or replace=True")
             try:
                 entry = self._entry(saved, tensors)
             except (ValueError, NotImplementedError) as error:
                 raise type(error)(f"{name!r} ({os.fspath(folder)}): {error}") from None
             self._entries = self._entries | {name: entry}
+            if before is not None:
+                self._forget(before)
         warn_of_other_weights(self._runner, saved, folder)
 
     def remove(self, name: str) -> None:
@@ -146,8 +148,11 @@ class PromptBank:
         with self._lock:
             entry = self._named(name)
             self._entries = {other: kept for other, kept in self._entries.items() if other != name}
-            entry.removed = True
-            self._compiled.drop(entry)
+            self._forget(entry)
+
+    def _forget(self, entry: Entry) -> None:
+        entry.removed = True
+        self._compiled.drop(entry)
 
     def __call__(
         self,

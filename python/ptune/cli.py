@@ -67,6 +67,7 @@ RunFolder = Annotated[
     Path, typer.Argument(help="The --out folder of a finished `ptune train`, or of save_prompts.", show_default=False)
 ]
 BaseModel = Annotated[str | None, typer.Option(help="The base, where it is not where it was in training.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Write one JSON object in place of tables.")]
 TextColumn = Annotated[str | None, typer.Option(help="Column of the text. Default: found by its name.")]
 LabelColumn = Annotated[str | None, typer.Option(help="Column of the label. Default: found by its name.")]
 PromptColumn = Annotated[str | None, typer.Option(help="Column of the prompt (generation).")]
@@ -217,7 +218,7 @@ def evaluate(
     prompt_column: PromptColumn = None,
     completion_column: CompletionColumn = None,
     base_model: BaseModel = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Write one JSON object in place of tables.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Score a tuned model on labelled data, as a whole and by label."""
     with _one_line_errors():
@@ -270,13 +271,16 @@ def predict(
 
 
 @app.command()
-def info(folder: RunFolder) -> None:
+def info(folder: RunFolder, as_json: AsJson = False) -> None:
     """Show what an output folder holds."""
     with _one_line_errors():
         _quieten()
         from .folders import describe
 
         rows = describe(folder)
+    if as_json:
+        typer.echo(json.dumps(rows, ensure_ascii=False))
+        return
     table = Table(title=escape(str(folder)), show_header=False)
     table.add_column()
     table.add_column(overflow="fold")

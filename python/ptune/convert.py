@@ -69,6 +69,8 @@ def convert(
         tensors |= dict(zip(names, _layers(model, foreign.prefix), strict=True))
         hub.write(out, model._description(model.origin), tensors)
         return
+    if task == "classification" and shallow and not all(getattr(its, "is_causal", True) for its in model.modules()):
+        _logger.warning("%s: classifies by the text's first token, where PEFT does by a prompt row: scores differ", out)
     _fill(model.prompt_embeddings, foreign.prompts)
     if foreign.deep is not None:
         deep = _layer_major(foreign.deep, rows.shape[0], model.config.num_hidden_layers)

@@ -190,12 +190,15 @@ def read_text(path: Path) -> str:
     return text
 
 
+_NOT_UTF8 = "not UTF-8; save it so, or convert it: iconv -f WINDOWS-1252 -t UTF-8 (-f UTF-16), say"
+
+
 def decode(content: bytes, source: Path | str) -> str:
     """UTF-8 text, without its byte order mark. Raises: DataError that names `source` and the line."""
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(source, content.count(b"\n", 0, error.start) + 1, "not UTF-8") from None
+        raise DataError(source, content.count(b"\n", 0, error.start) + 1, _NOT_UTF8) from None
 
 
 def split_lines(text: str) -> list[str]:
@@ -294,6 +297,8 @@ def _find_columns(path: Path, header: list[str], roles: Mapping[str, tuple[str |
         found[missing[0]] = free[0]
     elif missing:
         hint = f"name it with --{missing[0]}-column; the first line names {', '.join(header)}"
+        if len(header) == 1 and ";" in header[0]:
+            hint = f"cells are parted by commas in .csv, and by tabs in .tsv; the first line is {header[0]}"
         raise DataError(path, None, f"which column is the {missing[0]}? {hint}")
     return [found[role] for role in roles]
 

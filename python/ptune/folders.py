@@ -41,6 +41,8 @@ def read_record(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         there = f"{folder} holds no {RECORD}" if folder.is_dir() else f"{folder}: no such folder"
         problem = f"{there}: expected the --out folder of a finished `ptune train`"
+        if (folder / "adapter_config.json").is_file():
+            problem += ", and this is one of PEFT's, which `ptune convert` reads"
         if (folder / CHECKPOINTS).is_dir():
             problem += ", and this run was interrupted: `ptune train … --resume` goes on with it"
         raise ValueError(problem)
@@ -104,9 +106,9 @@ def describe(folder: Path) -> dict[str, str]:
         return {task.name: _learnt(read_record(task)) for task in tasks}
     record = _record_of(folder)
     prompts = read_config(folder)
-    mode, weights = prompts["tuning_mode"], folder / WEIGHTS_NAME
+    mode, its_class, weights = prompts["tuning_mode"], prompts["model_class"], folder / WEIGHTS_NAME
     lines = {
-        "task": prompts["model_class"] if record is None else record["task"],
+        "task": record["task"] if record else getattr(kind_of(its_class), "task", None) or its_class,
         "base": prompts["base"]["name"],
         "tuning mode": f"deep_ptune ({prompts['deep_prompt_mode']})" if mode == "deep_ptune" else str(mode),
         "prompt rows": str(prompts["pre_seq_len"]),
@@ -136,7 +138,9 @@ def latest_checkpoint(out: Path) -> Path:
     found = [path for path in (out / CHECKPOINTS).glob("checkpoint-[0-9]*") if _is_complete(path)]
     if not found:
         finished = [*out.glob(RECORD), *out.glob(f"*/{RECORD}")]
-        reason = f"the run in {out} has finished" if finished else f"{out / CHECKPOINTS} holds no checkpoint"
+        reason = f"{out / CHECKPOINTS} holds no checkpoint"
+        if finished:
+            reason = f"the run in {out} has finished; --init-from {out} begins a longer one with its prompts"
         raise ValueError(f"out: nothing to resume, {reason}")
     return max(found, key=lambda path: int(path.name.rpartition("-")[2]))
 

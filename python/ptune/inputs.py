@@ -67,7 +67,8 @@ def check_inputs(arguments: dict[str, Any], parameters: tuple[str, ...]) -> None
     packed = [name for name in arguments if name.startswith("cu_seq_lens") and arguments[name] is not None]
     if packed:
         raise NotImplementedError(
-            f"{packed[0]}: packed batches are not supported, for each packed text needs its own prompt"
+            f"{packed[0]}: packed batches are not supported, for each packed text needs its own prompt; TRL makes none "
+            "with packing=False"
         )
     check_unpacked(positions, mask, "each packed text needs its own prompt")
 

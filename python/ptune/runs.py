@@ -3,6 +3,7 @@
 import hashlib
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,6 +32,7 @@ LEARNING_RATES = {None: HEAD_LEARNING_RATE, "ptune": 3e-2, "deep_ptune": 1e-2}
 EPOCHS = 3
 MIN_STEPS = 150
 MIN_ROOM = 8  # tokens of text beside the prompt
+_SHOWN = 20  # labels, the most frequent ones
 
 
 @dataclass(frozen=True)
@@ -163,6 +165,8 @@ def prepare(options: Options, say: Callable[[str], None]) -> Run:
         train, evaluation = hold_out(train, options.hold_out, kind.stratum, options.seed)
         say(f"No --eval-data: {len(evaluation)} of {len(train) + len(evaluation)} examples are held out for it.")
 
+    if labels:
+        _say_labels(kind, train, say)
     tokenizer = load_tokenizer(options.model, options.task)
     set_seed(options.seed)  # the head and random prompts are drawn in loading
     model = new_model(
@@ -198,6 +202,17 @@ def prepare(options: Options, say: Callable[[str], None]) -> Run:
     if options.resume:
         _check_began(options.resume, run.began_with)
     return run
+
+
+def _say_labels(kind: type[Task], examples: Sequence[Any], say: Callable[[str], None]) -> None:
+    """Say how often each label stands, and which may be one that is written in two ways."""
+    counts = Counter(label for example in examples for label in kind.labels_of(example)).most_common()
+    rest = f" and {len(counts) - _SHOWN} more" if len(counts) > _SHOWN else ""
+    shown = ", ".join(f"{label} {count}" for label, count in counts[:_SHOWN])
+    say(f"{len(examples)} training examples: {shown}{rest}.")
+    of_one = Counter(label.casefold() for label, _ in counts)
+    if alike := [label for label, _ in counts if of_one[label.casefold()] > 1]:
+        say(f"These labels differ in case alone, and are taken for different ones: {', '.join(alike)}.")
 
 
 def _check_began(checkpoint: Path, now: dict[str, Any]) -> None:

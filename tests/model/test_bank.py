@@ -361,6 +361,26 @@ def test_budget_drops_the_least_recently_used(base_of, tmp_path):
     assert re.fullmatch(r"PromptBank\(Llama\w*; prompts: p0, p1, p2, p3, p4, p5; compiled: \d+\.\d MiB\)", repr(bank))
 
 
+def test_prompts_in_place_of_others(base_of, tmp_path):
+    base = base_of("llama")
+    bank = bank_of(base)
+    one, other = (tuned(base, tmp_path / name, "shallow", "lm") for name in ("one", "other"))
+    ids, mask = torch.randint(3, VOCABULARY, (1, 6)), torch.ones(1, 6, dtype=torch.long)
+    bank.add("b", other, replace=True)  # which replaces nothing
+    bank.add("a", one)
+    bank(ids, mask, prompt_names=["a"])
+    size = bank.compiled_bytes
+    with pytest.raises(FileNotFoundError):
+        bank.add("a", tmp_path / "nowhere", replace=True)
+    expected = [alone(path, "lm", ids[0], mask[0]) for path in (one, other)]
+    assert not torch.allclose(*expected)
+    close(bank(ids, mask, prompt_names=["a"]).logits[0], expected[0], 2e-5)
+    bank.add("a", other, replace=True)
+    assert bank.names == ["b", "a"]
+    assert bank.compiled_bytes < size
+    close(bank(ids, mask, prompt_names=["a"]).logits[0], expected[1], 2e-5)
+
+
 def test_a_file_that_is_written_over_changes_nothing(base_of, tmp_path):
     base = base_of("llama")
     bank = bank_of(base, max_bytes=0)  # the prompt is compiled anew at every call

@@ -90,6 +90,13 @@ def test_reads_peft_on_an_encoder(base_of, tmp_path, kind):
     close(logits(ours, ids, mask), logits(model, ids, mask))
 
 
+@pytest.mark.parametrize(("name", "task"), [("roberta", "SEQ_CLS"), ("roberta", "TOKEN_CLS"), ("llama", "SEQ_CLS")])
+def test_other_pooling_is_said(base_of, tmp_path, caplog, name, task):
+    peft_model(base_of(name), "PROMPT_TUNING", task).save_pretrained(tmp_path / "peft")
+    convert(tmp_path / "peft", tmp_path / "ours")
+    assert ("where PEFT does by a prompt row" in caplog.text) == (name == "roberta" and task == "SEQ_CLS")
+
+
 @pytest.mark.parametrize(("name", "kind"), [("gpt2", "PROMPT_TUNING"), ("bert", "PREFIX_TUNING")])
 @torch.no_grad()
 def test_question_answering(base_of, tmp_path, name, kind):

@@ -584,6 +584,23 @@ def test_folders_that_are_no_run(tmp_path):
         assert result.exit_code == 2
         assert str(tmp_path) in result.stderr.replace("\n", "")
         assert result.stderr.startswith("Error: ")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert "one of PEFT's, which `ptune convert` reads" in " ".join(ptune("info", tmp_path).stderr.split())
+
+
+def test_labels_are_counted(tiny_bert, tmp_path):
+    data = tmp_path / "data.tsv"
+    data.write_text("label\ttext\n" + "yes\tgood\n" * 5 + "no\tbad\n" * 3 + "Yes\tgood one\n" * 2)
+    arguments = ["--model", tiny_bert, "--task", "classification", "--data", data, "--eval-data", data, "--steps", 2]
+    said = " ".join(ptune("train", *arguments, "--out", tmp_path / "out").stderr.split())
+    assert "10 training examples: yes 5, no 3, Yes 2." in said
+    assert "differ in case alone, and are taken for different ones: yes, Yes." in said
+    shown = json.loads(succeed("info", tmp_path / "out", "--json"))
+    assert (shown["task"], shown["labels"], shown["tuning mode"]) == (
+        "classification", "Yes, no, yes", "deep_ptune (overwrite)",
+    )  # fmt: skip
+    again = ptune("train", *arguments, "--out", tmp_path / "out", "--resume").stderr
+    assert f"has finished; --init-from {tmp_path / 'out'} begins a longer one" in again.replace("\n", "")
 
 
 @pytest.mark.parametrize(

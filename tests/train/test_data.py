@@ -73,6 +73,7 @@ def test_columns_are_found(tmp_path, header, columns, text, label):
         ("a.csv", "text,label\na,b\n", Columns(text="txt"), "no column 'txt' for the text"),
         ("a.csv", "a,b\n1,2\n", Columns(), "which column is the text? name it with --text-column"),
         ("a.csv", "text,b,c\n1,2,3\n", Columns(), "which column is the label?"),
+        ("a.csv", "text;label\nb;c\n", Columns(), "which column is the text? cells are parted by commas in .csv"),
         ("a.csv", "text,topic,class\n1,2,3\n", Columns(), "which column is the label?"),
         ("a.tsv", "text\tlabel\none\tx\n\n\ttwo\n", Columns(), ":4: column 'text' is empty"),
         ("a.tsv", "text\tlabel\none\tx\ty\n", Columns(), ":2: expected 2 columns"),
