@@ -165,8 +165,6 @@ def prepare(options: Options, say: Callable[[str], None]) -> Run:
         train, evaluation = hold_out(train, options.hold_out, kind.stratum, options.seed)
         say(f"No --eval-data: {len(evaluation)} of {len(train) + len(evaluation)} examples are held out for it.")
 
-    if labels:
-        _say_labels(kind, train, say)
     tokenizer = load_tokenizer(options.model, options.task)
     set_seed(options.seed)  # the head and random prompts are drawn in loading
     model = new_model(
@@ -189,6 +187,8 @@ def prepare(options: Options, say: Callable[[str], None]) -> Run:
     steps = options.steps or max(MIN_STEPS, EPOCHS * math.ceil(len(train) / options.batch_size))
     rate = options.learning_rate or LEARNING_RATES[options.tuning_mode]
     trained = model.num_trainable_parameters()
+    if labels:
+        _say_labels(kind, train, say)
     if labels and not model._head:
         say(f"The base's own head for {len(labels)} labels is kept as it is.")
     say(f"{trained:,} parameters train: {steps} steps of {options.batch_size}, learning rate {rate:g}.")
