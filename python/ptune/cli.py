@@ -253,21 +253,27 @@ def predict(
     ] = Path("-"),
     text_column: TextColumn = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest completion (generation).")] = 64,
+    all_scores: Annotated[bool, typer.Option("--all-scores", help="Of each label (classification).")] = False,
     base_model: BaseModel = None,
 ) -> None:
-    """Write one JSON line per text that is not blank: a label, tags and entities, or a completion."""
+    """Write one JSON line per text that is not blank: its row, and a label, tags and entities, or a completion."""
     with _one_line_errors():
         if text is not None and str(file) != "-":
             raise ValueError("--file: expected without TEXT")
         texts = [_decoded(text)] if text is not None else _read_texts(file, text_column)
-        if not any(map(str.strip, texts)):
+        rows = [row for row, its in enumerate(texts, 1) if its.strip()]
+        if not rows:
             raise ValueError("no text to predict: give one, or lines on standard input or in --file")
         _quieten()
         from .folders import load_run
 
         model, task = load_run(folder, base_model)
-        for prediction in task.predict(model, [text for text in texts if text.strip()], max_new_tokens=max_new_tokens):
-            typer.echo(json.dumps(prediction, ensure_ascii=False))
+        options = {"all_scores": True} if all_scores else {"max_new_tokens": max_new_tokens}
+        if all_scores and task.name != "classification":
+            raise ValueError(f"--all-scores: expected with classification, got {task.name}")
+        found = task.predict(model, [texts[row - 1] for row in rows], **options)
+        for row, prediction in zip(rows, found, strict=True):
+            typer.echo(json.dumps({"row": row, **prediction}, ensure_ascii=False))
 
 
 @app.command()

@@ -105,7 +105,7 @@ def read_passages(path: Path, columns: Columns = Columns(), pairs: bool = False)
 
 def read_inputs(path: Path, text: str | None = None) -> list[str]:
     """Reads texts to predict: the column ``text`` of a CSV, TSV or JSONL file, by default one named as texts or prompts
-    are; the sentences of a CoNLL file (`.conll`); or the lines of any other.
+    are; the sentences of a CoNLL file (`.conll`); or the lines of any other. A text may be blank.
 
     Raises: DataError for a file, column or line that cannot be used.
     """
@@ -115,7 +115,7 @@ def read_inputs(path: Path, text: str | None = None) -> list[str]:
         return split_lines(read_text(path))
     header, rows = _read_table(path)
     (column,) = _find_columns(path, header, {"text": (text, TEXT_NAMES + PROMPT_NAMES)})
-    return [_cell(path, line, row, column) for line, row in rows]
+    return [_cell(path, line, row, column, blank=True) for line, row in rows]
 
 
 def read_tagged(path: Path) -> list[Tagged]:
@@ -303,14 +303,14 @@ def _find_columns(path: Path, header: list[str], roles: Mapping[str, tuple[str |
     return [found[role] for role in roles]
 
 
-def _cell(path: Path, line: int, row: dict[str, object], column: str) -> str:
+def _cell(path: Path, line: int, row: dict[str, object], column: str, blank: bool = False) -> str:
     if column not in row:
         raise DataError(path, line, f"expected a column {column!r}, got {', '.join(row) or 'none'}")
     value = row[column]
     if not isinstance(value, str | int | float):
         raise DataError(path, line, f"column {column!r}: expected text, got {value!r}")
     text = value if isinstance(value, str) else json.dumps(value)
-    if not text.strip():
+    if not text.strip() and not blank:
         raise DataError(path, line, f"column {column!r} is empty")
     try:
         text.encode()

@@ -212,11 +212,17 @@ class Classification(Task[Labelled]):
     def _both(self, examples: Sequence[Labelled], reduced: Any) -> tuple[list[str], list[str]]:
         return [example.label for example in examples], [self.labels[index] for index in reduced]
 
-    def predict(self, model: PreTrainedModel, texts: Sequence[str], **options: Any) -> Iterator[dict[str, Any]]:
+    def predict(
+        self, model: PreTrainedModel, texts: Sequence[str], all_scores: bool = False, **options: Any
+    ) -> Iterator[dict[str, Any]]:
+        """`all_scores`: those of every label too, by label."""
         logits = self._logits(model, [self._encode_text(text) for text in texts])
         for text, row in zip(texts, logits, strict=True):
-            score, index = row.softmax(-1).max(-1)
-            yield {"text": text, "label": self.labels[index], "score": round(float(score), 4)}
+            scores = {
+                label: round(score, 4) for label, score in zip(self.labels, row.softmax(-1).tolist(), strict=True)
+            }
+            label = self.labels[row.argmax()]
+            yield {"text": text, "label": label, "score": scores[label]} | ({"scores": scores} if all_scores else {})
 
 
 class Tagging(Task[Tagged]):

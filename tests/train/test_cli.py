@@ -72,6 +72,16 @@ def test_classification_round_trip(tiny_bert, tmp_path):
     answers = [json.loads(line) for line in lines]
     assert [(answer["text"], answer["label"]) for answer in answers] == [("good red", "yes"), ("bad one two", "no")]
     assert all(0.5 < answer["score"] <= 1 for answer in answers)
+    assert [answer["row"] for answer in answers] == [1, 3]
+    table = tmp_path / "texts.csv"
+    table.write_text('id,text\n7,good red\n8," "\n9,bad one two\n')
+    rows = [json.loads(line) for line in succeed("predict", out, "--file", table, "--all-scores").splitlines()]
+    assert [row["row"] for row in rows] == [1, 3]
+    for row, answer in zip(rows, answers, strict=True):
+        assert row["scores"].keys() == {"no", "yes"}
+        assert row["scores"][row["label"]] == row["score"] == max(row["scores"].values())
+        assert sum(row["scores"].values()) == pytest.approx(1, abs=2e-4)
+        assert {name: value for name, value in row.items() if name != "scores"} == answer
     one = json.loads(succeed("predict", out, "bad one two"))
     assert one["score"] == pytest.approx(answers[1]["score"], abs=1e-3)
     shown = " ".join(succeed("info", out).replace("│", " ").split())
@@ -188,11 +198,13 @@ def test_generation_round_trip(tiny_llama, tmp_path):
     perplexities = [entry["eval_perplexity"] for entry in log if "eval_perplexity" in entry]
     assert min(perplexities) < 0.8 * perplexities[0]
     prompts = ["red blue", "the"]
+    refused = ptune("predict", out, "the", "--all-scores")
+    assert "--all-scores: expected with classification, got generation" in refused.stderr
     lines = succeed("predict", out, "--max-new-tokens", 3, text="\n".join(prompts)).splitlines()
     answers = [json.loads(line) for line in lines]
     assert [answer["prompt"] for answer in answers] == prompts
     alone = json.loads(succeed("predict", out, "the", "--max-new-tokens", 3))
-    assert alone == answers[1]
+    assert alone | {"row": 2} == answers[1]
 
 
 @pytest.mark.parametrize("kind", ["t5", "bart"])
@@ -635,7 +647,8 @@ def test_prompts_saved_from_python(tiny_bert, tiny_llama, tmp_path):
     answer = json.loads(succeed("predict", tmp_path / "mood", text))
     ids = AutoTokenizer.from_pretrained(tiny_bert)(text, truncation=True, max_length=40 - 6, return_tensors="pt")
     score, index = model(**ids).logits[0].softmax(-1).max(-1)
-    assert answer == {"text": text, "label": ["no", "yes"][index], "score": pytest.approx(score.item(), abs=1e-3)}
+    score = pytest.approx(score.item(), abs=1e-3)
+    assert answer == {"row": 1, "text": text, "label": ["no", "yes"][index], "score": score}
     scores = json.loads(succeed("eval", tmp_path / "mood", "--data", classification_file(tmp_path), "--json"))
     assert scores["by_label"].keys() <= {"no", "yes"}
     writer = package.AutoPTuneModelForCausalLM.from_pretrained(tiny_llama, **prompts)
