@@ -104,7 +104,7 @@ def with_prompts(base: Any, config: Any = None, *, head: Iterable[str] | None = 
         config: a `PTuneConfig`, or a transformers config that bears its fields; by default the base's own. Without
             prompts in it nothing trains until ``load_prompts`` brings prompts and a head.
         head: names of what trains beside the prompts, parameters or modules that hold them. By default all that is
-            outside the body, and a pooler in it that is new (of zero biases); nothing in a model that predicts words.
+            outside the body, and its pooler unless ``base`` was loaded with it; nothing in a model that predicts words.
         tokenizer: reads a ``prompt_init_text`` of strings; by default the one saved with the base.
 
     Raises what `AutoPTuneModel.from_pretrained` does, `TypeError` for what is no stock transformers model, and
@@ -118,10 +118,9 @@ def with_prompts(base: Any, config: Any = None, *, head: Iterable[str] | None = 
         names = []
     else:
         names = fresh_head(base)
+        # a pooler may be as new as the head: transformers marks what it loads from a checkpoint
         pooler = {name: its for name, its in base.named_parameters() if names and "pooler" in name.split(".")}
-        # what the checkpoint lacked is no longer known, but biases begin as zeros, and do not stay so
-        if not any(bool(its.any()) for name, its in pooler.items() if name.endswith("bias")):
-            names += pooler
+        names += [name for name, its in pooler.items() if not getattr(its, "_is_hf_initialized", False)]
     model = prompted_twin(base, names)
     model.origin = origin_in_memory(base.config)
     model.init_prompts(settings, tokenizer)
