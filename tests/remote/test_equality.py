@@ -18,6 +18,7 @@ pytest.importorskip("ray", reason="ray is not installed")
 import ray
 
 from ptune import remote
+from ptune.inputs import CACHE
 from ptune.models.bert import DistributedBertForTokenClassification
 from ptune.models.llama import DistributedLlamaForSequenceClassification
 from ptune.remote import wire
@@ -180,7 +181,7 @@ def test_watched_blocks_generate(mode, serve, folder_of):
     with torch.no_grad():
         cache = far(ids, attention_mask=mask, use_cache=True).past_key_values
         handle.remove()
-        with pytest.raises(ValueError, match=r"past_key_values: expected a cache as .* watched or not as now"):
+        with pytest.raises(ValueError, match=rf"{CACHE}: expected a cache as .* watched or not as now"):
             far(ids[:, :1], past_key_values=cache)
 
 
