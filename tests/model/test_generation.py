@@ -1,6 +1,7 @@
 """`generate` against the oracle, which runs the whole of each row again for every token."""
 
 import copy
+import inspect
 from unittest.mock import Mock
 
 import pytest
@@ -376,7 +377,11 @@ def test_bloom_and_static_caches(base_of, tmp_path, padding):
     set_prompts(model, "shallow")
     with model.disable_prompts():
         assert torch.equal(model.generate(ids, **how), expected)
-    if padding == "none":
+    if padding == "none" and "StaticCache" in inspect.getsource(type(stock).prepare_inputs_for_generation):
+        # until 5.17 it widens the mask by itself, the prompt's columns included
+        with pytest.raises(ValueError, match="attention_mask: expected shape"):
+            model.generate(ids, **how)
+    elif padding == "none":
         dynamic = model.generate(ids, **how | {"cache_implementation": "dynamic"})
         assert torch.equal(model.generate(ids, **how), dynamic)
     else:
