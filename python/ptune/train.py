@@ -131,7 +131,9 @@ class _Trainer(ResumableTrainer):
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """Among evaluations of one score, as where one label is all that is predicted yet, that of the least loss."""
         is_best, state = super()._determine_best_metric(metrics, trial), self.state
-        if not is_best and metrics[f"eval_{self.args.metric_for_best_model}"] == state.best_metric:
+        # a step is noted where checkpoints are kept
+        tied = metrics[f"eval_{self.args.metric_for_best_model}"] == state.best_metric and state.best_global_step
+        if tied and not is_best:
             logged = [entry for entry in state.log_history if entry["step"] == state.best_global_step]
             if is_best := metrics["eval_loss"] < min(entry.get("eval_loss", math.inf) for entry in logged):
                 state.best_global_step = state.global_step

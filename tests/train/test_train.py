@@ -39,6 +39,16 @@ def test_prompts_and_head_move_at_their_own_rates(tiny_bert, mode):
     assert any("prompt" in name for name in before) == (mode is not None)
 
 
+def test_equal_scores_where_no_checkpoints_are_kept(tiny_bert):
+    """There is no best step then, whose loss a later evaluation could be compared with."""
+    task = Classification(load_tokenizer(str(tiny_bert), "classification"), 16, ["no", "yes"])
+    model = new_model("classification", str(tiny_bert), task.labels, tuning_mode=None, pre_seq_len=0, init_text="")
+    log = fit(model, task, EXAMPLES, EXAMPLES, steps=3, evaluations=3, learning_rate=1e-7, quiet=True)
+    scores = [entry["eval_macro_f1"] for entry in log if "eval_macro_f1" in entry]
+    assert len(scores) == 3
+    assert len(set(scores)) == 1
+
+
 @pytest.mark.parametrize("kind", ["classification", "tagging", "generation"])
 def test_a_batch_in_parts_trains_alike(tiny_bert, tiny_llama, tmp_path, kind):
     """On the same examples in each step; an epoch's last part is smaller, and labels of tokens differ in number."""
