@@ -89,6 +89,11 @@ class Attention:
         return output.to(query.dtype), weights
 
 
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """That in which autocast has matrices multiplied; ``None`` where it is off."""
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+
+
 def no_autocast(device_type: str) -> AbstractContextManager[Any]:
     """Within it, dtypes are what they are said to be."""
     return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
@@ -115,9 +120,8 @@ def agreeing(key: Tensor, value: Tensor, dtype: torch.dtype | None = None) -> tu
     """
     if key.dtype == value.dtype:
         return key, value
-    device = key.device.type
-    same = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else key.dtype
-    return key.to(dtype or same), value.to(dtype or same)
+    dtype = dtype or autocast_dtype(key.device.type) or key.dtype
+    return key.to(dtype), value.to(dtype)
 
 
 def _additive_in(dtype: torch.dtype | None, mask: Any) -> Any:
@@ -289,8 +293,8 @@ def _sdpa(
             bias = torch.ones(size, dtype=torch.bool, device=query.device).tril(size[1] - size[0])
         else:
             bias = causal_lower_right(*size)
-            if torch.is_autocast_enabled(device):  # which comes too late: the bias calls the kernels itself
-                query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
+            if dtype := autocast_dtype(device):  # which comes too late: the bias calls the kernels itself
+                query, key, value = (x.to(dtype) for x in (query, key, value))
     shape, groups = query.shape, query.shape[1] // key.shape[1]
     if groups > 1 and device == "cpu":
         # one product per key head serves all its query heads: a CPU does grouped heads one by one

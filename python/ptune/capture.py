@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .attention import Attention, Prefix
+from .attention import Attention, Prefix, autocast_dtype
 
 _UNREAD = "ptune_unread"
 
@@ -112,7 +112,5 @@ class _SkipUnread(TorchFunctionMode):
 
 def _no_product(of: Tensor, *shape: int) -> Tensor:
     """Zeros in the dtype that a product would have, which autocast has a say in."""
-    device, dtype = of.device.type, of.dtype
-    if torch.is_autocast_enabled(device) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
+    dtype = None if of.dtype == torch.float64 else autocast_dtype(of.device.type)
     return of.new_zeros(*shape, dtype=dtype)

@@ -25,6 +25,7 @@ LABEL_NAMES = ("label", "labels", "class", "category", "target", "sentiment", "i
 PROMPT_NAMES = ("prompt", "instruction", "question", "input", "source")
 COMPLETION_NAMES = ("completion", "response", "answer", "output", "target")
 TAG = re.compile(r"O|[BIES]-\S+")
+_NOT_UTF8 = "not UTF-8; save it so, or convert it: iconv -f WINDOWS-1252 -t UTF-8 (-f UTF-16), say"
 
 
 class DataError(ValueError):
@@ -188,9 +189,6 @@ def read_text(path: Path) -> str:
     if not text.strip():
         raise DataError(path, None, "the file is empty")
     return text
-
-
-_NOT_UTF8 = "not UTF-8; save it so, or convert it: iconv -f WINDOWS-1252 -t UTF-8 (-f UTF-16), say"
 
 
 def decode(content: bytes, source: Path | str) -> str:

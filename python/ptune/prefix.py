@@ -14,7 +14,7 @@ from transformers import DynamicCache
 from ptune_kernels import prepend
 
 from .anatomy import device_of
-from .attention import KEYWORD, Behind, Prefix, cache_dtype_of
+from .attention import KEYWORD, Behind, Prefix, autocast_dtype, cache_dtype_of
 from .bridge import bridge, unshard_for_backward
 from .cache import PackedCache, PrefixedCache
 from .call import Call, running, set_call
@@ -130,10 +130,8 @@ class PrefixPath:
         if self._runs_anew():
             return self._capture(token_type).prefix()
         prompts, config = self.model.prompt_parameters(), self.body.config
-        device = prompts[0].device.type
-        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         # the number of layers is lowered for drafts
-        how = token_type, autocast, config._attn_implementation, config.num_hidden_layers
+        how = token_type, autocast_dtype(prompts[0].device.type), config._attn_implementation, config.num_hidden_layers
         kept = self._compiled  # read once: other threads write it too
         if kept is None or not kept[0].is_still(how, prompts):
             watched = Watched(how, prompts, self.body)
