@@ -198,12 +198,10 @@ class PromptBank:
         """From now on the prompt and the head of ``name`` train: returns them by the names that their folder has.
 
         A prompt that trains is not kept compiled. A head's own dropout is on from ``bank.head(name).train()`` to
-        ``.eval()``; the base's is off. Raises `ValueError` for a compiled prefix, which is without its rows.
+        ``.eval()``; the base's is off.
         """
         with self._lock:
             entry = self._named(name)
-            if entry.compiled:
-                raise ValueError(f"{name!r} is a compiled prefix, without the rows that would train")
             if not entry.trains:
                 self._compiled.drop(entry)
                 entry.trains = True
@@ -212,6 +210,7 @@ class PromptBank:
                     rows if rows is None else nn.Parameter(rows.to(device, copy=True))
                     for rows in (entry.prompts, entry.deep)
                 )
+                entry.compiled = [nn.Parameter(tensor.to(device, copy=True)) for tensor in entry.compiled]
         return entry.tables | entry.head.unfreeze()
 
     def head(self, name: str) -> nn.Module:
@@ -221,9 +220,7 @@ class PromptBank:
     def save(self, name: str, folder: str | os.PathLike[str]) -> None:
         """Write the prompt and head of ``name`` to a folder like the one that it came from."""
         entry = self._named(name)
-        compiled = checkpoint.compiled_names(entry.settings, entry.saved["num_layers"])
-        tensors = dict(zip(compiled, entry.compiled, strict=False))
-        checkpoint.write(folder, entry.saved, tensors | entry.head.own() | entry.tables)
+        checkpoint.write(folder, entry.saved, entry.head.own() | entry.tables)
 
     def generate(
         self,

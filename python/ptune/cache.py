@@ -10,20 +10,22 @@ from transformers import Cache, EncoderDecoderCache
 
 from ptune_kernels import Placement
 
+from .anatomy import whole
 from .attention import Prefix, cast_kv, no_autocast
 
 
 class CompiledPrefix(nn.Module):
-    """The keys and values of prompt rows, as buffers ``key_l`` and ``value_l`` [h, m, head_dim] of each layer l.
+    """The keys and values of prompt rows, as parameters ``key_l`` and ``value_l`` [h, m, head_dim] of each layer l.
 
-    Those that were loaded are float32, whatever the base is in: attention rounds them as it prepends them.
+    Those that were loaded are float32, whatever the base is in: attention rounds them as it prepends them. They train
+    as the prefix of Li & Liang (2021) does.
     """
 
     def __init__(self, prefix: Prefix) -> None:
         super().__init__()
         for depth, (key, value) in enumerate(prefix.layers):
-            self.register_buffer(f"key_{depth}", key)
-            self.register_buffer(f"value_{depth}", value)
+            self.register_parameter(f"key_{depth}", nn.Parameter(key))
+            self.register_parameter(f"value_{depth}", nn.Parameter(value))
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor], device: torch.device) -> "CompiledPrefix":
@@ -32,12 +34,16 @@ class CompiledPrefix(nn.Module):
 
     def tensors(self) -> list[Tensor]:
         """The key of layer 0, its value, the key of layer 1, …"""
-        return list(self.buffers())
+        return list(self.parameters())
 
     def prefix(self, dtype: torch.dtype) -> Prefix:
         """As a base in ``dtype`` takes it."""
-        tensors = self.tensors()
-        return Prefix.of([tensor.double() for tensor in tensors] if dtype == torch.float64 else tensors)
+        return prefix_in(dtype, [whole(tensor) for tensor in self.tensors()])
+
+
+def prefix_in(dtype: torch.dtype, tensors: Sequence[Tensor]) -> Prefix:
+    """From float32 keys and values, what a base in ``dtype`` takes, with gradients in float32."""
+    return Prefix.of([tensor.double() for tensor in tensors] if dtype == torch.float64 else tensors)
 
 
 class _CacheProxy(Cache):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import checkpoint
 from .attention import Prefix
+from .cache import prefix_in
 from .config import PTuneConfig
 from .heads import Head
 
@@ -40,9 +41,10 @@ class Entry:
 
     @property
     def tables(self) -> dict[str, Any]:
-        """Its rows, by the names that a folder has."""
-        tables = zip(checkpoint.PROMPTS, (self.prompts, self.deep), strict=True)
-        return {name: rows for name, rows in tables if rows is not None}
+        """Its rows, or keys and values, by the names that a folder has."""
+        names = checkpoint.compiled_names(self.settings, self.saved["num_layers"])
+        tables = zip((*checkpoint.PROMPTS, *names), (self.prompts, self.deep, *self.compiled), strict=False)
+        return {name: its for name, its in tables if its is not None}
 
 
 class CompiledEntries:
@@ -61,7 +63,8 @@ class CompiledEntries:
     def prefix_of(self, entry: Entry, max_bytes: int | None) -> Prefix:
         """The keys and values of ``entry``; kept, if all that are kept can then be within ``max_bytes``."""
         if entry.trains:
-            return self._capture(entry)
+            dtype = self.runner.get_input_embeddings().weight.dtype
+            return prefix_in(dtype, entry.compiled) if entry.compiled else self._capture(entry)
         if entry in self.kept:
             self.kept.move_to_end(entry)
             return self.kept[entry]

@@ -37,7 +37,7 @@ class PTuneMixin(PromptSaving):
 
     Attributes:
         ptune_config: the `PTuneConfig` of the prompts.
-        compiled_prefix: a `CompiledPrefix` that was loaded in place of prompts, or ``None``.
+        compiled_prefix: a `CompiledPrefix` that was loaded in place of prompts, and trains as they do, or ``None``.
         prompt_embeddings: `nn.Embedding` with weight [m, d], float32, or ``None``.
         intermediate_prompt_embeddings: `nn.Embedding` with weight [L·m, d], float32, row l·m + i, or ``None``.
     """
@@ -220,17 +220,6 @@ class PTuneMixin(PromptSaving):
 
     def _tables(self: Any) -> tuple[nn.Embedding | None, nn.Embedding | None]:
         return self.prompt_embeddings, self.intermediate_prompt_embeddings
-
-    def _keep_tables(self: Any, before: Sequence[nn.Embedding | None]) -> None:
-        """Have the prompts that are here now in the tables that they were in ``before``, where these are as large."""
-        for name, table in zip(("prompt_embeddings", "intermediate_prompt_embeddings"), before, strict=True):
-            weight, values = (getattr(its, "weight", None) for its in (table, getattr(self, name)))
-            if weight is not None and values is not None and weight.shape == values.shape:
-                with torch.no_grad():
-                    weight.copy_(values)
-                weight.grad = None
-                setattr(self, name, table)
-                weight.requires_grad_()
 
     def prompt_parameters(self: Any) -> list[nn.Parameter]:
         """The tables of prompts that the model has: shallow, then deep."""

@@ -179,8 +179,6 @@ def prepare(options: Options, say: Callable[[str], None]) -> Run:
     )
     if options.init_from:
         model.load_prompts(options.init_from, head=False)
-        if model.compiled_prefix is not None:
-            raise ValueError(f"init_from: expected prompts, got a compiled prefix in {options.init_from}")
     if options.resume:
         _check_same(read_config(options.resume), model, labels)
     task = kind(tokenizer, _room(model, tokenizer, options), labels)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import checkpoint, hub
 from .anatomy import evaluating, whole
@@ -56,8 +56,8 @@ class PromptSaving:
     def save_prefix(self: Any, folder: str | os.PathLike[str]) -> None:
         """Write the keys and values of the prompt rows, and the head, to ``folder``: all that inference needs.
 
-        `load_prompts` and ``from_pretrained`` read it as they do a folder of prompts, but there is nothing in it to
-        train but the head. Raises `ValueError` where the prompts are not shared.
+        `load_prompts` and ``from_pretrained`` read it as they do a folder of prompts; what trains on are then the keys
+        and values themselves. Raises `ValueError` where the prompts are not shared.
         """
         self._check_adapters()
         self._check_vocabulary()
@@ -97,14 +97,23 @@ class PromptSaving:
         check_fit(self, saved, tensors)
         names = checkpoint.compiled_names(settings, self.config.num_hidden_layers)
         compiled = [tensors[name] for name in names if name in tensors]
-        tables = self._tables()
+        before = {name: getattr(self, name) for name in _PROMPT_MODULES}
         self._install(settings, *(tensors.get(name) for name in checkpoint.PROMPTS), compiled, saved["head"])
-        self._keep_tables(tables)
+        self._keep(before)
         with torch.no_grad():
             for name in saved["head"] if head else ():
                 self.get_parameter(name).copy_(tensors[name])
         warn_of_other_settings(self, saved, folder)
         warn_of_other_weights(self, saved, folder)
+
+    def _keep(self: Any, before: dict[str, nn.Module | None]) -> None:
+        """Have the prompts that are here now in the modules that they were in ``before``, where these are as large."""
+        for name, module in before.items():
+            now = getattr(self, name)
+            if module is not None and now is not None and _shapes(module) == _shapes(now):
+                module.load_state_dict(now.state_dict())
+                module.zero_grad()
+                setattr(self, name, module.requires_grad_())
 
     def save_pretrained(
         self: Any,
@@ -249,3 +258,7 @@ class PromptSaving:
             self._keys_to_ignore_on_save = ignored
             self._hf_peft_config_loaded = adapted
             self._set_dropout()
+
+
+def _shapes(module: nn.Module) -> list[torch.Size]:
+    return [parameter.shape for parameter in module.parameters()]

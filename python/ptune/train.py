@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallb
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalPrediction
 
-from .checkpoint import read_json, write_json
+from .checkpoint import COMPILED, read_json, write_json
 from .tasks import IGNORED, Task
 
 EVALUATIONS = 5  # of a run, by default
@@ -230,7 +230,8 @@ def groups_of(
     others: list[torch.nn.Parameter] = []
     for name, parameter in named:
         if parameter.requires_grad:
-            (prompts if name.endswith("prompt_embeddings.weight") else others).append(parameter)
+            is_prompt = name.endswith("prompt_embeddings.weight") or COMPILED in name
+            (prompts if is_prompt else others).append(parameter)
     if not prompts:
         return [{"params": others, "lr": learning_rate}]
     return [{"params": prompts, "lr": learning_rate}, {"params": others, "lr": head_learning_rate}]

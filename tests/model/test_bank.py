@@ -535,6 +535,35 @@ def test_gradients_are_those_of_training_apart(base_of, tmp_path, name, padding)
             close(trained[kind][key].grad, gradient, 2e-5, lambda m=moved, key=key: apart(m)[key], least=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=["fp32", "fp64", "bf16"])
+def test_keys_and_values_train_beside_prompts(base_of, tmp_path, dtype):
+    base = base_of("llama")
+    folder, other = tuned(base, tmp_path, "overwrite", "sequence"), tuned(base, tmp_path, "shallow", "sequence")
+    LOADERS["sequence"].from_pretrained(folder).save_prefix(tmp_path / "prefix")
+    bank = ptune.PromptBank(base.stock(transformers.AutoModelForCausalLM).to(dtype))
+    bank.add("a", tmp_path / "prefix")
+    bank.add("b", other)
+    names, kinds = ["b", "a", "a", None], torch.randint(3, (2,))
+    ids, mask = batch(4, "right")
+    bank(ids, mask, prompt_names=names)  # which compiles both
+    trained = bank.unfreeze("a")
+    bank(ids, mask, prompt_names=names, labels={"a": kinds}).loss.backward()
+    model = LOADERS["sequence"].from_pretrained(tmp_path / "prefix", dtype=dtype).eval()
+    model(input_ids=ids[1:3], attention_mask=mask[1:3], labels=kinds).loss.backward()
+    expected = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert trained.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert trained[name].grad.dtype == torch.float32
+        close(trained[name].grad, gradient, 5e-2 if dtype == torch.bfloat16 else 2e-5, least=1e-6)
+    with torch.no_grad():
+        for parameter in trained.values():
+            parameter.sub_(parameter.grad)
+    bank.save("a", tmp_path / "saved")
+    saved = load_file(tmp_path / "saved" / "model.safetensors")
+    assert saved.keys() == trained.keys()
+    assert all(torch.equal(saved[name], parameter) for name, parameter in trained.items())
+
+
 def test_what_trains_is_saved(base_of, tmp_path):
     base = base_of("llama")
     bank = bank_of(base)

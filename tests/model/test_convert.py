@@ -90,6 +90,35 @@ def test_reads_peft_on_an_encoder(base_of, tmp_path, kind):
     close(logits(ours, ids, mask), logits(model, ids, mask))
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
+@pytest.mark.parametrize("checkpointing", [None, {"use_reentrant": True}, {"use_reentrant": False}])
+def test_a_prefix_trains_on(base_of, tmp_path, name, checkpointing):
+    """With PEFT's gradients; PEFT itself refuses to train a prompt that was loaded."""
+    task = "TOKEN_CLS" if name == "bert" else "CAUSAL_LM"
+    model = peft_model(base_of(name), "PREFIX_TUNING", task)
+    model.save_pretrained(tmp_path / "peft")
+    convert(tmp_path / "peft", tmp_path / "ours")
+    ours = TASKS[task][1].from_pretrained(tmp_path / "ours").train()
+    for module in ours.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0  # of the head, whose dropout is on
+    if checkpointing:
+        ours.gradient_checkpointing_enable(checkpointing)
+    ids, mask = texts()
+    mask[1, 4:] = 0
+    labels = torch.where(mask.bool(), ids % 5 if task == "TOKEN_CLS" else ids, -100)
+    labels[:, 0] = -100  # of a language model, that is predicted by the prompt alone
+    ours(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
+
+    def gradients(model):
+        model.zero_grad()
+        model(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
+        return [model.prompt_encoder.default.embedding.weight.grad]
+
+    pairs = [tensor.grad.transpose(0, 1) for tensor in ours.compiled_prefix.tensors()]
+    all_close([torch.stack(pairs, 1).flatten(1)], gradients, model)
+
+
 @pytest.mark.parametrize(("name", "task"), [("roberta", "SEQ_CLS"), ("roberta", "TOKEN_CLS"), ("llama", "SEQ_CLS")])
 def test_other_pooling_is_said(base_of, tmp_path, caplog, name, task):
     peft_model(base_of(name), "PROMPT_TUNING", task).save_pretrained(tmp_path / "peft")

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import ptune
-from ptune.checkpoint import CONFIG_NAME, WEIGHTS_NAME
+from ptune.checkpoint import CONFIG_NAME, WEIGHTS_NAME, compiled_names
 from ptune.precision import to_half
 
 from .common import COUNT, MODES, PADDINGS, SHARED, close, set_prompts, settings_for, take, texts_for
@@ -449,7 +449,8 @@ class TestSavedPrefix:
         model.save_prefix(tmp_path)
         loaded = LOADERS[task].from_pretrained(tmp_path).eval()
         assert loaded.prompt_embeddings is loaded.intermediate_prompt_embeddings is None
-        assert {n for n, p in loaded.named_parameters() if p.requires_grad} == set(model._head)
+        trained = {n for n, p in loaded.named_parameters() if p.requires_grad}
+        assert trained == {*model._head, *compiled_names(loaded.ptune_config, model.config.num_hidden_layers)}
         with torch.no_grad():
             assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
         if task == "generation":

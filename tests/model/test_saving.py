@@ -131,14 +131,15 @@ def test_a_resized_vocabulary_is_not_dropped(base_of, tmp_path):
     assert not any(tmp_path.iterdir())
 
 
-def test_an_optimizer_goes_on_with_prompts_that_are_loaded(base_of, tmp_path):
+@pytest.mark.parametrize("kind", ["prompts", "prefix"])
+def test_an_optimizer_goes_on_with_prompts_that_are_loaded(base_of, tmp_path, kind):
     auto = ptune.AutoPTuneModelForSequenceClassification
     model = base_of("llama").tuned(auto, **settings_for("overwrite"))
-    model.save_prompts(tmp_path)
+    model.save_prompts(tmp_path) if kind == "prompts" else model.save_prefix(tmp_path)
     ids = torch.randint(3, 61, (2, 5))
-    expected, held = model(ids).logits, {id(p) for p in model.parameters() if p.requires_grad}
     set_prompts(model, "overwrite")
     model.load_prompts(tmp_path)
+    expected = model(ids).logits
     held = {id(p): p for p in model.parameters() if p.requires_grad}
     with torch.no_grad():
         for parameter in held.values():

@@ -166,7 +166,7 @@ def _cast_when_loaded(model: nn.Module, dtype: torch.dtype, keep: Iterable[nn.Mo
                 if own or any(pattern.search(name) for pattern in plan):
                     stay.add(id(parameter))
             if isinstance(module, PTuneMixin) and module.compiled_prefix is not None:
-                stay.update(map(id, module.compiled_prefix.buffers()))
+                stay.update(map(id, module.compiled_prefix.parameters()))
     whole = [*keep, *(module for module in model.modules() if hasattr(module, BORDERED))]
     kept = {part for module in whole for part in module.modules()}
     places = _floating(module for module in model.modules() if module not in kept)
