@@ -133,8 +133,9 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         for name in BENCHMARKS:
             chosen = [row for row in rows if row["method"] == method and row["data"] == name]
             values = [100 * row["value"] for row in chosen]
-            spread = statistics.stdev(values) if len(values) > 1 else 0.0
-            cells.append(f"{statistics.mean(values):.1f}% ± {spread:.1f} ({min(values):.1f} to {max(values):.1f})")
+            mean, range_of = statistics.mean(values), f"({min(values):.1f} to {max(values):.1f})"
+            spread = f"± {statistics.stdev(values):.1f} {range_of}" if len(values) > 1 else "(one run)"
+            cells.append(f"{mean:.1f}% {spread}")
             parameters.append(f"{chosen[0]['trained_parameters']:,}")
         lines.append(f"| {method} | {' | '.join(cells)} | {' / '.join(parameters)} |")
     return "\n".join(lines) + "\n"

@@ -1,4 +1,4 @@
-"""``python -m bench.sizes``: each op from 4 KB to 1 GB beside the floor of `bench.roofline`, on one thread and on two.
+"""``python -m bench.sizes``: ops from 4 KB to 1 GB beside the floor of `bench.roofline`, on one and on several threads.
 
 The floor takes its bandwidth from a copy of the output on as many threads, in the same rounds. Ours alone, with no
 gradients: what others take is in `bench`. With THP_MEM_ALLOC_ENABLE=1 in the environment torch asks for large pages, as
@@ -24,7 +24,6 @@ SIZES = (
     Sizes(batch=64, length=480, prompt=32, width=4096),
     Sizes(batch=256, length=480, prompt=32, width=4096),
 )
-THREADS = (1, 2)
 
 
 def on_threads(threads: int, case: Case, way: str) -> None:
@@ -32,16 +31,17 @@ def on_threads(threads: int, case: Case, way: str) -> None:
     case.run(way)
 
 
-def measure(case: Case, rounds: int) -> dict[str, str]:
-    ways = {(n, way): partial(on_threads, n, case, way) for n in THREADS for way in (OURS, COPY)}
+def measure(case: Case, rounds: int, most: int) -> dict[str, str]:
+    threads = 1, most
+    ways = {(n, way): partial(on_threads, n, case, way) for n in threads for way in (OURS, COPY)}
     seconds = interleaved(ways, rounds)
     row = {"op": case.op, "output KB": f"{case.output_bytes / 2**10:.0f}"}
-    for n in THREADS:
+    for n in threads:
         floor = work_of(case).floor(2 * case.output_bytes / seconds[n, COPY])
         row[f"time / floor, {n} thread{'s' * (n > 1)}"] = f"{seconds[n, OURS] / floor:.2f}"
         row[f"time / clone, {n} thread{'s' * (n > 1)}"] = f"{seconds[n, OURS] / seconds[n, COPY]:.2f}"
     for name, way in (("ours", OURS), ("clone", COPY)):
-        row[f"{name}, 1 thread / 2"] = f"{seconds[1, way] / seconds[2, way]:.2f}"
+        row[f"{name}, 1 thread / {most}"] = f"{seconds[1, way] / seconds[most, way]:.2f}"
     return row
 
 
@@ -50,7 +50,7 @@ def main() -> None:
     rows = []
     for sizes in SIZES:
         for make in (*(partial(make, train=False) for make in TRAINED.values()), cast_qkv):
-            rows.append(measure(make(sizes), chosen.rounds))
+            rows.append(measure(make(sizes), chosen.rounds, chosen.threads))
             print("  ".join(rows[-1].values()), flush=True)
     if os.environ.get("THP_MEM_ALLOC_ENABLE") == "1":
         report(chosen, "sizes-large-pages", "no gradients, THP_MEM_ALLOC_ENABLE=1", rows)

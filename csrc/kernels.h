@@ -45,7 +45,7 @@ struct Ids {
 // each element converted once, to nearest even. With ids, text row r is scale * table[ids[i, r]] (`text` is the table: its
 // stride[2] steps over the vocabulary, and heads = 1).
 struct Assemble {
-  View out;      // [batch, heads, max_length + text_rows, width], contiguous but for where heads lie, without ids or placement
+  View out;      // [batch, heads, max_length + text_rows, width], contiguous; without ids and placement, heads may lie anywhere
   View prompts;  // [heads, pool_rows, width]
   View text;     // [batch, heads, text_rows, width], or the table [vocabulary, width]
   Ids ids;

@@ -23,13 +23,15 @@ def main(base: str, prompts: str) -> dict[str, str]:
         bank.add(name, Path(prompts, name))
 
     words = WORD.findall(TEXT)
-    rows = [tokenizer(TEXT), tokenizer(words, is_split_into_words=True), tokenizer(TEXT)]
+    of_words = AutoTokenizer.from_pretrained(base, add_prefix_space=True)  # as in tagging.py
+    rows = [tokenizer(TEXT), of_words(words, is_split_into_words=True), tokenizer(TEXT)]
     batch = tokenizer.pad([{"input_ids": row["input_ids"]} for row in rows], return_tensors="pt")
     output = bank(batch.input_ids, batch.attention_mask, prompt_names=["topics", "code", "prose"])
 
     topic = output.tasks["topics"].output.logits.argmax(-1).item()
     tags = output.logits[1].argmax(-1)[batch.attention_mask[1].bool()].tolist()
-    found = [words[i] for i in dict.fromkeys(w for w, tag in zip(rows[1].word_ids(), tags, strict=True) if tag)]
+    tag_of = dict(reversed([*zip(rows[1].word_ids(), tags, strict=True)]))  # a word's is that of its first token
+    found = [word for i, word in enumerate(words) if tag_of[i]]
     following = output.logits[2][-1].argmax().item()
     start = tokenizer(TEXT[:24], return_tensors="pt")
     text = bank.generate(start.input_ids, start.attention_mask, prompt_names=["prose"], max_new_tokens=24)[0]

@@ -49,7 +49,7 @@ def prepend(prompts, hidden, start=None, length=None, column=None, max_length=0)
 def strip(hidden, start, length, column, max_length, dtype):
     out = schema.strip(hidden, start, length, column, max_length, dtype)
     # Any start would do: what the pool held does not matter here.
-    schema.check_values(start, length, column, max_length, 2**31, out.shape[-2], ends_within=False)
+    schema.check_values(start, length, column, max_length, 2**32, out.shape[-2], ends_within=False)
     for i, _, m, c in _rows(start, length, column, len(hidden), max_length):
         first = max_length - m
         out[i, ..., :c, :] = hidden[i, ..., first : first + c, :]

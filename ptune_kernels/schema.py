@@ -44,7 +44,7 @@ SCHEMAS = {
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
-# --- checks: each names the argument, what was expected and what came ---
+# Checks: each names the argument, what was expected and what came.
 
 
 def _shape(t: Tensor) -> list[int]:
@@ -133,8 +133,7 @@ def check_ids(input_ids: Tensor, vocabulary: int) -> None:
         raise IndexError(f"input_ids: expected ids from 0 to {vocabulary - 1}, got {least} to {most}")
 
 
-# --- one function for each op: checks shapes, dtypes and devices, and returns outputs of the right kind, uninitialised
-# ---
+# One function for each op: checks shapes, dtypes and devices, and returns outputs of the right kind, uninitialised.
 
 
 def embed_and_prepend(prompts, input_ids, embedding, start=None, length=None, column=None, max_length=0, scale=1.0):
@@ -328,7 +327,7 @@ def _check_cast(name: str, source: torch.dtype, target: torch.dtype | None) -> N
         _check_dtype(name, target, (torch.float64,) if source == torch.float64 else FLOATS)
 
 
-# --- registration ---
+# Registration.
 
 CHECKS: dict[str, Callable] = {name: globals()[name] for name in SCHEMAS}
 _libraries = {backend: torch.library.Library(f"ptune_{backend}", "DEF") for backend in BACKENDS}

@@ -521,7 +521,7 @@ def _parted(packed: Tensor, num_prompts: int, batch_size: int, length: int) -> t
 
 def strip(hidden, start, length, column, max_length, dtype):
     out = schema.strip(hidden, start, length, column, max_length, dtype)
-    schema.check_values(start, length, column, max_length, 2**31, out.shape[-2], ends_within=False)
+    schema.check_values(start, length, column, max_length, 2**32, out.shape[-2], ends_within=False)
     views, where = (_batched(out), _batched(hidden)), _placement(start, length, column)
     sizes = _sizes_of(out)
     _run(_strip_kernel, [sizes], *views, where, max_length, sizes)

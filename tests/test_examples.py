@@ -7,7 +7,11 @@ import pytest
 import torch
 from transformers import AutoTokenizer, set_seed
 
-from ptune import AutoPTuneModelForCausalLM, AutoPTuneModelForSequenceClassification
+from ptune import (
+    AutoPTuneModelForCausalLM,
+    AutoPTuneModelForSequenceClassification,
+    AutoPTuneModelForTokenClassification,
+)
 from ptune.corpora import topics
 
 
@@ -56,4 +60,12 @@ def test_three_prompts_answer_one_batch(data_folder, tmp_path):
     start = tokenizer(mixed.TEXT[:24], return_tensors="pt")
     continued = model.generate(**start, max_new_tokens=24)[0]
     assert answers["prose"].endswith(tokenizer.decode(continued, skip_special_tokens=True))
-    assert set(answers["code"].split(", ")) <= {*mixed.WORD.findall(mixed.TEXT), ""}
+    model = AutoPTuneModelForTokenClassification.from_pretrained(tmp_path / "code").eval()
+    words = mixed.WORD.findall(mixed.TEXT)
+    tokenizer = AutoTokenizer.from_pretrained(base, add_prefix_space=True)
+    encoded = tokenizer(words, is_split_into_words=True, return_tensors="pt")
+    with torch.no_grad():
+        tags = model(**encoded).logits[0].argmax(-1)
+    of_words = encoded.word_ids()
+    code = [word for i, word in enumerate(words) if tags[of_words.index(i)]]
+    assert answers["code"] == (", ".join(code) or "(none)")

@@ -24,8 +24,10 @@ FORMAT_VERSION = 1
 CONFIG_NAME = "ptune_config.json"
 WEIGHTS_NAME = "model.safetensors"  # Trainer's resume and best-model reload look for this name
 BASE_FOLDER = "base"
+PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PROMPTS = ("prompt_embeddings.weight", "intermediate_prompt_embeddings.weight")
 COMPILED = "compiled_prefix."
+PROMPT_MODULES = frozenset(name.partition(".")[0] for name in (*PROMPTS, COMPILED))
 
 # What may differ between two copies of one base, or is the task's.
 _NOT_THE_BASE = {
@@ -101,7 +103,7 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
         config = read_json(path)
     except (FileNotFoundError, NotADirectoryError):
         got = f"one without {CONFIG_NAME}" if Path(folder).is_dir() else "no such folder"
-        if Path(folder, "adapter_config.json").is_file():
+        if Path(folder, PEFT_CONFIG).is_file():
             got = "one of PEFT's: `ptune convert` makes it ours"
         raise FileNotFoundError(f"{folder}: expected a folder of prompts, got {got}") from None
     if not isinstance(config, dict) or config.get("format_version") != FORMAT_VERSION:

@@ -36,6 +36,14 @@ class TaskName(str, Enum):
     generation = "generation"
 
 
+class ConvertedTask(str, Enum):
+    classification = "classification"
+    tagging = "tagging"
+    answering = "answering"
+    generation = "generation"
+    seq2seq = "seq2seq"
+
+
 class Mode(str, Enum):
     deep_ptune = "deep_ptune"
     ptune = "ptune"
@@ -252,25 +260,32 @@ def predict(
         typer.Option(help="CSV, TSV, JSONL or .conll, else a text per line; - is standard input.", allow_dash=True),
     ] = Path("-"),
     text_column: TextColumn = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest completion (generation).")] = 64,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longest completion (generation); default: 64.", show_default=False)
+    ] = None,
     all_scores: Annotated[bool, typer.Option("--all-scores", help="Of each label (classification).")] = False,
     base_model: BaseModel = None,
 ) -> None:
     """Write one JSON line per text that is not blank: its row, and a label, tags and entities, or a completion."""
     with _one_line_errors():
-        if text is not None and str(file) != "-":
-            raise ValueError("--file: expected without TEXT")
+        if text is not None and (str(file) != "-" or text_column):
+            raise ValueError("--file, --text-column: expected without TEXT")
         texts = [_decoded(text)] if text is not None else _read_texts(file, text_column)
         rows = [row for row, its in enumerate(texts, 1) if its.strip()]
         if not rows:
             raise ValueError("no text to predict: give one, or lines on standard input or in --file")
         _quieten()
         from .folders import load_run
+        from .tasks import WRITING
 
         model, task = load_run(folder, base_model)
-        options = {"all_scores": True} if all_scores else {"max_new_tokens": max_new_tokens}
-        if all_scores and task.name != "classification":
-            raise ValueError(f"--all-scores: expected with classification, got {task.name}")
+        options: dict[str, Any] = {}
+        if all_scores:
+            _expect_task("--all-scores", task.name, "classification")
+            options["all_scores"] = True
+        if max_new_tokens is not None:
+            _expect_task("--max-new-tokens", task.name, *WRITING)
+            options["max_new_tokens"] = max_new_tokens
         found = task.predict(model, [texts[row - 1] for row in rows], **options)
         for row, prediction in zip(rows, found, strict=True):
             typer.echo(json.dumps({"row": row, **prediction}, ensure_ascii=False))
@@ -300,7 +315,7 @@ def convert(
     source: Annotated[Path, typer.Argument(help="PEFT's folder, or a file of P-tuning v2 or Petals.")],
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
     base_model: Annotated[str | None, typer.Option(help="The base, where it is not where SOURCE says.")] = None,
-    task: Annotated[TaskName | None, typer.Option(help="Where SOURCE does not say.")] = None,
+    task: Annotated[ConvertedTask | None, typer.Option(help="Where SOURCE does not say.")] = None,
     task_id: Annotated[int | None, typer.Option(help="Which task of a multitask prompt.")] = None,
     to_peft: Annotated[bool, typer.Option("--to-peft", help="SOURCE is a folder of ours; write it for PEFT.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Write into a folder that is not empty.")] = False,
@@ -418,7 +433,7 @@ def _one_line_errors() -> Iterator[None]:
     """Turns what the user can mend (a wrong path, file or option) into one line and exit code 2."""
     try:
         yield
-    except BrokenPipeError:  # who read the output has had enough, which typer knows how to take
+    except BrokenPipeError:  # the reader closed the pipe, which typer handles
         raise
     except _mendable() as error:
         notes.print(f"[bold red]Error:[/] {escape(' '.join(str(error).split()))}", soft_wrap=True)
@@ -445,6 +460,11 @@ def _quieten() -> None:
     its_logging.disable_progress_bar()
 
 
+def _expect_task(option: str, task: str, *names: str) -> None:
+    if task not in names:
+        raise ValueError(f"{option}: expected with {names[0]}, got {task}")
+
+
 def _decoded(text: str) -> str:
     """An argument, whose bytes Python takes as they come."""
     from .data import decode
@@ -457,6 +477,8 @@ def _read_texts(path: Path, column: str | None) -> list[str]:
 
     if str(path) != "-":
         return read_inputs(path, column)
+    if column:
+        raise ValueError("--text-column: expected with --file")
     if sys.stdin.isatty():
         raise ValueError("no text to predict: give one, or lines on standard input or in --file")
     return split_lines(decode(sys.stdin.buffer.read(), "standard input"))

@@ -11,7 +11,7 @@ from . import checkpoint, hub
 from .anatomy import evaluating
 from .auto import MODELS, AutoPTuneModel
 from .checkpoint import MisfitError
-from .foreign import CONFIG_NAME, WEIGHTS_NAME, read_foreign, shape_of
+from .foreign import read_foreign, shape_of
 from .inputs import CACHE
 from .kinds import kind_of
 
@@ -121,7 +121,9 @@ def to_peft(
         wanted = ("classifier", "score", "pre_classifier", "qa_outputs")
         own |= {name for name, _ in model.named_parameters() if name.partition(".")[0] in wanted}
     head = {f"base_model.{name}": model.get_parameter(name) for name in sorted(own)}
-    checkpoint.write(out, described, head | {"prompt_embeddings": prompts}, (CONFIG_NAME, WEIGHTS_NAME))
+    checkpoint.write(
+        out, described, head | {"prompt_embeddings": prompts}, (checkpoint.PEFT_CONFIG, checkpoint.PEFT_WEIGHTS)
+    )
     if changed := model.origin.overrides:
         _logger.warning("%s: PEFT's folder does not say that its base was loaded with %s", out, changed)
 
@@ -165,9 +167,11 @@ def _set_head(model: Any, head: dict[str, Tensor]) -> None:
     wrong = [name for name, tensor in head.items() if found.get(name) != tensor.shape]
     lacking = [name for name in model._head if name not in head]
     if wrong or lacking:
+        kind = kind_of(model.base_class.__name__)
+        hint = "" if kind and kind.task else "; task (--task on the command line) says what it is for"
         raise MisfitError(
             f"head: does not fit {model.base_class.__name__} (no such parameters: {wrong or 'none'}, "
-            f"missing: {lacking or 'none'})"
+            f"missing: {lacking or 'none'}){hint}"
         )
     model._set_head(head)
     for name, tensor in head.items():

@@ -110,6 +110,8 @@ def read_inputs(path: Path, text: str | None = None) -> list[str]:
 
     Raises: DataError for a file, column or line that cannot be used.
     """
+    if text is not None and path.suffix.lower() not in _TABLES:
+        raise DataError(path, None, f"expected a {', '.join(_TABLES)} file, for a column is named")
     if path.suffix.lower() == ".conll":
         return [" ".join(sentence.words) for sentence in read_tagged(path)]
     if path.suffix.lower() not in _TABLES:
@@ -175,7 +177,7 @@ def hold_out(
         sizes[key] += 1
     held = {index for key, indices in strata.items() for index in chooser.sample(indices, sizes[key])}
     if not held:
-        why = "each label stands once" if len(strata) == len(examples) > 1 else "they are too few"
+        why = "each label occurs only once" if len(strata) == len(examples) > 1 else "they are too few"
         raise ValueError(f"of {len(examples)} examples {share:.0%} cannot be held out, as {why}: give evaluation data")
     kept = [example for index, example in enumerate(examples) if index not in held]
     return kept, [examples[index] for index in sorted(held)]
@@ -296,7 +298,7 @@ def _find_columns(path: Path, header: list[str], roles: Mapping[str, tuple[str |
     elif missing:
         hint = f"name it with --{missing[0]}-column; the first line names {', '.join(header)}"
         if len(header) == 1 and ";" in header[0]:
-            hint = f"cells are parted by commas in .csv, and by tabs in .tsv; the first line is {header[0]}"
+            hint = f"cells are separated by commas in .csv, and by tabs in .tsv; the first line is {header[0]}"
         raise DataError(path, None, f"which column is the {missing[0]}? {hint}")
     return [found[role] for role in roles]
 

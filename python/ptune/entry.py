@@ -13,6 +13,7 @@ from .attention import Prefix
 from .cache import prefix_in
 from .config import PTuneConfig
 from .heads import Head
+from .watched import Watched
 
 
 @dataclass(eq=False)
@@ -59,9 +60,17 @@ class CompiledEntries:
         self.runner = runner
         self.nbytes = 0
         self.kept: OrderedDict[Entry, Prefix] = OrderedDict()
+        self._base = self._watched()
 
     def prefix_of(self, entry: Entry, max_bytes: int | None) -> Prefix:
-        """The keys and values of ``entry``; kept, if all that are kept can then be within ``max_bytes``."""
+        """The keys and values of ``entry``; kept, if all that are kept can then be within ``max_bytes``.
+
+        Those of before the base was changed in place are dropped.
+        """
+        if not self._base.is_still((), ()):
+            for other in list(self.kept):
+                self.drop(other)
+            self._base = self._watched()
         if entry.trains:
             dtype = self.runner.get_input_embeddings().weight.dtype
             return prefix_in(dtype, entry.compiled) if entry.compiled else self._capture(entry)
@@ -80,6 +89,9 @@ class CompiledEntries:
         """Keep nothing of ``entry``."""
         if (prefix := self.kept.pop(entry, None)) is not None:
             self.nbytes -= prefix.nbytes
+
+    def _watched(self) -> Watched:
+        return Watched((), (), self.runner._hooks.body)
 
     def _compile(self, entry: Entry) -> Prefix:
         weight = self.runner.get_input_embeddings().weight

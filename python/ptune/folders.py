@@ -16,7 +16,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from .anatomy import position_limit
 from .auto import MODELS
-from .checkpoint import WEIGHTS_NAME, is_prompt_folder, read_config, read_json
+from .checkpoint import PEFT_CONFIG, WEIGHTS_NAME, is_prompt_folder, read_config, read_json
 from .kinds import kind_of
 from .quantised import is_quantised
 from .tasks import TASKS, WRITING, Task
@@ -41,7 +41,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         there = f"{folder} holds no {RECORD}" if folder.is_dir() else f"{folder}: no such folder"
         problem = f"{there}: expected the --out folder of a finished `ptune train`"
-        if (folder / "adapter_config.json").is_file():
+        if (folder / PEFT_CONFIG).is_file():
             problem += ", and this is one of PEFT's, which `ptune convert` reads"
         if (folder / CHECKPOINTS).is_dir():
             problem += ", and this run was interrupted: `ptune train … --resume` goes on with it"

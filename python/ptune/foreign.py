@@ -20,11 +20,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .checkpoint import read_json
+from .checkpoint import PEFT_CONFIG, PEFT_WEIGHTS, read_json
 from .kinds import KINDS
 
-CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
 _TASK_TYPES = {None: None} | {kind.peft: kind.task for kind in KINDS}
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _ROWS = ("PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING")
@@ -49,9 +47,9 @@ def read_foreign(source: str | os.PathLike[str], task_id: int | None, base_model
 
 
 def _read_peft(folder: Path, task_id: int | None, base_model: Any) -> Foreign:
-    path = folder / CONFIG_NAME
+    path = folder / PEFT_CONFIG
     if not path.is_file():
-        raise ValueError(f"{folder}: expected PEFT's {CONFIG_NAME} in it")
+        raise ValueError(f"{folder}: expected PEFT's {PEFT_CONFIG} in it")
     config = read_json(path)
     if not isinstance(config, dict):
         raise ValueError(f"{path}: expected an object, got {type(config).__name__}")
@@ -68,7 +66,7 @@ def _read_peft(folder: Path, task_id: int | None, base_model: Any) -> Foreign:
             f"{path}: expected a prompt of the encoder alone (num_transformer_submodules 1), got {kind} with "
             f"{config.get('num_transformer_submodules')!r}"
         )
-    weights, pickled = folder / WEIGHTS_NAME, folder / "adapter_model.bin"
+    weights, pickled = folder / PEFT_WEIGHTS, folder / "adapter_model.bin"
     tensors = _tensors(pickled if pickled.is_file() and not weights.is_file() else weights)
     prompts = tensors.pop("prompt_embeddings", None)
     if prompts is None or prompts.dim() != 2 or prompts.shape[0] != config.get("num_virtual_tokens"):

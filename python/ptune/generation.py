@@ -140,11 +140,11 @@ class PromptGeneration:
                 positions -= int((mask == 0).sum(-1).min())
             if positions > limit:
                 raise ValueError(
-                    f"input too long: {self.prompt_columns} prompt rows, the text and what may follow it make "
-                    f"{positions} positions, and {type(self).__name__} has learned {limit}"
+                    f"input too long: {self.prompt_columns} prompt rows, the text and what may follow it need "
+                    f"{positions} positions, but {type(self).__name__} has only {limit}"
                 )
         if self.prompt_columns > 0 and generation_config.is_assistant and made is not None and made is not cache:
-            # who drafts with it counts what to take away as all columns less those of the text to keep
+            # assisted decoding crops all columns but those of the text that it keeps, the prompt's among them
             made.crop = partial(_crop_text, made, self.prompt_columns)
 
 

@@ -250,8 +250,8 @@ class PromptHooks:
             if count + length <= limit:
                 return
         raise ValueError(
-            f"input too long: {count} prompt rows and the text make {count + length} positions, "
-            f"and {type(self.model).__name__} has learned {limit}"
+            f"input too long: {count} prompt rows and the text need {count + length} positions, "
+            f"but {type(self.model).__name__} has only {limit}"
         )
 
 

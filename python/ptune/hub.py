@@ -21,9 +21,9 @@ from . import checkpoint
 from .kinds import KINDS, kind_of
 
 CARD_NAME = "README.md"
-# of `download`; the latter two are of the repository of prompts, and not of the one of its base
+# of `download`; those of the prompts are of their repository, and not of the one of their base
 OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "token", "revision", "subfolder")
-OF_THE_PROMPTS = OPTIONS[-2:]
+OF_THE_PROMPTS = ("revision", "subfolder")
 
 _WHAT = {
     None: "A task head",

@@ -145,7 +145,7 @@ def check_base_path(path: str | os.PathLike[str]) -> None:
         raise ValueError(f"{path}: expected a base, got a folder of prompts")
     if os.path.isdir(path):
         files = os.listdir(path)
-        if "adapter_config.json" in files and "config.json" not in files:
+        if checkpoint.PEFT_CONFIG in files and "config.json" not in files:
             raise ValueError(f"{path}: expected a base or a folder of prompts, got one of PEFT's; see `ptune convert`")
     elif not hub.is_repo_id(os.fspath(path)):
         raise FileNotFoundError(f"{path}: expected a folder, or a name on the hub; there is no such folder")

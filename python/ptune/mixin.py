@@ -163,7 +163,7 @@ class PTuneMixin(PromptSaving):
         super().set_attn_implementation(attn_implementation, *args, **kwargs)  # type: ignore[misc]
         try:
             self._plan()
-        except ValueError:
+        except Exception:
             super().set_attn_implementation(before)  # type: ignore[misc]
             self._hooks.prefix.plan = plan
             raise

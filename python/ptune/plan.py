@@ -135,13 +135,16 @@ def _try(hooks: Any) -> str | None:
     implementation = config._attn_implementation
     path.plan = Plan("prefix", "prompt rows never read the text", limit=rope_limit(config))
     exact = stock_name(implementation)  # what half precision rounds away, the check would not see
-    with torch.no_grad():
-        # flex attention would be compiled for the check alone
-        _set_attention(model, sharing_name("eager" if "flex" in exact else exact))
-        reason = _reach(hooks) or _agree(hooks)
-    _set_attention(model, sharing_name(implementation) if reason is None else unshared_name(implementation))
-    if reason is not None:
-        path.plan = Plan("concat", reason)
+    reason: str | None = "it could not be tried"
+    try:
+        with torch.no_grad():
+            # flex attention would be compiled for the check alone
+            _set_attention(model, sharing_name("eager" if "flex" in exact else exact))
+            reason = _reach(hooks) or _agree(hooks)
+    finally:
+        _set_attention(model, sharing_name(implementation) if reason is None else unshared_name(implementation))
+        if reason is not None:
+            path.plan = Plan("concat", reason)
     return reason
 
 

@@ -140,10 +140,14 @@ class Run:
         return record
 
     def best(self, log: Sequence[dict[str, float]]) -> dict[str, float]:
-        """The log's best evaluation, by loss where scores are equal, whose weights are the ones kept."""
+        """The log's best evaluation, by loss where scores are equal, whose weights are the ones kept.
+
+        None that is NaN, or the last where all are.
+        """
         score, sign = f"eval_{self.task.metrics[0]}", -1 if self.task.greater_is_better else 1
         evaluations = [entry for entry in log if score in entry]
-        return min(evaluations, key=lambda entry: (sign * entry[score], entry["eval_loss"]))
+        numbers = [entry for entry in evaluations if not math.isnan(entry[score])]
+        return min(numbers or evaluations[-1:], key=lambda entry: (sign * entry[score], entry["eval_loss"]))
 
 
 def prepare(options: Options, say: Callable[[str], None]) -> Run:

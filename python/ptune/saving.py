@@ -18,8 +18,6 @@ from .likeness import sample, warn_of_changed_weights, warn_of_other_weights
 from .loading import Origin
 from .quantised import described
 
-_PROMPT_MODULES = ("prompt_embeddings", "intermediate_prompt_embeddings", "compiled_prefix")
-
 
 class PromptSaving:
     """The part of `PTuneMixin` that saves and loads."""
@@ -97,7 +95,7 @@ class PromptSaving:
         check_fit(self, saved, tensors)
         names = checkpoint.compiled_names(settings, self.config.num_hidden_layers)
         compiled = [tensors[name] for name in names if name in tensors]
-        before = {name: getattr(self, name) for name in _PROMPT_MODULES}
+        before = {name: getattr(self, name) for name in checkpoint.PROMPT_MODULES}
         self._install(settings, *(tensors.get(name) for name in checkpoint.PROMPTS), compiled, saved["head"])
         self._keep(before)
         with torch.no_grad():
@@ -244,7 +242,7 @@ class PromptSaving:
     @contextmanager
     def _as_base(self: Any) -> Iterator[None]:
         """Be the stock class, without prompts and with the config it came with, for as long as it takes to save it."""
-        prompts = {name: self._modules.pop(name) for name in _PROMPT_MODULES if name in self._modules}
+        prompts = {name: self._modules.pop(name) for name in checkpoint.PROMPT_MODULES if name in self._modules}
         own, ignored, adapted = type(self), self._keys_to_ignore_on_save, self._hf_peft_config_loaded
         self.__class__ = self.base_class
         self._keys_to_ignore_on_save = set()

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallb
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalPrediction
 
-from .checkpoint import COMPILED, read_json, write_json
+from .checkpoint import PROMPT_MODULES, read_json, write_json
 from .tasks import IGNORED, Task
 
 EVALUATIONS = 5  # of a run, by default
@@ -230,8 +230,8 @@ def groups_of(
     others: list[torch.nn.Parameter] = []
     for name, parameter in named:
         if parameter.requires_grad:
-            is_prompt = name.endswith("prompt_embeddings.weight") or COMPILED in name
-            (prompts if is_prompt else others).append(parameter)
+            # by their modules, within what PEFT may have wrapped around these
+            (others if PROMPT_MODULES.isdisjoint(name.split(".")) else prompts).append(parameter)
     if not prompts:
         return [{"params": others, "lr": learning_rate}]
     return [{"params": prompts, "lr": learning_rate}, {"params": others, "lr": head_learning_rate}]
@@ -264,7 +264,7 @@ def fit(
         steps: optimizer steps in all, each of `batch_size` examples.
         learning_rate: of the prompts, or of all that trains where there are none.
         head_learning_rate: of what trains beside prompts.
-        micro_batch_size: how many of them at once, where memory is short: a divisor; by default all.
+        micro_batch_size: how many examples of a batch run at once, where memory is short: a divisor; by default all.
         warmup: the share of steps in which the learning rates rise; they then fall linearly to 0.
         evaluations: how often at most to evaluate and save, the last time at the end, spread evenly over the steps.
         checkpoints: a folder for Trainer's checkpoints. With evaluation examples, `model` then ends with the best one's

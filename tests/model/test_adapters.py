@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 
 import ptune
 from ptune.checkpoint import PROMPTS
+from ptune.train import parameter_groups
 
 from .common import set_prompts, settings_for, skip_without_peft_of_now
 
@@ -64,6 +65,9 @@ def test_an_adapter_of_peft_may_hold_prompts_and_head(base_of, tmp_path, name):
     if name == "llama":
         config.task_type = "SEQ_CLS"  # which adds the head by itself
     both = peft.get_peft_model(model, config)
+    prompts, others = (group["params"] for group in parameter_groups(both, 1e-2, 1e-1))
+    assert {id(p) for p in prompts} == {id(p) for p in model.prompt_parameters()}
+    assert len(others) == sum(p.requires_grad for p in both.parameters()) - 2
     ids, labels = torch.randint(3, 61, (2, 5)), torch.tensor([0, 2])
     started = [parameter.detach().clone() for parameter in both.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD([parameter for parameter in both.parameters() if parameter.requires_grad], lr=0.1)

@@ -259,6 +259,24 @@ def test_other_models_with_prompts_run_while_it_generates(base_of, tmp_path):
         close(logits, expected)
 
 
+def test_a_base_that_changes_in_place_is_noticed(base_of, tmp_path):
+    base = base_of("llama")
+    stock = base.stock(transformers.AutoModelForCausalLM)
+    bank, folder = ptune.PromptBank(stock), tuned(base, tmp_path, "overwrite", "lm")
+    bank.add("a", folder)
+    ids, mask = batch(2, "left")
+    before = bank(ids, mask, prompt_names=["a", "a"]).last_hidden_state
+    with torch.no_grad():
+        for layer in stock.model.layers:
+            layer.self_attn.k_proj.weight.add_(torch.randn_like(layer.self_attn.k_proj.weight))
+    fresh = ptune.PromptBank(stock)
+    fresh.add("a", folder)
+    after = fresh(ids, mask, prompt_names=["a", "a"]).last_hidden_state
+    assert not torch.allclose(before, after, atol=1e-2)
+    assert torch.equal(bank(ids, mask, prompt_names=["a", "a"]).last_hidden_state, after)
+    assert bank.compiled_bytes == fresh.compiled_bytes
+
+
 def test_autocast_does_not_round_what_is_kept(base_of, tmp_path):
     base = base_of("llama")
     bank = bank_of(base)

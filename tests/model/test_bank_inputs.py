@@ -121,7 +121,7 @@ class TestLearnedPositions:
     def test_a_row_that_does_not(self, base_of, tmp_path):
         bank, _ = self.bank(base_of("gpt2"), tmp_path)
         ids = torch.randint(3, VOCABULARY, (2, 25))
-        with pytest.raises(ValueError, match=r"40 prompt rows and the text make 65 positions, .* learned 64"):
+        with pytest.raises(ValueError, match=r"40 prompt rows and the text need 65 positions, .* only 64"):
             bank(ids, prompt_names=[None, "overwrite"])
 
     @pytest.mark.parametrize("init", [{}, {"prompt_init": "vocab"}, {"prompt_init_text": [5, 6]}])

@@ -11,6 +11,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import ptune
 from ptune.plan import KNOWN, rope_limit
+from ptune.prefix import PrefixPath
 
 from .common import COUNT, PADDINGS, SHARED, close, moved_by_a_bit, set_prompts, settings_for, take, texts_for
 from .families import FAMILIES, VOCABULARY
@@ -256,6 +257,25 @@ def test_attention_that_cannot_share_is_refused_where_sharing_is_demanded(base_o
         model.set_attn_implementation("own")
     assert model.config._attn_implementation == "ptune_torch"
     assert model.prefix_plan.path == "prefix"
+
+
+def test_what_breaks_a_trial_leaves_the_attention(base_of, monkeypatch):
+    """Such as a lack of memory."""
+    fresh, shared = (base_of("llama").tuned(**rest) for rest in ({}, settings_for("overwrite")))
+    before = fresh.config._attn_implementation
+
+    def fail(path):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(PrefixPath, "discover", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        fresh.init_prompts(ptune.PTuneConfig(**settings_for("overwrite")))
+    assert fresh.config._attn_implementation == before
+    assert fresh.prefix_plan.path == "none"
+    with pytest.raises(torch.OutOfMemoryError):
+        shared.set_attn_implementation("eager")
+    assert shared.config._attn_implementation == "ptune_torch"
+    assert shared.prefix_plan.path == "prefix"
 
 
 @pytest.mark.parametrize("padding", PADDINGS)

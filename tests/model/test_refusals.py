@@ -174,7 +174,7 @@ def model(base_of):
         (
             {"input_ids": torch.ones(1, 61, dtype=torch.long)},
             ValueError,
-            "input too long: 4 prompt rows and the text make 65 positions, and PTuneGPT2LMHeadModel has learned 64",
+            "input too long: 4 prompt rows and the text need 65 positions, but PTuneGPT2LMHeadModel has only 64",
         ),
     ],
     ids=[
@@ -237,7 +237,7 @@ def test_bodies_that_pool_in_their_forward():
 
 
 def test_generating_past_the_learned_positions(model):
-    with pytest.raises(ValueError, match="input too long: 4 prompt rows and the text make 65 positions"):
+    with pytest.raises(ValueError, match="input too long: 4 prompt rows and the text need 65 positions"):
         model.generate(torch.randint(3, 61, (1, 58)), max_new_tokens=8, min_new_tokens=8, pad_token_id=0)
 
 
@@ -245,14 +245,14 @@ def test_learned_positions_of_roberta(base_of):
     """64 rows in the table, of which the first two are no positions."""
     model = base_of("roberta").tuned(**settings_for("shallow"))
     model(input_ids=torch.randint(3, 61, (1, 62 - COUNT)))
-    with pytest.raises(ValueError, match="63 positions, and PTuneRobertaModel has learned 62"):
+    with pytest.raises(ValueError, match="63 positions, but PTuneRobertaModel has only 62"):
         model(input_ids=torch.randint(3, 61, (1, 63 - COUNT)))
 
 
 def test_a_static_cache_past_the_learned_positions(model):
     """Said before anything is generated; padding takes none."""
     ids, how = torch.randint(3, 61, (2, 58)), {"cache_implementation": "static", "pad_token_id": 0}
-    with pytest.raises(ValueError, match=r"input too long: 4 prompt rows, the text and .* make 65 positions"):
+    with pytest.raises(ValueError, match=r"input too long: 4 prompt rows, the text and .* need 65 positions"):
         model.generate(ids, max_new_tokens=4, **how)
     mask = torch.ones_like(ids)
     mask[:, :3] = 0
@@ -295,7 +295,7 @@ def test_padding_takes_no_learned_positions(base_of, name, mode):
         torch.testing.assert_close(output, model(ids).last_hidden_state)
     full, mask = torch.randint(3, 61, (2, 62)), torch.ones(2, 62, dtype=torch.long)
     mask[0, 5:] = 0
-    with pytest.raises(ValueError, match="input too long: 4 prompt rows and the text make 66 positions"):
+    with pytest.raises(ValueError, match="input too long: 4 prompt rows and the text need 66 positions"):
         model(full, attention_mask=mask)
 
 

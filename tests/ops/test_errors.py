@@ -330,6 +330,17 @@ def test_strip_and_placement_agree(target):
 
 
 @on_targets
+def test_strip_takes_any_start(target):
+    """Of the pool that the rows came from it knows nothing."""
+    hidden = torch.randn(B, M + N, D, device=target.device)
+    near, far = (
+        Placement(*(torch.full((B,), its, dtype=torch.int32, device=target.device) for its in (start, 2, 1)), M)
+        for start in (0, 2**31 - 1)
+    )
+    assert torch.equal(ptune_kernels.strip(hidden, M, far), ptune_kernels.strip(hidden, M, near))
+
+
+@on_targets
 def test_half_a_placement(target):
     numbers = torch.zeros(B, dtype=torch.int32, device=target.device)
     arguments = good("prepend", target.device) | {"placement": Placement(numbers, numbers, None, 3)}

@@ -53,12 +53,25 @@ def test_serve_and_status(cluster, folder_of, tmp_path, monkeypatch):
     assert "no servers that are named 'from a file'" in " ".join(result.stderr.split())
 
 
+def test_status_of_a_folder(tmp_path, monkeypatch):
+    """Its servers are named by the whole path, however it was given."""
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(remote.serve, "join", lambda address: None)
+    monkeypatch.setattr(remote.serve, "_running", lambda: {str(tmp_path / "model"): {(0, 2): ["one"]}, "b": {}})
+    monkeypatch.setattr(remote.serve, "_answer", lambda actor, timeout: {"state": "ready"})
+    for name in ("model", "./model", str(tmp_path / "model"), None):
+        assert [row["actor"] for row in remote.status(name)] == ["one"]
+    assert remote.status("other") == []
+
+
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
         ("[1]", "expected names and values, got list"),
         ("models: x", "expected some of cpus"),
         ("limits: {bytes: 3}", "limits: expected some of idle_seconds"),
+        ("limits: {max_tokens: 100.0}", "max_tokens: expected a whole number of at least 1, got 100.0"),
         ("spans: [[0, 2], [3, 4]]", "spans: expected blocks 0 to 4 without a gap"),
         ("servers: 5", "servers: expected at most 4"),
         ("replicas: 0", "replicas: expected at least 1, got 0"),

@@ -22,7 +22,7 @@ from transformers import (
 from typer.testing import CliRunner
 
 import ptune as package
-from ptune import AutoPTuneModel
+from ptune import AutoPTuneModel, AutoPTuneModelForQuestionAnswering
 from ptune.checkpoint import PROMPTS, compiled_names
 from ptune.cli import app
 from ptune.data import hold_out
@@ -68,6 +68,8 @@ def test_classification_round_trip(tiny_bert, tmp_path):
     texts = tmp_path / "texts.txt"
     texts.write_bytes(b"\xef\xbb\xbfgood red\r\n\r\nbad one two\r\n")  # as some editors save: marked, with CR LF
     lines = succeed("predict", out, "--file", texts).splitlines()
+    refused = ptune("predict", out, "good", "--max-new-tokens", 3)
+    assert "--max-new-tokens: expected with generation, got classification" in refused.stderr
     assert succeed("predict", out, text="good red\n\nbad one two\n").splitlines() == lines
     answers = [json.loads(line) for line in lines]
     assert [(answer["text"], answer["label"]) for answer in answers] == [("good red", "yes"), ("bad one two", "no")]
@@ -582,7 +584,10 @@ def test_labels_are_shown_as_they_are(tiny_bert, tmp_path):
 
 def test_one_text_is_given_in_one_way(tmp_path):
     for arguments, problem in (
-        (["x", "--file", "none.txt"], "--file: expected without TEXT"),
+        (["x", "--file", "none.txt"], "--file, --text-column: expected without TEXT"),
+        (["x", "--text-column", "text"], "--file, --text-column: expected without TEXT"),
+        (["--text-column", "text"], "--text-column: expected with --file"),
+        (["--file", "a.txt", "--text-column", "text"], "expected a .csv, .tsv, .jsonl file, for a column is named"),
         (["\udcff bad"], "TEXT:1: not UTF-8"),
     ):
         refused = ptune("predict", tmp_path, *arguments)
@@ -862,6 +867,26 @@ def test_convert_there_and_back(tiny_llama, tmp_path):
     assert f"out: {run} is not empty" in " ".join(refused.stderr.split())
     succeed("eval", run, "--data", data)
     assert str(ours) in ptune("convert", peft, ours, "--overwrite").stderr.replace("\n", "")
+
+
+def test_convert_is_told_the_task(tiny_bert, tmp_path):
+    """A file of P-tuning v2 does not say what its head is for."""
+    config = AutoConfig.from_pretrained(tiny_bert)
+    width, source = config.hidden_size, tmp_path / "pytorch_model.bin"
+    state = {
+        "prefix_encoder.embedding.weight": torch.randn(3, 2 * config.num_hidden_layers * width),
+        "qa_outputs.weight": torch.randn(2, width),
+        "qa_outputs.bias": torch.randn(2),
+    }
+    torch.save(state, source)
+    command = ["convert", source, tmp_path / "ours", "--base-model", tiny_bert]
+    refused = ptune(*command)
+    assert refused.exit_code == 2
+    assert "head: does not fit BertModel" in refused.stderr
+    assert "; task (--task on the command line) says what it is for" in " ".join(refused.stderr.split())
+    succeed(*command, "--task", "answering")
+    model = AutoPTuneModelForQuestionAnswering.from_pretrained(tmp_path / "ours")
+    assert torch.equal(model.qa_outputs.weight, state["qa_outputs.weight"])
 
 
 @pytest.mark.parametrize(

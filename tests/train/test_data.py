@@ -73,7 +73,7 @@ def test_columns_are_found(tmp_path, header, columns, text, label):
         ("a.csv", "text,label\na,b\n", Columns(text="txt"), "no column 'txt' for the text"),
         ("a.csv", "a,b\n1,2\n", Columns(), "which column is the text? name it with --text-column"),
         ("a.csv", "text,b,c\n1,2,3\n", Columns(), "which column is the label?"),
-        ("a.csv", "text;label\nb;c\n", Columns(), "which column is the text? cells are parted by commas in .csv"),
+        ("a.csv", "text;label\nb;c\n", Columns(), "which column is the text? cells are separated by commas in .csv"),
         ("a.csv", "text,topic,class\n1,2,3\n", Columns(), "which column is the label?"),
         ("a.tsv", "text\tlabel\none\tx\n\n\ttwo\n", Columns(), ":4: column 'text' is empty"),
         ("a.tsv", "text\tlabel\none\tx\ty\n", Columns(), ":2: expected 2 columns"),
@@ -114,7 +114,7 @@ def test_small_classes_are_held_out_too():
         assert sorted(kept + held) == sorted(examples)
     singles = [f"a {i}" for i in range(100)] + [f"{i} only" for i in range(50)]
     assert len(hold_out(singles, 0.2, lambda example: example.split()[0], 0)[1]) == 21
-    with pytest.raises(ValueError, match="of 30 examples 10% cannot be held out, as each label stands once"):
+    with pytest.raises(ValueError, match="of 30 examples 10% cannot be held out, as each label occurs only once"):
         hold_out(examples[::4][:30], 0.1, lambda example: example.split()[0], 0)
     with pytest.raises(ValueError, match="of 4 examples 10% cannot be held out, as they are too few"):
         hold_out(examples[:4], 0.1, lambda example: example.split()[0], 0)

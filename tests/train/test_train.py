@@ -1,6 +1,8 @@
 """What an optimizer step does, and an evaluation does not."""
 
+import math
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from ptune import PromptBank
 from ptune.data import Columns, Labelled
 from ptune.generation import PromptGeneration
 from ptune.mix import TaskMix
-from ptune.runs import new_model
+from ptune.runs import Run, new_model
 from ptune.tasks import IGNORED, TASKS, Classification, Generation, Tagging
 from ptune.tokenizer import load_tokenizer
 from ptune.train import OneDevice, ResumableTrainer, evaluate, fit
@@ -47,6 +49,14 @@ def test_equal_scores_where_no_checkpoints_are_kept(tiny_bert):
     scores = [entry["eval_macro_f1"] for entry in log if "eval_macro_f1" in entry]
     assert len(scores) == 3
     assert len(set(scores)) == 1
+
+
+@pytest.mark.parametrize(
+    ("scores", "kept"), [([math.nan, 3.0, 2.0, 2.5], 3), ([4.0, math.nan], 1), ([math.nan, math.nan], 2)]
+)
+def test_what_is_no_number_is_not_the_best(scores, kept):
+    log = [{"step": i, "eval_perplexity": its, "eval_loss": its} for i, its in enumerate(scores, 1)]
+    assert Run.best(SimpleNamespace(task=Generation), log)["step"] == kept
 
 
 @pytest.mark.parametrize("kind", ["classification", "tagging", "generation"])

@@ -92,8 +92,7 @@ class ServeConfig:
             torch.device(self.device)
         except RuntimeError:
             raise ValueError(f"device: expected 'cpu' or 'cuda', got {self.device!r}") from None
-        if os.path.isdir(self.model):
-            self.model = os.path.abspath(self.model)
+        self.model = _absolute(self.model)
 
     @classmethod
     def read(cls, file: str | os.PathLike[str], **rest: Any) -> "ServeConfig":
@@ -141,8 +140,8 @@ class Servers:
         except GetTimeoutError as error:
             _, missing = ray.wait(answers, num_returns=len(answers), timeout=0)
             raise RemoteError(
-                f"{self.name}: {len(missing)} of {len(answers)} servers have not started in {timeout:g} s; they wait "
-                "for what Ray is to reserve, or still load"
+                f"{self.name}: {len(missing)} of {len(answers)} servers have not started in {timeout:g} s; they are "
+                "waiting for Ray to reserve resources, or still loading"
             ) from error
         except RayError as error:
             if getattr(error, "actor_init_failed", False):
@@ -221,8 +220,7 @@ def connect(name: str, retries: Retries | None = None) -> Link:
     """A link to the servers that are named ``name``. Raises `RemoteError` where they do not serve all blocks."""
     join("auto")
     retries = retries or Retries()
-    if os.path.isdir(name):
-        name = os.path.abspath(name)
+    name = _absolute(name)
     found = _running().get(name)
     if not found:
         raise RemoteError(
@@ -249,7 +247,7 @@ def status(name: str | None = None, timeout: float = 5.0) -> list[dict[str, Any]
     join("auto")
     rows: list[dict[str, Any]] = []
     for served, spans in sorted(_running().items()):
-        if name not in (None, served):
+        if name is not None and _absolute(name) != served:
             continue
         for (first, last), actors in sorted(spans.items()):
             rows += [
@@ -285,6 +283,11 @@ def _running() -> dict[str, dict[tuple[int, int], list[str]]]:
         if entry["namespace"] == NAMESPACE and len(parts) == 4:
             found[parts[0]][int(parts[1]), int(parts[2])].append(entry["name"])
     return found
+
+
+def _absolute(name: str) -> str:
+    """A folder's path, by which its servers are named wherever they are asked for from."""
+    return os.path.abspath(name) if os.path.isdir(name) else name
 
 
 def _actor_name(name: str, first: int, last: int, replica: int) -> str:

@@ -40,9 +40,10 @@ class ServerLimits:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            least = 1 if name == "max_tokens" else 0
-            if not isinstance(value, int | float) or not value >= least:  # NaN too
-                raise ValueError(f"{name}: expected a number of at least {least}, got {value!r}")
+            whole = name == "max_tokens"
+            fits = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+            if not fits or not value >= whole:  # NaN too
+                raise ValueError(f"{name}: expected a {'whole ' * whole}number of at least {whole:d}, got {value!r}")
 
 
 class BlockServer:

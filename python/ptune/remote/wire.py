@@ -125,7 +125,7 @@ class Request:
         ``seen``: how many columns its session has had.
         """
         if not (_is_count(self.first) and _is_count(self.last) and first <= self.first < self.last <= last):
-            raise ValueError(f"blocks: expected some of {first} to {last - 1}, got {self.first!r} to {self.last!r} - 1")
+            raise ValueError(f"blocks: expected a range within {first} to {last}, got {self.first!r} to {self.last!r}")
         if self.dtype not in _ARRAYS:
             raise ValueError(f"dtype: expected one of {', '.join(_ARRAYS)}, got {self.dtype!r}")
         if not (isinstance(self.shape, tuple) and len(self.shape) == 2 and all(map(_is_count, self.shape))):
