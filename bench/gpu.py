@@ -6,7 +6,8 @@ and generation of Llamas of 1B and 8B parameters (random weights, bfloat16) besi
 from the text too, and which share of a step's GPU time goes into our kernels; a step whose blocks are compiled, which
 the host then does not hold up. Every figure is the median of rounds in which all ways took their turn.
 
-``--rehearse`` goes the same way on the CPU, with tiny sizes, and writes nothing.
+``--parts`` runs some of it, beside what today's file has of the others. ``--rehearse`` goes the same way on the CPU,
+with tiny sizes, and writes nothing.
 """
 
 import argparse
@@ -60,6 +61,7 @@ LLAMAS = {
     "1B": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32},
     "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
 }
+PARTS = ("ops", "training", "generation", "compiled")
 TINY_LLAMA = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 8}
 
 
@@ -279,6 +281,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, with tiny sizes, writing nothing")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     chosen = parser.parse_args()
     device = "cpu" if chosen.rehearse else "cuda"
     if not chosen.rehearse and not torch.cuda.is_available():
@@ -287,7 +290,9 @@ def main() -> None:
     points = ((3, 5, 2),) if chosen.rehearse else POINTS
     date = datetime.date.today().isoformat()
     path = chosen.out / f"gpu-{date}.json"
-    found: dict[str, Any] = {"about": about(device), "ops": [], "training": [], "generation": [], "compiled": []}
+    before = json.loads(path.read_text()) if path.exists() else {}
+    found: dict[str, Any] = {"about": about(device)}
+    found |= {part: [] if part in chosen.parts else before.get(part, []) for part in PARTS}
 
     def note(kind: str, row: dict[str, Any]) -> None:
         found[kind].append(row)
@@ -297,17 +302,17 @@ def main() -> None:
             chosen.out.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(found, indent=1))
 
-    for row in ops(device, chosen.rehearse):
-        note("ops", row)
-    if not chosen.rehearse:
-        draw(found["ops"], path.with_suffix(".png"), found["about"])
+    if "ops" in chosen.parts:
+        for row in ops(device, chosen.rehearse):
+            note("ops", row)
+        if not chosen.rehearse:
+            draw(found["ops"], path.with_suffix(".png"), found["about"])
     for name, sizes in llamas.items():
         base = llama(sizes, device)
-        for row in training(name, base, points, device):
-            note("training", row)
-        for row in generation(name, base, points, device):
-            note("generation", row)
-    for name, sizes in llamas.items():
+        for part, rows_of in (("training", training), ("generation", generation)):
+            for row in rows_of(name, base, points, device) if part in chosen.parts else ():
+                note(part, row)
+    for name, sizes in llamas.items() if "compiled" in chosen.parts else ():
         for row in compiled(name, llama(sizes, device), points[:2], device):
             note("compiled", row)
     print(found["about"])

@@ -25,6 +25,8 @@ def report() -> list[tuple[str, str]]:
     for device_type, what in (("cpu", "instruction set"), ("cuda", "architectures")):
         library = native.libraries.get(device_type)
         found = f"{library.path} ({what}: {library.build})" if library else native.absence(device_type)
+        if device_type == "cuda" and library and (reason := native.hindrance()) is not None:
+            found += f"; not used, as {reason}"
         lines.append((f"native {device_type} library", found))
     devices = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     for device in devices:

@@ -64,7 +64,7 @@ def use_backend(backend: str | None) -> Iterator[None]:
 
 
 def _default_backend(device_type: str) -> str:
-    if native.loaded(device_type) and (device_type != "cuda" or native.serves_gpus()):
+    if native.loaded(device_type) and (device_type != "cuda" or native.hindrance() is None):
         return "native"
     return "triton" if device_type == "cuda" and find_spec("triton") else "reference"
 

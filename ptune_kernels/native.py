@@ -20,6 +20,7 @@ from . import schema
 class Library(NamedTuple):
     path: Path
     build: str  # what it was compiled for, in its own words
+    code: ctypes.CDLL
 
 
 libraries: dict[str, Library] = {}  # by device type
@@ -33,14 +34,15 @@ def _load(device_type: str) -> None:
     library = path(device_type)
     try:
         torch.ops.load_library(library)
-        describe = ctypes.CDLL(str(library)).ptune_build
+        code = ctypes.CDLL(str(library))
+        describe = code.ptune_build
     except (OSError, AttributeError) as error:
         raise ImportError(
             f"{library} is present but does not load on torch {torch.__version__} ({error}); reinstall ptune-kernels, "
             "or delete that file to go on without it"
         ) from error
     describe.restype = ctypes.c_char_p
-    libraries[device_type] = Library(library, describe().decode())
+    libraries[device_type] = Library(library, describe().decode(), code)
     if device_type == "cpu" and (forced := os.environ.get("PTUNE_CPU_ISA")) not in (None, "", describe().decode()):
         raise ImportError(f"PTUNE_CPU_ISA: expected plain, avx2 or avx512, as far as this CPU has it, got {forced!r}")
 
@@ -49,8 +51,8 @@ def loaded(device_type: str) -> bool:
     return device_type in libraries
 
 
-def serves_gpus() -> bool:
-    """Whether the CUDA library, which is loaded, holds code for every GPU here.
+def hindrance() -> str | None:
+    """Why the CUDA library, which is loaded, does not serve the GPUs here: all of them, or none.
 
     What is compiled for one architecture (``-real``) runs on later ones of its major version, and with PTX on all that
     are later; with a letter it runs on that one alone.
@@ -63,7 +65,11 @@ def serves_gpus() -> bool:
     found = [
         10 * major + minor for major, minor in map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))
     ]
-    return not built or all(any(runs_on(here, int(one), *rest) for one, *rest in built) for here in found)
+    if found and libraries["cuda"].code.ptune_driver_is_old():
+        return "the driver is older than the CUDA runtime that is in it"
+    if built and not all(any(runs_on(here, int(one), *rest) for one, *rest in built) for here in found):
+        return "it holds no code for every GPU here"
+    return None
 
 
 def absence(device_type: str) -> str:

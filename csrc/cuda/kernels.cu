@@ -27,18 +27,28 @@ constexpr int kBlocks = std::is_same_v<T, double> ? 8 : 12;
 template <class T>
 constexpr int kBlocks = 8;
 #endif
+template <class T>
+constexpr int kMixedBlocks = std::min(10, kBlocks<T>);  // with more ways to make a row, 12 would spill
 // Elements of a row that a thread has at once: a short row goes to few threads, each of which loads ahead.
 template <class T>
 constexpr int kStep = kPack<T, T> * kAhead<T, kPack<T, T>>;
 constexpr int kAddendsAhead = 8;  // the same for a sum, of which there are too few threads to fill a GPU anyway
 
-// Sources of a row: the N elements from column c on, as `Out`.
+// Sources of a row: `load` what the N elements from column c on are made of, and `made` of it, as `Out`. Apart, so that all loads
+// of a thread are under way before it waits for one: with both in one branch, the compiler waits in each branch.
 
 template <class Out>
 struct Constant {
   Out constant;
+  struct Nothing {};
   template <int N>
-  PTUNE_BOTH Pack<Out, N> at(int64_t) const {
+  using Loaded = Nothing;
+  template <int N>
+  PTUNE_BOTH Nothing load(int64_t) const {
+    return {};
+  }
+  template <int N>
+  PTUNE_BOTH Pack<Out, N> made(Nothing) const {
     Pack<Out, N> out;
     for (int k = 0; k < N; ++k) out.value[k] = constant;
     return out;
@@ -50,8 +60,13 @@ struct Converted {
   const In* from;
   int64_t stride;
   template <int N>
-  PTUNE_BOTH Pack<Out, N> at(int64_t c) const {
-    const Pack<In, N> in = load<N>(from + c * stride);
+  using Loaded = Pack<In, N>;
+  template <int N>
+  PTUNE_BOTH Pack<In, N> load(int64_t c) const {
+    return cuda::load<N>(from + c * stride);
+  }
+  template <int N>
+  PTUNE_BOTH Pack<Out, N> made(const Pack<In, N>& in) const {
     Pack<Out, N> out;
     for (int k = 0; k < N; ++k) out.value[k] = convert<Out>(in.value[k]);
     return out;
@@ -64,8 +79,13 @@ struct Scaled {
   int64_t stride;
   Wide<Out> scale;
   template <int N>
-  PTUNE_BOTH Pack<Out, N> at(int64_t c) const {
-    Pack<Out, N> out = load<N>(from + c * stride);
+  using Loaded = Pack<Out, N>;
+  template <int N>
+  PTUNE_BOTH Pack<Out, N> load(int64_t c) const {
+    return cuda::load<N>(from + c * stride);
+  }
+  template <int N>
+  PTUNE_BOTH Pack<Out, N> made(Pack<Out, N> out) const {
     for (int k = 0; k < N; ++k) out.value[k] = convert<Out>(widen(out.value[k]) * scale);
     return out;
   }
@@ -78,10 +98,16 @@ struct Added {
   const Wide<Out>* prompt;
   int64_t prompt_stride;
   template <int N>
-  PTUNE_BOTH Pack<Out, N> at(int64_t c) const {
-    Pack<Out, N> out = load<N>(from + c * stride);
-    const Pack<Wide<Out>, N> added = load<N>(prompt + c * prompt_stride);
+  using Loaded = Pack<Out, N>;  // added at once: to hold both would take the registers of other threads
+  template <int N>
+  PTUNE_BOTH Loaded<N> load(int64_t c) const {
+    Pack<Out, N> out = cuda::load<N>(from + c * stride);
+    const Pack<Wide<Out>, N> added = cuda::load<N>(prompt + c * prompt_stride);
     for (int k = 0; k < N; ++k) out.value[k] = convert<Out>(widen(out.value[k]) + added.value[k]);
+    return out;
+  }
+  template <int N>
+  PTUNE_BOTH Pack<Out, N> made(const Pack<Out, N>& out) const {
     return out;
   }
 };
@@ -101,13 +127,13 @@ PTUNE_BOTH void write_packs(Out* to, Index stride, Lanes lanes, Index begin, Ind
   constexpr int ahead = kAhead<Out, N>;
   const Index step = Index(lanes.count) * N;
   for (Index first = begin + Index(lanes.lane) * N; first < end; first += ahead * step) {
-    Pack<Out, N> held[ahead];
+    typename From::template Loaded<N> held[ahead];
 #pragma unroll
     for (int k = 0; k < ahead; ++k)
-      if (first + k * step < end) held[k] = from.template at<N>(first + k * step);
+      if (first + k * step < end) held[k] = from.template load<N>(first + k * step);
 #pragma unroll
     for (int k = 0; k < ahead; ++k)
-      if (first + k * step < end) store(to + (first + k * step) * stride, held[k]);
+      if (first + k * step < end) store(to + (first + k * step) * stride, from.template made<N>(held[k]));
   }
 }
 
@@ -150,7 +176,7 @@ PTUNE_BOTH int64_t token_id(const Ids& ids, int64_t i, int64_t r) {
 
 template <class Out>
 struct AssembleRows {
-  [[maybe_unused]] static constexpr int kBlocksPerSm = kBlocks<Out>;
+  [[maybe_unused]] static constexpr int kBlocksPerSm = kMixedBlocks<Out>;
   AssemblePart parts[kMaxParts];
 
   PTUNE_BOTH void operator()(const Thread& t) const {
@@ -257,7 +283,7 @@ struct StripRows {
 
 template <class Out>
 struct OverwriteRows {  // tiled over all rows, or in place over `max_length` of each i
-  [[maybe_unused]] static constexpr int kBlocksPerSm = kBlocks<Out>;
+  [[maybe_unused]] static constexpr int kBlocksPerSm = kMixedBlocks<Out>;
   Overwrite o;
   bool wide;
   Tiling tiling;
@@ -471,3 +497,12 @@ int sum_prompts(const SumPrompts* params, int count, void* stream) {
 }  // namespace ptune
 
 extern "C" const char* ptune_build() { return PTUNE_ARCHITECTURES; }
+
+#ifndef PTUNE_ON_HOST
+// A CUDA runtime, one of which is linked in here, runs on drivers of its own major version and of later ones alone.
+extern "C" __attribute__((visibility("default"))) int ptune_driver_is_old() {
+  int driver = 0, runtime = 0;
+  const bool known = cudaDriverGetVersion(&driver) == cudaSuccess && cudaRuntimeGetVersion(&runtime) == cudaSuccess;
+  return known && driver > 0 && driver / 1000 < runtime / 1000;
+}
+#endif

@@ -6,12 +6,14 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import ptune_kernels
 from ptune_kernels import backend_for, backends, native, use_backend
+from ptune_kernels.__main__ import report
 
 from .cases import OPS, TARGETS
 
@@ -48,12 +50,21 @@ def test_an_unknown_device_gets_the_reference():
 def test_gpus_are_served_by_the_compiled_library_where_it_holds_code_for_them(
     monkeypatch, built, capabilities, backend
 ):
-    library = native.Library(Path("libptune_cuda.so"), built)
-    monkeypatch.setitem(native.libraries, "cuda", library)
+    code = SimpleNamespace(ptune_driver_is_old=lambda: 0)
+    monkeypatch.setitem(native.libraries, "cuda", native.Library(Path("libptune_cuda.so"), built, code))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capabilities[index])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     monkeypatch.setattr(backends, "_serving", {})
     assert backend_for("cuda") == backend
+    said = dict(report())["native cuda library"]
+    assert said.endswith("; not used, as it holds no code for every GPU here") == (backend == "triton")
+    # the same library on a driver that its runtime does not run on
+    code.ptune_driver_is_old = lambda: 1
+    monkeypatch.setattr(backends, "_serving", {})
+    assert backend_for("cuda") == ("triton" if capabilities else backend)
+    said = dict(report())["native cuda library"]
+    assert said.endswith("as the driver is older than the CUDA runtime that is in it") == bool(capabilities)
 
 
 def test_use_backend_nests_and_restores():
