@@ -18,7 +18,7 @@ from ptune.corpora import topics
 def main(base: str, out: str, steps: int = 100) -> tuple[float, float]:
     """Returns the perplexity on modules that training never saw: of the base alone, and of the prompt."""
     train, held_out = topics()
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer = AutoTokenizer.from_pretrained(base, padding_side="right")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
 
     def encode(examples: list[Any]) -> list[dict[str, Any]]:

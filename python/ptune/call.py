@@ -38,6 +38,8 @@ class Call:
         packed: what takes prompt rows and text apart, where they run as one sequence.
         cache: the cache that the caller gave, where a `PrefixedCache` stands in for it.
         depth: how many blocks have had their deep prompts.
+        deep: those of each block, once the first has had its own; empty where checkpoints run blocks again.
+        recomputed: whether they do.
         body: whose call it is; ``None`` of blocks on a server.
         outer: the call that was running when this one began, such as that of another model whose hook made this call.
     """
@@ -55,6 +57,8 @@ class Call:
     packed: Any = None
     cache: Any = None
     depth: int = 0
+    deep: tuple[Tensor, ...] = ()
+    recomputed: bool = False
     body: Any = None
     outer: "Call | Bare | None" = None
 

@@ -46,7 +46,7 @@ _BASE_KEYS: dict[str, type | tuple[type, ...]] = {
     "weights": (list, type(None)),
 }  # fmt: skip
 _ADDED_LATER = ("problem_type", "dtype", "quantization", "attn_dtype", "kv_cache_dtype", "weights")
-_NUMBERS = re.compile("([0-9a-f]{64})?")  # of `ptune.likeness`
+_NUMBERS = re.compile("([0-9a-f]{4})*")  # of `ptune.likeness`
 # None: a folder of before these were saved
 _DTYPES = (None, "float64", "float32", "float16", "bfloat16")
 _PROBLEM_TYPES = (None, "regression", "single_label_classification", "multi_label_classification")
@@ -125,7 +125,9 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     if not all(isinstance(name, str) for name in config["head"]):
         raise ValueError(f"{path}: head: expected names of parameters, got {config['head']!r}")
     if not all(isinstance(its, str) and _NUMBERS.fullmatch(its) for its in config["base"].get("weights") or ()):
-        raise ValueError(f"{path}: weights: expected 16 numbers in hexadecimal each, got {config['base']['weights']!r}")
+        raise ValueError(
+            f"{path}: weights: expected numbers of 16 bits in hexadecimal, got {config['base']['weights']!r}"
+        )
     _check_labels(path, config)
     for name in ("config", "overrides"):
         config["base"][name] = _comparable(config["base"][name])  # which was once cleared at its top alone

@@ -98,6 +98,7 @@ class PromptHooks:
         path = self.prefix if self.prefix.serves(arguments, layout, text) else self.concat
         call, arguments = path.enter(body, arguments, layout, text)
         call.as_tuple, call.body, call.outer = not return_dict, self.body, outer
+        call.recomputed = len(self.prefix.recomputed()) > 0
         set_call(call)
         return (), arguments | {"return_dict": True}
 
@@ -143,11 +144,28 @@ class PromptHooks:
                 placement = layout.mixture.place_over(deep, layout.column)
                 hidden = _overwrite(hidden, deep.pools[depth], placement, depth, deep.mode)
         else:
-            # read from the leaf: a recomputing checkpoint must see the parameter, not a view made outside it
-            rows = slice(depth * self.num_prompts, (depth + 1) * self.num_prompts)
-            prompts = self.model.intermediate_prompt_embeddings.weight[rows]
-            hidden = _overwrite(hidden, prompts, call.placement, depth, self.model.ptune_config.deep_prompt_mode)
+            mode, prompts = self.model.ptune_config.deep_prompt_mode, self._deep(call, hidden, depth)
+            if call.packed is not None and mode == "overwrite" and depth > 0:
+                # the prompt stands once, and so the op does no more than this, whose nodes cost the host less
+                prompts = matching(prompts, hidden).to(hidden.dtype)
+                hidden = torch.cat([prompts[None], hidden[:, self.num_prompts :]], 1)
+            else:
+                hidden = _overwrite(hidden, prompts, call.placement, depth, mode)
         return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
+
+    def _deep(self, call: Call, hidden: Tensor, depth: int) -> Tensor:
+        """The deep prompts [m, d] of the block at ``depth``."""
+        weight, count = self.model.intermediate_prompt_embeddings.weight, self.num_prompts
+        if call.recomputed:
+            # a checkpoint must see the parameter, not a view made outside it
+            return weight[depth * count : (depth + 1) * count]
+        if depth == 0:
+            # all at once, or the table would get a gradient of its whole size from each block
+            first, others = weight.split([count, len(weight) - count])
+            if call.packed is not None and self.model.ptune_config.deep_prompt_mode == "overwrite":
+                others = others.to(hidden.dtype)  # in which each becomes the one prompt row that there is
+            call.deep = first, *others.view(len(others) // count, count, others.shape[1]).unbind()
+        return call.deep[depth]
 
     def after_body(self, body: nn.Module, args: tuple, output: Any) -> Any:
         call = call_of(self.body)
@@ -194,7 +212,11 @@ class PromptHooks:
         # the column before a row's first token is the prompt's, or padding: nothing there predicts that token
         first = first_column(ones_and_zeros(mask).to(labels.device))[:, None]
         column = torch.arange(mask.shape[1], device=labels.device)
-        arguments["labels"] = labels.masked_fill(column == first, -100)
+        arguments["labels"] = masked = labels.masked_fill(column == first, -100)
+        if (count := arguments.get("num_items_in_batch")) is not None:
+            # Trainer has counted a first token where padding stands before it
+            counted, kept = ((its[:, 1:] != -100).sum() for its in (labels, masked))
+            arguments["num_items_in_batch"] = count * kept / counted.clamp_min(1)
         if (shifted := arguments.get("shift_labels")) is not None:
             arguments["shift_labels"] = shifted.masked_fill(column == first - 1, -100)
         return (), arguments

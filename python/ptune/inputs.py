@@ -68,7 +68,7 @@ def check_inputs(arguments: dict[str, Any], parameters: tuple[str, ...]) -> None
     if packed:
         raise NotImplementedError(
             f"{packed[0]}: packed batches are not supported, for each packed text needs its own prompt; TRL makes none "
-            "with packing=False"
+            "with packing=False and padding_free=False"
         )
     check_unpacked(positions, mask, "each packed text needs its own prompt")
 

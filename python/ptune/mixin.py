@@ -181,7 +181,6 @@ class PTuneMixin(PromptSaving):
         self.origin = origin_of(self.config)
         self.ptune_config = PTuneConfig()
         self._loaded_vocabulary = self.get_input_embeddings().num_embeddings
-        self.loaded_sample = sample(self)
         self._disabled = 0
         self._hooks: PromptHooks | None = None
         self._dropout = FrozenDropout(self.base_model)
@@ -190,6 +189,7 @@ class PTuneMixin(PromptSaving):
             # accelerate, which spreads a model over devices, kept the forward of the class it was loaded as
             self._old_forward = type(self).forward.__get__(self)
         self._set_head(head)
+        self.loaded_sample = sample(self)
         self._cast_to_head()
         self._checkpoint_with_call()
 

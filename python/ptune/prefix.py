@@ -86,8 +86,7 @@ class PrefixPath:
         mixture, token_type = layout.mixture, self._type(arguments, layout)
         arguments = arguments | self._placed(layout, arguments, text)
         mask = arguments["attention_mask"]
-        recomputing = [m for m in self.recomputing if m.gradient_checkpointing and m.training]
-        recomputing = recomputing if torch.is_grad_enabled() else []
+        recomputing = self.recomputed()
         cache = None if recomputing else self._cache(body, arguments)
         if cache is None:
             if CACHE in self.parameters:
@@ -113,6 +112,12 @@ class PrefixPath:
         if mixture is not None:
             prefix = prefix.placed(layout.placement())
         return call, arguments | {"attention_mask": mask, KEYWORD: prefix}
+
+    def recomputed(self) -> list[nn.Module]:
+        """The modules whose blocks checkpoints will run again in backward."""
+        if not torch.is_grad_enabled():
+            return []
+        return [module for module in self.recomputing if module.gradient_checkpointing and module.training]
 
     def leave(self, call: Call, output: Any) -> None:
         """Give the caller the text's states, the cache that was given, and attentions by the concat path's columns."""

@@ -196,6 +196,25 @@ def test_a_base_that_has_changed_is_said_to_be_lost(base_of, tmp_path, caplog):
     assert not caplog.records
 
 
+def test_a_base_that_trains_is_said_to_be_lost(base_of, tmp_path, caplog):
+    model = base_of("roberta").tuned(ptune.AutoPTuneModelForSequenceClassification, **settings_for("overwrite"))
+    model.save_prompts(tmp_path)
+    assert not caplog.records
+    for name, parameter in model.roberta.named_parameters():
+        if name.endswith("output.dense.bias"):  # BitFit, in part
+            parameter.requires_grad_()
+    for save in (model.save_prompts, model.save_pretrained, model.save_prefix):
+        caplog.clear()
+        save(tmp_path)
+        (said,) = (record.message for record in caplog.records)
+        first = ("attention.output", "output", "attention.output")
+        names = ", ".join(f"roberta.encoder.layer.{i // 2}.{its}.dense.bias" for i, its in enumerate(first))
+        assert said.startswith(f"{tmp_path}: {names}, … train, but are of the base, and not in this folder")
+    caplog.clear()
+    model.save_pretrained(tmp_path / "whole", save_base=True)
+    assert not caplog.records
+
+
 def test_a_base_without_a_name(tmp_path):
     model = ptune.AutoPTuneModel.from_config(FAMILIES["llama"].config(), **settings_for("shallow"))
     model.save_prompts(tmp_path)
@@ -615,7 +634,7 @@ def test_the_same_weights_in_another_dtype(base_of, tmp_path, caplog):
 
 
 @pytest.mark.parametrize(
-    "part", ["embed_tokens.weight", "layers.0.self_attn.q_proj.weight", f"layers.{LAYERS - 1}.self_attn.q_proj.weight"]
+    "part", ["embed_tokens.weight", "layers.0.self_attn.q_proj.weight", "layers.1.mlp.up_proj.weight", "norm.weight"]
 )
 def test_other_weights_are_said(base_of, tmp_path, caplog, part):
     base, load = base_of("llama"), ptune.AutoPTuneModel.from_pretrained
@@ -636,5 +655,5 @@ def test_other_weights_are_said(base_of, tmp_path, caplog, part):
     edit(tmp_path / "prompts", lambda config: config["base"].pop("weights"))  # as folders were once
     assert said() == []
     edit(tmp_path / "prompts", lambda config: config["base"].update(weights=["0g"]))
-    with pytest.raises(ValueError, match="weights: expected 16 numbers in hexadecimal each, got"):
+    with pytest.raises(ValueError, match="weights: expected numbers of 16 bits in hexadecimal, got"):
         load(tmp_path / "prompts")

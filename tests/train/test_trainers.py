@@ -16,7 +16,7 @@ from ptune import AutoPTuneModelForCausalLM
 pytest.importorskip("trl")  # which needs Python 3.11
 
 from . import trainers
-from .trainers import DEEP, KINDS, SHALLOW, loss_curve, make_model, make_trainer, trained
+from .trainers import DEEP, KINDS, SHALLOW, Losses, loss_curve, make_model, make_trainer, trained
 
 # gradient checkpointing took another name, which the oldest supported transformers does not know
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")
@@ -142,6 +142,20 @@ def test_smoothed_labels_are_those_of_the_stock_class(base_of, tmp_path, kind):
         logp, labels = (logp, [row["labels"]]) if kind == "classifier" else (logp[0, :-1], ids[0, 1:])
         losses += [-0.8 * p[label].item() - 0.2 * p.mean().item() for p, label in zip(logp, labels, strict=True)]
     assert loss == pytest.approx(sum(losses) / len(losses), abs=1e-5)
+
+
+@pytest.mark.parametrize("prompts", PROMPTS)
+def test_padding_on_the_left_changes_nothing(tiny_llama, tmp_path, prompts):
+    """Trainer divides by the labels that it counts: there, by each text's first too, which the model does not score."""
+    scores = []
+    for side in ("right", "left"):
+        losses = Losses()
+        model = make_model("language model", tiny_llama, **PROMPTS[prompts])
+        trainer = make_trainer("language model", model, tiny_llama, tmp_path, max_steps=2, callbacks=[losses])
+        trainer.data_collator.tokenizer.padding_side = side
+        trainer.train()
+        scores.append([*losses.values, trainer.evaluate()["eval_loss"]])
+    assert scores[1] == pytest.approx(scores[0], abs=1e-5)
 
 
 def test_sft_scores_what_the_model_says(tiny_llama, tmp_path):
