@@ -61,8 +61,9 @@ class BankOutput:
 class PromptBank:
     """Many prompts on one base: each row of a batch names its own, and the base runs once for all.
 
-    Where prompts can be shared (see ``ptune info``) they are compiled to keys and values when first used. Rows whose
-    prompts cannot be, shallow ones on an encoder, are run together in a second call of the base.
+    Where prompts can be shared (see ``ptune info``) they are compiled to keys and values when first used, and again
+    when the base has changed in place, though not where that was done through ``.data``. Rows whose prompts cannot be,
+    shallow ones on an encoder, are run together in a second call of the base.
 
     Args:
         base: a stock transformers model, ``AutoModelForCausalLM`` where prompts are to generate. Its weights are

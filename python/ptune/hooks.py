@@ -214,9 +214,9 @@ class PromptHooks:
         column = torch.arange(mask.shape[1], device=labels.device)
         arguments["labels"] = masked = labels.masked_fill(column == first, -100)
         if (count := arguments.get("num_items_in_batch")) is not None:
-            # Trainer has counted a first token where padding stands before it
+            # Trainer has counted a first token where padding stands before it: at a factor of 1, to the same bits
             counted, kept = ((its[:, 1:] != -100).sum() for its in (labels, masked))
-            arguments["num_items_in_batch"] = count * kept / counted.clamp_min(1)
+            arguments["num_items_in_batch"] = count * (kept / counted.clamp_min(1))
         if (shifted := arguments.get("shift_labels")) is not None:
             arguments["shift_labels"] = shifted.masked_fill(column == first - 1, -100)
         return (), arguments

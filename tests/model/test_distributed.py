@@ -2,6 +2,7 @@
 
 import gc
 import os
+import tempfile
 
 import pytest
 import torch
@@ -24,7 +25,13 @@ ROWS = 4
 def make(name, mode):
     torch.manual_seed(0)
     loader = ptune.AutoPTuneModelForCausalLM if FAMILIES[name].causal else ptune.AutoPTuneModelForTokenClassification
-    return loader.from_config(FAMILIES[name].config(), **settings_for(mode)).train()
+    settings = settings_for("overwrite" if mode == "keys and values" else mode)
+    model = loader.from_config(FAMILIES[name].config(), **settings).train()
+    if mode == "keys and values":
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_prefix(folder)
+            model.load_prompts(folder)
+    return model
 
 
 def inputs_for(name, rows):
@@ -100,6 +107,8 @@ def gradients_of(rank, kind, name, mode, checkpointing, folder):
         ("fsdp, base", "gpt2", "shallow", "not reentrant"),
         ("fsdp", "llama", "overwrite", "not reentrant"),
         ("fsdp", "modernbert", "overwrite", None),
+        ("fsdp", "llama", "keys and values", None),
+        ("ddp", "gpt2", "keys and values", "reentrant"),
     ],
 )
 def test_two_processes_have_the_gradients_of_one(tmp_path, kind, name, mode, checkpointing):
