@@ -155,6 +155,9 @@ def test_padding_on_the_left_changes_nothing(tiny_llama, tmp_path, prompts):
         trainer.data_collator.tokenizer.padding_side = side
         trainer.train()
         scores.append([*losses.values, trainer.evaluate()["eval_loss"]])
+        with torch.no_grad():
+            itself = model.eval()(**trainer.data_collator(list(trainer.eval_dataset))).loss
+        assert scores[-1][-1] == pytest.approx(itself.item(), abs=1e-5)
     assert scores[1] == pytest.approx(scores[0], abs=1e-5)
 
 
