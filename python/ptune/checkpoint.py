@@ -27,7 +27,7 @@ BASE_FOLDER = "base"
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PROMPTS = ("prompt_embeddings.weight", "intermediate_prompt_embeddings.weight")
 COMPILED = "compiled_prefix."
-PROMPT_MODULES = frozenset(name.partition(".")[0] for name in (*PROMPTS, COMPILED))
+PROMPT_MODULES = tuple(name.partition(".")[0] for name in (*PROMPTS, COMPILED))  # in the order that models have
 
 # What may differ between two copies of one base, or is the task's.
 _NOT_THE_BASE = {

@@ -231,7 +231,7 @@ def groups_of(
     for name, parameter in named:
         if parameter.requires_grad:
             # by their modules, within what PEFT may have wrapped around these
-            (others if PROMPT_MODULES.isdisjoint(name.split(".")) else prompts).append(parameter)
+            (others if set(name.split(".")).isdisjoint(PROMPT_MODULES) else prompts).append(parameter)
     if not prompts:
         return [{"params": others, "lr": learning_rate}]
     return [{"params": prompts, "lr": learning_rate}, {"params": others, "lr": head_learning_rate}]

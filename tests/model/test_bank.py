@@ -573,7 +573,9 @@ def test_keys_and_values_train_beside_prompts(base_of, tmp_path, dtype):
     for name, gradient in expected.items():
         got = trained[name].grad
         assert got.dtype == torch.float32
-        if dtype == torch.bfloat16:  # in which random models are too steep to be compared; but rows are summed in float32
+        if (
+            dtype == torch.bfloat16
+        ):  # in which random models are too steep to be compared; but rows are summed in float32
             assert not torch.equal(got, got.bfloat16().float())
         else:
             close(got, gradient, 2e-5, least=1e-6)
