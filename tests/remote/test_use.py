@@ -130,8 +130,8 @@ def test_dtypes_of_the_wire_go_by_three_names(serve):
     [
         ({"dtype": "int8"}, "dtype: expected one of"),
         ({"device": "gpu"}, "device: expected 'cpu' or 'cuda', got 'gpu'"),
-        ({"limits": {"max_tokens": "99"}}, "max_tokens: expected a number of at least 1, got '99'"),
-        ({"limits": {"max_tokens": 0}}, "max_tokens: expected a number of at least 1, got 0"),
+        ({"limits": {"max_tokens": "99"}}, "max_tokens: expected a whole number of at least 1, got '99'"),
+        ({"limits": {"max_tokens": 0}}, "max_tokens: expected a whole number of at least 1, got 0"),
         ({"limits": {"idle_seconds": float("nan")}}, "idle_seconds: expected a number of at least 0, got nan"),
         ({"limits": 3}, "limits: expected ServerLimits or dict, got 3"),
         ({"spans": 4}, "spans: expected list or tuple or nothing, got 4"),
