@@ -10,7 +10,6 @@ from transformers import Cache, EncoderDecoderCache
 
 from ptune_kernels import Placement
 
-from .anatomy import whole
 from .attention import Prefix, cast_kv, no_autocast
 
 
@@ -38,7 +37,7 @@ class CompiledPrefix(nn.Module):
 
     def prefix(self, dtype: torch.dtype) -> Prefix:
         """As a base in ``dtype`` takes it."""
-        return prefix_in(dtype, [whole(tensor) for tensor in self.tensors()])
+        return prefix_in(dtype, self.tensors())
 
 
 def prefix_in(dtype: torch.dtype, tensors: Sequence[Tensor]) -> Prefix:
