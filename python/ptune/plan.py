@@ -15,13 +15,16 @@ from .quantised import rounds_by_batch
 # Models whose tokens mix in their attentions alone, which hand keywords to these and honour position_ids.
 # tests/model/test_plan.py holds the two paths of each to one another.
 KNOWN = frozenset({
-    "afmoe", "apertus", "arcee", "bert", "biogpt", "bitnet", "camembert", "cohere", "cohere2", "data2vec-text",
-    "distilbert", "dots1", "electra", "ernie", "ernie4_5", "eurobert", "flex_olmo", "gemma", "gemma2",
-    "gemma3_text", "glm", "glm4", "glm4_moe", "gpt2", "gpt_bigcode", "gpt_neox", "gpt_oss", "granite", "granitemoe",
-    "helium", "hunyuan_v1_dense", "jais2", "llama", "mistral", "mixtral", "modernbert", "modernbert-decoder",
-    "nanochat", "nomic_bert", "olmo", "olmo2", "olmo3", "olmoe", "opt", "persimmon", "phi", "phi3", "phimoe",
-    "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "roberta", "roberta-prelayernorm", "seed_oss", "smollm3",
-    "starcoder2", "vaultgemma", "xlm-roberta", "xlm-roberta-xl",
+    "afmoe", "apertus", "arcee", "aria_text", "beam", "bert", "biogpt", "bitnet", "camembert", "cohere", "cohere2",
+    "cohere2_moe", "cwm", "data2vec-text", "distilbert", "dots1", "electra", "ernie", "ernie4_5", "ernie4_5_moe",
+    "eurobert", "exaone4", "exaone_moe", "flex_olmo", "flint", "gemma", "gemma2", "gemma3_text", "gemma4_text",
+    "gemma4_unified_text", "glm", "glm4", "glm4_moe", "gpt2", "gpt_bigcode", "gpt_neox", "gpt_oss", "granite",
+    "granite_swa", "granitemoe", "granitemoe_swa", "granitemoeshared", "gte", "helium", "hunyuan_v1_dense",
+    "hunyuan_v1_moe", "hy_v3", "hyperclovax", "internlm3", "iquestcoder", "jais2", "jina_embeddings_v3", "kolibri1",
+    "laguna", "llama", "mellum", "mimo_v2_flash", "minimax_m2", "ministral", "ministral3", "mistral", "mixtral",
+    "modernbert", "modernbert-decoder", "nanochat", "nomic_bert", "olmo", "olmo2", "olmo3", "olmoe", "opt", "persimmon",
+    "phi", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "roberta", "roberta-prelayernorm", "seed_oss",
+    "smollm3", "solar_open", "starcoder2", "ultrabert", "vaultgemma", "xlm-roberta", "xlm-roberta-xl",
 })  # fmt: skip
 
 _STATIC_ROPE = {"default", "linear", "llama3", "yarn", "proportional"}
