@@ -9,6 +9,7 @@ import transformers
 
 from .config import PTuneConfig, take_settings
 from .half_attention import hybrid
+from .language import language_model_of
 from .loading import check_keywords, fresh_head, load_model, origin_in_memory, take_dtypes
 from .models import ptune_class
 from .twin import check_stock, prompted_twin
@@ -111,6 +112,7 @@ def with_prompts(base: Any, config: Any = None, *, head: Iterable[str] | None = 
     `ValueError` for names in ``head`` that it does not have.
     """
     check_stock(base)
+    base = language_model_of(base)
     settings = PTuneConfig.of(base.config if config is None else config)
     if head is not None:
         names = _parameters_of(base, head)

@@ -16,6 +16,7 @@ from .compatibility import check_compiled
 from .config import PTuneConfig
 from .entry import CompiledEntries, Entry
 from .heads import Head, Heads
+from .language import language_model_of
 from .layout import first_column, ones_and_zeros
 from .likeness import warn_of_other_weights
 from .loading import base_inside
@@ -80,6 +81,7 @@ class PromptBank:
             raise ValueError(f"max_bytes: expected None or an int of at least 0, got {max_bytes!r}")
         self.max_bytes = max_bytes
         _check_base(base)
+        base = language_model_of(base)
         self._stock = twin_of(base)
         self._lock = threading.RLock()
         self._entries: dict[str, Entry] = {}

@@ -61,9 +61,10 @@ class Heads:
             config._attn_implementation = stock_name(config._attn_implementation)
             kind: Any = getattr(transformers, saved["model_class"], None)
             is_model = isinstance(kind, type) and issubclass(kind, PreTrainedModel)
-            if not is_model or kind.forward is nn.Module.forward or kind.config_class is not type(config):
+            own = self.runner.base_class.config_class  # some configs have the classes of others, as InternLM 3's
+            if not is_model or kind.forward is nn.Module.forward or kind.config_class is not own:
                 raise checkpoint.MisfitError(
-                    f"model_class: expected a class of {type(config).__name__}'s models, got {saved['model_class']}"
+                    f"model_class: expected a class of {own.__name__}'s models, got {saved['model_class']}"
                 )
             if "id2label" in labels:
                 config.id2label = labels["id2label"]
@@ -164,7 +165,10 @@ _thread = threading.local()
 
 @dataclass
 class _Output(BaseModelOutputWithPoolingAndCrossAttentions):
-    router_logits: Any = None  # the heads of mixtures of experts hand it on
+    def __getattr__(self, name: str) -> None:
+        """Nothing of what else some bodies return and their heads hand on, as routers' logits."""
+        if name.startswith("_"):
+            raise AttributeError(name)
 
 
 class _States(nn.Module):

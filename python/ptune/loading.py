@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, modeling_u
 from . import checkpoint, hub
 from .config import PTuneConfig, settings_on, take_settings
 from .half_attention import SETTINGS, checked_dtypes, hybrid
+from .language import config_of, keywords, name_as_alone, text_config
 from .quantised import config_from
 
 _FOR_CONFIG = (*hub.OPTIONS, "trust_remote_code", "code_revision")
@@ -53,7 +54,7 @@ def origin_in_memory(config: Any) -> Origin:
         return origin_of(config)
     name = _absolute(name)
     try:
-        own = AutoConfig.from_pretrained(name, local_files_only=True)
+        own = config_of(name, type(config), local_files_only=True)
     except (OSError, ValueError):  # it has moved, or its code is not trusted here
         own = config
     return _origin(name, config, own)
@@ -102,6 +103,8 @@ def load_model(
             raise
         elsewhere = "base_model (--base-model on the command line) says where it is, if elsewhere"
         raise OSError(f"{path}: its base, {base!r}, cannot be loaded; {elsewhere}: {error}") from error
+    text = text_config(own)
+    own = text or own
     check_keywords(kwargs, own)
     carried = take_settings(own)
     if saved is None:
@@ -113,9 +116,13 @@ def load_model(
         if "config" not in kwargs:
             kwargs = saved_overrides(saved, own) | kwargs
         kwargs = _saved_defaults(saved, own, kwargs) | kwargs
-    with _reporting_all_but([] if saved is None else saved["head"]) as loading:
+    if text is not None:
+        kwargs = keywords(own, kwargs)
+    with _reporting_all_but([] if saved is None else saved["head"], text is not None) as loading:
         model, info = loader.from_pretrained(base, *args, output_loading_info=True, **kwargs)
         loading.append(info)
+    if text is not None:
+        name_as_alone(model)
     missing = _missing(info)
     _check_whole(base, model, missing)
     take_settings(model.config)
@@ -274,16 +281,20 @@ def _saved_defaults(saved: dict[str, Any], own: Any, given: dict[str, Any]) -> d
 
 
 @contextmanager
-def _reporting_all_but(head: list[str]) -> Iterator[list[dict[str, Any]]]:
+def _reporting_all_but(head: list[str], in_part: bool) -> Iterator[list[dict[str, Any]]]:
     """Keep transformers from reporting that ``head`` is new and needs training: it comes from the folder of prompts.
 
-    The loading information is to be appended to the list; where more than ``head`` is new, it is reported after all.
+    And what it did not expect, where a checkpoint is loaded ``in_part``. The loading information is to be appended to
+    the list; where more than ``head`` is new, it is reported after all.
     """
     held: list[logging.LogRecord] = []
     loading: list[dict[str, Any]] = []
 
     def hold(record: logging.LogRecord) -> bool:
-        report = bool(head) and "LOAD REPORT" in record.getMessage()
+        report = (in_part or bool(head)) and "LOAD REPORT" in record.getMessage()
+        if report and in_part:
+            lines = record.getMessage().splitlines()
+            record.msg, record.args = "\n".join(line for line in lines if "UNEXPECTED" not in line), ()
         if report:
             held.append(record)
         return not report
@@ -294,7 +305,8 @@ def _reporting_all_but(head: list[str]) -> Iterator[list[dict[str, Any]]]:
         yield loading
     finally:
         logger.removeFilter(hold)
-        if not (loading and set() < _missing(loading[0]) <= set(head)):
+        new = _missing(loading[0]) if loading else {""}
+        if not new <= set(head) or not (new or in_part):
             for record in held:
                 logger.handle(record)
 

@@ -21,6 +21,7 @@ from .auto import MODELS
 from .checkpoint import check_free, fingerprint, is_prompt_folder, read_config, read_json, write_json
 from .data import Columns, DataError, hold_out
 from .folders import CHECKPOINTS, RECORD, remove_checkpoints, weights_in
+from .language import config_of
 from .loading import check_base_path
 from .plan import Plan
 from .support import ENCODER_DECODERS
@@ -343,7 +344,7 @@ def _task_on(base: str, task: str) -> str:
 
     Raises ValueError for a base that the task cannot be learnt on, though it may have a class that could.
     """
-    config = AutoConfig.from_pretrained(base)
+    config = config_of(base)
     kind = config.model_type
     if task in WRITING and config.is_encoder_decoder and kind in ENCODER_DECODERS:
         return "seq2seq"

@@ -5,6 +5,7 @@ from typing import Any, NoReturn
 
 from .anatomy import find_body, lacks, position_limit
 from .inputs import CACHE
+from .language import MULTIMODAL
 from .quantised import is_quantised
 from .quantised import refusal as quantised_refusal
 
@@ -46,7 +47,11 @@ def check_base(model: Any) -> None:
     if config.is_encoder_decoder and not model.can_generate() and (model.base_model is not model or "For" in name):
         _refuse(name, "of an encoder-decoder only the model that generates has been tried")
     if model.main_input_name != "input_ids" or config.get_text_config() is not config:
-        _refuse(name, f"a multimodal model ({config.model_type}) builds its input from more than token ids")
+        _refuse(
+            name,
+            f"a multimodal model ({config.model_type}) builds its input from more than token ids; of "
+            f"{', '.join(MULTIMODAL)} the language model is taken",
+        )
     if config.model_type in _UNSUITED:
         _refuse(name, _UNSUITED[config.model_type])
     if config.model_type == "big_bird" and config.attention_type == "block_sparse":

@@ -1,5 +1,6 @@
 """Bases: one folder for each family, of a stock model with random weights."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,3 +52,16 @@ def base_of(tmp_path_factory):
         return made[name]
 
     return make
+
+
+@pytest.fixture
+def reports():
+    """What transformers reports of what it loads."""
+    handler, records = logging.Handler(), []
+    handler.emit = records.append
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addHandler(handler)
+    transformers.logging.set_verbosity_warning()
+    yield records
+    transformers.logging.set_verbosity_error()
+    logger.removeHandler(handler)

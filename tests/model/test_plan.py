@@ -8,6 +8,7 @@ import transformers as hf
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
 from transformers import masking_utils
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.auto import modeling_auto
 
 import ptune
 from ptune.plan import KNOWN, rope_limit
@@ -73,9 +74,14 @@ SPECIAL = {
 }
 
 
+def config_of(kind):
+    if kind not in hf.CONFIG_MAPPING:
+        pytest.skip(f"transformers {hf.__version__} has no {kind}")
+    return hf.CONFIG_MAPPING[kind](**SIZES | SPECIAL.get(kind, {}))
+
+
 def tiny(kind, mode="add", **rest):
-    config = hf.CONFIG_MAPPING[kind](**SIZES | SPECIAL.get(kind, {}))
-    return ptune.AutoPTuneModel.from_config(config, **settings_for(mode, **rest)).eval()
+    return ptune.AutoPTuneModel.from_config(config_of(kind), **settings_for(mode, **rest)).eval()
 
 
 def gradients(model, ids, mask, weights, **how):
@@ -88,8 +94,6 @@ def gradients(model, ids, mask, weights, **how):
 
 @pytest.mark.parametrize("kind", sorted(KNOWN))
 def test_known_models_share_and_agree_with_concat(kind):
-    if kind not in hf.CONFIG_MAPPING:
-        pytest.skip(f"transformers {hf.__version__} has no {kind}")
     model = tiny(kind, "overwrite")
     assert model.prefix_plan.path == "prefix", model.prefix_plan.reason
     assert model.prefix_plan.packs is None  # nothing stands against it
@@ -117,6 +121,22 @@ def test_known_models_share_and_agree_with_concat(kind):
                 close(shared, whole, nudged=lambda nudged=nudged: nudged()[0])
                 for i, (got, want) in enumerate(zip(own, expected, strict=True), 1):
                     close(got, want, 2e-5, nudged=lambda nudged=nudged, i=i: nudged()[i], least=0)
+
+
+@pytest.mark.parametrize("kind", sorted(KNOWN - set(modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES)))
+def test_known_decoders_answer_and_generate_in_a_bank(kind):
+    base = hf.AutoModelForCausalLM.from_config(config_of(kind))
+    model = ptune.with_prompts(base, ptune.PTuneConfig(**settings_for("overwrite")))
+    set_prompts(model, "overwrite")
+    bank = ptune.PromptBank(base)
+    bank.add("own", model)
+    ids, mask = pad(texts_for("left", (7, 3)), "left", model.config.pad_token_id)
+    logits = bank(ids, mask, prompt_names=["own", None]).logits
+    close(logits[0], model(input_ids=ids, attention_mask=mask).logits[0])
+    ids, mask = ids[:1].repeat(2, 1), mask[:1].repeat(2, 1)
+    how = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(input_ids=ids, attention_mask=mask, **how)
+    assert torch.equal(bank.generate(ids, mask, prompt_names=["own", "own"], **how), expected)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -1,7 +1,6 @@
 """Folders of prompts: what they hold, what loads them, and what they do not fit."""
 
 import json
-import logging
 import os
 
 import pytest
@@ -232,19 +231,6 @@ def test_a_head_that_replaced_the_checkpoints(base_of, tmp_path, reports):
     reports.clear()
     assert same(state(CLASSIFIER.from_pretrained(tmp_path / "prompts")), state(model))
     assert not reports
-
-
-@pytest.fixture
-def reports():
-    """What transformers reports of what it loads."""
-    handler, records = logging.Handler(), []
-    handler.emit = records.append
-    logger = logging.getLogger("transformers.modeling_utils")
-    logger.addHandler(handler)
-    transformers.logging.set_verbosity_warning()
-    yield records
-    transformers.logging.set_verbosity_error()
-    logger.removeHandler(handler)
 
 
 def test_a_head_from_the_folder_is_not_reported_as_new(base_of, tmp_path, reports):

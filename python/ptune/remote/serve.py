@@ -166,10 +166,14 @@ def serve_blocks(config: ServeConfig | None = None, **settings: Any) -> Servers:
     name = config.name or config.model
     if name in _running():
         raise ValueError(f"name: expected one that no servers have, got {name!r}, which some have")
-    layers = AutoConfig.from_pretrained(config.model, revision=config.revision or "main").num_hidden_layers
+    own = AutoConfig.from_pretrained(config.model, revision=config.revision or "main")
+    if own.get_text_config() is not own:
+        raise NotImplementedError(
+            f"model: expected a language model alone, got {config.model}, which is multimodal ({own.model_type})"
+        )
     options: dict[str, Any] = {"concurrency_groups": {"beside": 1}}
     kind: Any = ray.remote(**options)(BlockServer)
-    spans = config.spans_of(layers)
+    spans = config.spans_of(own.num_hidden_layers)
     _warn_of_what_lacks(config, len(spans) * config.replicas)
     actors = [
         kind.options(
