@@ -29,7 +29,8 @@ class AutoPTuneModel:
 
         Args:
             path: a base (a folder, or a name on the hub), or prompts (a folder that `save_prompts`, `save_pretrained`
-                or Trainer wrote, or the name of a repository on the hub that holds one).
+                or Trainer wrote, or the name of a repository on the hub that holds one). Of a multimodal base it is the
+                language model that is loaded, where that is one of `ptune.language.MULTIMODAL`.
             tuning_mode, pre_seq_len, deep_prompt_mode, prompt_init, prompt_init_text, base_dropout, prefix_sharing: see
                 `PTuneConfig`. They may be attributes of the ``config=`` given instead; the model's own copy of it is
                 rid of them.
@@ -98,8 +99,9 @@ def with_prompts(base: Any, config: Any = None, *, head: Iterable[str] | None = 
     """A model with prompts on the weights of ``base``, a stock transformers model that is loaded already.
 
     The weights are the same memory, and ``base`` itself stays as it is: it runs without prompts, and further models can
-    be made of it. A head that trains is the new model's own copy. What is moved or cast later is copied too; what is
-    changed in place is changed in all, as where an adapter is merged.
+    be made of it. Of a multimodal one (`ptune.language.MULTIMODAL`) the language model is taken. A head that trains is
+    the new model's own copy. What is moved or cast later is copied too; what is changed in place is changed in all, as
+    where an adapter is merged.
 
     Args:
         config: a `PTuneConfig`, or a transformers config that bears its fields; by default the base's own. Without

@@ -67,8 +67,8 @@ class PromptBank:
     shallow ones on an encoder, are run together in a second call of the base.
 
     Args:
-        base: a stock transformers model, ``AutoModelForCausalLM`` where prompts are to generate. Its weights are
-            shared and it is not changed; move or cast it first.
+        base: a stock transformers model, ``AutoModelForCausalLM`` where prompts are to generate; of a multimodal one
+            the language model is taken. Its weights are shared and it is not changed; move or cast it first.
         max_bytes: how much memory compiled prompts may take; the least recently used are dropped for others, and
             compiled again from their float32 rows when next used. By default all are kept.
 

@@ -11,6 +11,7 @@ from transformers import GenerationMixin
 # transformers 5.24 renamed the cache that models take and return, and has checkpointing keep it without gradients.
 BEFORE_5_24 = "cache" not in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
 CACHE = "past_key_values" if BEFORE_5_24 else "cache"
+_NO_TEXT = ("pixel_values", "image_", "video_", "audio_", "input_features")
 _TEXT = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids")
 
 
@@ -64,6 +65,9 @@ def check_inputs(arguments: dict[str, Any], parameters: tuple[str, ...]) -> None
         raise NotImplementedError(
             "adapter_names: not supported, as all rows have the one prompt of the model; use a PromptBank"
         )
+    other = [name for name in arguments if name.startswith(_NO_TEXT) and arguments[name] is not None]
+    if other:
+        raise NotImplementedError(f"{other[0]}: not supported, as prompts are put on language models alone; give text")
     packed = [name for name in arguments if name.startswith("cu_seq_lens") and arguments[name] is not None]
     if packed:
         raise NotImplementedError(
