@@ -92,8 +92,8 @@ class PrefixedCache(_CacheProxy):
 class PackedCache(_CacheProxy):
     """Stands in for an empty cache while prompt rows and texts run as one sequence (see `Packed`), and writes both.
 
-    It returns keys and values [b, h, m + n, head_dim], of each row's prompt and text; those of the prompt rows alone,
-    [1, h, m, head_dim], are then `own`. ``texts``: b, n.
+    It returns keys and values [b, h, m + n, head_dim], of each row's prompt and text; `own_like`, the prompt rows' own.
+    ``texts``: b, n.
     """
 
     def __init__(
@@ -106,16 +106,24 @@ class PackedCache(_CacheProxy):
     ) -> None:
         super().__init__(cache)
         self.num_prompts, self.texts, self.placement, self.dtype = num_prompts, texts, placement, dtype
-        self.own: Any = None
+        self._own: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         (own_key, key), (own_value, value) = (self.part(states) for states in (key_states, value_states))
-        self.own = own_key, own_value
+        self._own[own_key.shape[1], own_key.shape[3]] = own_key, own_value
         prefix = Prefix([(own_key[0], own_value[0])], self.placement)
         key, value = prefix.before(0, key, value, self.dtype)
         return _update(self.cache, self.dtype, key, value, layer_idx, *args, **kwargs)
+
+    def own_like(self, key: Tensor) -> tuple[Tensor, Tensor]:
+        """The prompt rows' key and value [1, h, m, head_dim] that were last written, of a ``key`` of these heads.
+
+        A layer that reads the keys of another gets the wrong ones where a third came in between; but all behind it read
+        those of others too, so that nothing of the text depends on what becomes of prompt rows there.
+        """
+        return self._own[key.shape[1], key.shape[3]]
 
     def part(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """[1, h, m + b·n, head_dim] → [1, h, m, head_dim] and [b, h, n, head_dim], views."""

@@ -95,6 +95,8 @@ class PromptHooks:
         self._check_length(layout, length, mask)
         if (return_dict := arguments.get("return_dict")) is None:
             return_dict = getattr(body.config, "return_dict", True)
+        if "logits_to_keep" in self.parameters:
+            arguments["logits_to_keep"] = 0  # or it would drop rows that its head drops, if it was not done here
         path = self.prefix if self.prefix.serves(arguments, layout, text) else self.concat
         call, arguments = path.enter(body, arguments, layout, text)
         call.as_tuple, call.body, call.outer = not return_dict, self.body, outer

@@ -67,6 +67,12 @@ class Layout:
         own = types.gather(1, self.column[:, None].long())
         return torch.where(self._into_prompt(types)[1], own, self._behind_room(types))
 
+    def extend_rows(self, text: Tensor, prompt: Tensor) -> Tensor:
+        """[b, n, …] → [b, m + n, …], where every prompt row is ``prompt`` […]."""
+        room = text.new_zeros(text.shape[0], self.num_prompts, *text.shape[2:])
+        is_prompt = self._into_prompt(text)[1]
+        return torch.where(is_prompt[(..., *[None] * prompt.dim())], prompt, torch.cat([room, text], 1))
+
     def columns_of_keys(self, length: int) -> Tensor | None:
         """[b, m + n]: the columns above of the keys of ``[prompt ; text]``; ``None`` where these are in that order."""
         if not self.padded or (not torch.compiler.is_compiling() and not bool(self.column.any())):

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ptune_kernels import part_qkv, spread_kv
 
 from . import varlen
+from .anatomy import per_layer_inputs
 from .attention import KEYWORD, Attention, agreeing, is_causal_in
 from .cache import PackedCache
 from .concat import embed_behind, fusible_scale
@@ -51,6 +52,7 @@ class Packed:
         """Those of a call of ``body`` for the text, with prompts [m, d] before it."""
         count, mask, positions = self.num_prompts, given["attention_mask"], given["position_ids"]
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+        per_layer = per_layer_inputs(body, ids, embeds)
         if embeds is None and fusible_scale(body.get_input_embeddings()) is None:
             # what is done beyond a look-up may depend on a text's length, as NEFTune's noise does
             ids, embeds = None, body.get_input_embeddings()(ids)
@@ -63,6 +65,9 @@ class Packed:
             "position_ids": self._join(own_positions, positions),
             KEYWORD: self,
         }
+        if per_layer is not None:
+            texts, own = per_layer
+            packed["per_layer_inputs"] = torch.cat([own.expand(count, *own.shape), texts.flatten(0, 1)])[None]
         if token_type is not None:
             types = given["token_type_ids"].to(mask.device)
             packed["token_type_ids"] = self._join(types.new_full((count,), token_type), types)
@@ -97,7 +102,7 @@ class Packed:
         kwargs.pop("position_ids", None)  # they restart where a text begins, which flash attention would act on
         if self.cache is not None:
             own_query, query = self.cache.part(query)
-            own = own_query, *self.cache.own
+            own = own_query, *self.cache.own_like(key)
             return self._attend_apart(attention, module, own, (query, key, value), mask, **kwargs)
         key, value = agreeing(key, value, attention.dtype)
         dtype = attention.dtype or key.dtype

@@ -64,7 +64,7 @@ def check_base(model: Any) -> None:
         _refuse(name, f"{type(body).__name__}.forward takes no {needed}")
     if "use_cache" in parameters and CACHE not in parameters:
         _refuse(name, f"{type(body).__name__}.forward keeps something else than {CACHE}")
-    if "per_layer_inputs" in parameters and getattr(config, "hidden_size_per_layer_input", True):
+    if "per_layer_inputs" in parameters and config.model_type != "gemma4_text":
         _refuse(name, "its blocks look the token ids up again, and their inputs are not [b, n, d]")
 
 

@@ -68,6 +68,22 @@ FAMILIES = {
             },
             "layers",
         ),
+        # its layers look tokens up again, the last reads the keys of another, and not all have heads of one width
+        _family(
+            "gemma4",
+            hf.Gemma4TextConfig,
+            _GROUPED
+            | {
+                "sliding_window": 4,
+                "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+                "num_kv_shared_layers": 1,
+                "global_head_dim": 12,
+                "hidden_size_per_layer_input": 4,
+                "vocab_size_per_layer_input": VOCABULARY,
+            },
+            "layers",
+            core=False,
+        ),
         _family("gpt2", hf.GPT2Config, _SIZES, "h"),
         _family("bert", hf.BertConfig, _SIZES, "encoder.layer", causal=False),
         _family("roberta", hf.RobertaConfig, _SIZES | {"pad_token_id": 1}, "encoder.layer", causal=False),

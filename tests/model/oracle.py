@@ -31,6 +31,9 @@ class Prompt:
 def run_row(body: nn.Module, blocks: Sequence[nn.Module], prompt: Prompt, ids: Tensor, **kwargs: Any) -> Row:
     """One unpadded text ``ids`` [n]; ``kwargs`` are for the stock body."""
     count = prompt.shallow.shape[0]
+    if hasattr(body, "get_per_layer_inputs"):  # Gemma 4's; soft tokens have those of padding
+        tokens = torch.cat([torch.full((count,), body.config.pad_token_id), ids])[None]
+        kwargs["per_layer_inputs"] = body.get_per_layer_inputs(tokens)
     embedded = body.get_input_embeddings()(ids)
     inputs: list[Tensor] = []
 

@@ -69,7 +69,8 @@ def test_states_and_gradients(pair, mode, padding, sharing, how):
     if prompt.deep is not None:
         got = model.intermediate_prompt_embeddings.weight.grad.view_as(prompt.deep)
         close(got, prompt.deep.grad, nudged=lambda: nudged()[1].deep.grad)
-        assert all(layer.abs().sum() > 0 for layer in prompt.deep.grad)
+        reading = LAYERS - getattr(model.config, "num_kv_shared_layers", 0)  # keys of prompt rows of their own
+        assert all(layer.abs().sum() > 0 for layer in prompt.deep.grad[:reading])
     assert all(p.grad is None for name, p in model.named_parameters() if "prompt_embeddings" not in name)
 
 

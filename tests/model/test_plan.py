@@ -43,7 +43,14 @@ SPECIAL = {
     "flint": _GROUPED_WINDOW | {"layer_types": _MIXED},
     "gemma2": _WINDOW | {"query_pre_attn_scalar": 6},
     "gemma3_text": _WINDOW | {"query_pre_attn_scalar": 6},
-    "gemma4_text": _WINDOW | {"hidden_size_per_layer_input": 0, "layer_types": _MIXED},
+    "gemma4_text": _WINDOW
+    | {
+        "hidden_size_per_layer_input": 4,
+        "vocab_size_per_layer_input": VOCABULARY,
+        "num_kv_shared_layers": 1,
+        "global_head_dim": 16,
+        "layer_types": _MIXED,
+    },
     "gemma4_unified_text": _WINDOW | {"layer_types": _MIXED},
     "glm4_moe": _GROUPED_EXPERTS,
     "gpt_oss": _EXPERTS | _WINDOW,
