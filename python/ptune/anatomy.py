@@ -60,7 +60,7 @@ def per_layer_inputs(body: Any, ids: Tensor | None, embeds: Tensor | None) -> tu
     if not getattr(body.config, "hidden_size_per_layer_input", 0):
         return None
     soft = torch.tensor([[body.config.pad_token_id or 0]], device=device_of(body.embed_tokens_per_layer))
-    return body.get_per_layer_inputs(ids, embeds), body.get_per_layer_inputs(soft)[0, 0]
+    return body.get_per_layer_inputs(ids, embeds), body.get_per_layer_inputs(soft, None)[0, 0]
 
 
 def device_of(embedding: Any) -> torch.device:

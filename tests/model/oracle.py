@@ -33,7 +33,7 @@ def run_row(body: nn.Module, blocks: Sequence[nn.Module], prompt: Prompt, ids: T
     count = prompt.shallow.shape[0]
     if hasattr(body, "get_per_layer_inputs"):  # Gemma 4's; soft tokens have those of padding
         tokens = torch.cat([torch.full((count,), body.config.pad_token_id), ids])[None]
-        kwargs["per_layer_inputs"] = body.get_per_layer_inputs(tokens)
+        kwargs["per_layer_inputs"] = body.get_per_layer_inputs(tokens, None)
     embedded = body.get_input_embeddings()(ids)
     inputs: list[Tensor] = []
 
