@@ -78,7 +78,7 @@ FAMILIES = {
                 "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
                 "num_kv_shared_layers": 1,
                 "global_head_dim": 12,
-                "hidden_size_per_layer_input": 4,
+                "hidden_size_per_layer_input": 16,
                 "vocab_size_per_layer_input": VOCABULARY,
             },
             "layers",

@@ -45,7 +45,7 @@ SPECIAL = {
     "gemma3_text": _WINDOW | {"query_pre_attn_scalar": 6},
     "gemma4_text": _WINDOW
     | {
-        "hidden_size_per_layer_input": 4,
+        "hidden_size_per_layer_input": 16,
         "vocab_size_per_layer_input": VOCABULARY,
         "num_kv_shared_layers": 1,
         "global_head_dim": 16,
