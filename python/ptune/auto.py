@@ -9,10 +9,10 @@ import transformers
 
 from .config import PTuneConfig, take_settings
 from .half_attention import hybrid
-from .language import language_model_of
+from .language import text_config
 from .loading import check_keywords, fresh_head, load_model, origin_in_memory, take_dtypes
 from .models import ptune_class
-from .twin import check_stock, prompted_twin
+from .twin import check_stock, language_model_of, prompted_twin
 
 
 class AutoPTuneModel:
@@ -54,7 +54,7 @@ class AutoPTuneModel:
     def from_config(cls, config: Any, *, tokenizer: Any = None, **kwargs: Any) -> Any:
         """A base of random weights, with the prompts that ``config`` or the keywords of `from_pretrained` describe."""
         check_keywords(kwargs, config)
-        config = copy.deepcopy(config)
+        config = text_config(config) or copy.deepcopy(config)
         settings = take_settings(config) | take_settings(kwargs)
         dtypes = take_dtypes(kwargs)
         model = cls._loader.from_config(config, **kwargs)

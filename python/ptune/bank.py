@@ -16,7 +16,6 @@ from .compatibility import check_compiled
 from .config import PTuneConfig
 from .entry import CompiledEntries, Entry
 from .heads import Head, Heads
-from .language import language_model_of
 from .layout import first_column, ones_and_zeros
 from .likeness import warn_of_other_weights
 from .loading import base_inside
@@ -24,7 +23,7 @@ from .mixin import PTuneMixin
 from .mixture import Mixture, Overwriting, mixing
 from .plan import Plan
 from .quantised import rounds_by_batch
-from .twin import check_stock, prompted_twin, twin_of
+from .twin import check_stock, language_model_of, prompted_twin, twin_of
 
 _NAME = re.compile(r"\w[\w.-]{0,99}")
 

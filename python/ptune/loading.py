@@ -17,8 +17,9 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, modeling_u
 from . import checkpoint, hub
 from .config import PTuneConfig, settings_on, take_settings
 from .half_attention import SETTINGS, checked_dtypes, hybrid
-from .language import config_of, keywords, name_as_alone, text_config
+from .language import config_of, is_multimodal, keywords, name_as_alone, text_config
 from .quantised import config_from
+from .support import refuse_multimodal
 
 _FOR_CONFIG = (*hub.OPTIONS, "trust_remote_code", "code_revision")
 
@@ -103,7 +104,8 @@ def load_model(
             raise
         elsewhere = "base_model (--base-model on the command line) says where it is, if elsewhere"
         raise OSError(f"{path}: its base, {base!r}, cannot be loaded; {elsewhere}: {error}") from error
-    text = text_config(own)
+    if (text := text_config(own)) is None and is_multimodal(own):
+        refuse_multimodal(base, own)
     own = text or own
     check_keywords(kwargs, own)
     carried = take_settings(own)

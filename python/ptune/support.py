@@ -47,11 +47,7 @@ def check_base(model: Any) -> None:
     if config.is_encoder_decoder and not model.can_generate() and (model.base_model is not model or "For" in name):
         _refuse(name, "of an encoder-decoder only the model that generates has been tried")
     if model.main_input_name != "input_ids" or config.get_text_config() is not config:
-        _refuse(
-            name,
-            f"a multimodal model ({config.model_type}) builds its input from more than token ids; of "
-            f"{', '.join(MULTIMODAL)} the language model is taken",
-        )
+        refuse_multimodal(name, config)
     if config.model_type in _UNSUITED:
         _refuse(name, _UNSUITED[config.model_type])
     if config.model_type == "big_bird" and config.attention_type == "block_sparse":
@@ -66,6 +62,15 @@ def check_base(model: Any) -> None:
         _refuse(name, f"{type(body).__name__}.forward keeps something else than {CACHE}")
     if "per_layer_inputs" in parameters and config.model_type != "gemma4_text":
         _refuse(name, "its blocks look the token ids up again, and their inputs are not [b, n, d]")
+
+
+def refuse_multimodal(name: str, config: Any) -> NoReturn:
+    """Raises `NotImplementedError` for a base that is no language model, nor one that this can be taken from."""
+    if config.model_type in MULTIMODAL:
+        remedy = "AutoPTuneModelForCausalLM.from_pretrained and its like load the language model alone"
+    else:
+        remedy = f"the language model is taken of {', '.join(MULTIMODAL)}"
+    _refuse(name, f"a multimodal model ({config.model_type}) builds its input from more than token ids; {remedy}")
 
 
 def lack_of_positions(model: Any, count: int) -> str | None:

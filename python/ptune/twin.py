@@ -4,10 +4,13 @@ import copy
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from .config import take_settings
+from .language import is_multimodal, take_over, text_config
 from .mixin import BORROWED, PTuneMixin
 from .models import ptune_class
 
@@ -64,3 +67,27 @@ def _taken_scales(model: Any) -> Iterator[Tensor]:
     for module in model.modules():
         if hasattr(getattr(module, "state", None), "SCB"):
             yield from (tensor for tensor in (module.state.CB, module.state.SCB) if tensor is not None)
+
+
+def language_model_of(model: Any) -> Any:
+    """The language model in a multimodal ``model`` of transformers', a twin on its weights; any other model itself."""
+    if not isinstance(model, PreTrainedModel) or not is_multimodal(model.config) or text_config(model.config) is None:
+        return model
+    whole = twin_of(model)
+    config = take_over(whole.config.get_text_config(), whole.config)
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    with torch.device("meta"):
+        alone = kind(config)
+    name, own = next((name, its) for name, its in alone.named_children() if isinstance(its, PreTrainedModel))
+    body = next((its for its in whole.modules() if type(its) is type(own)), None)
+    output = whole.get_output_embeddings()
+    if body is None or body.config is not config or (output is None and whole.base_model is not whole):
+        return model
+    if output is None:
+        return body
+    setattr(alone, name, body)
+    alone.set_output_embeddings(output)
+    mine = vars(alone)
+    mine |= {name: its for name, its in vars(whole).items() if name not in mine and not name.startswith("_")}
+    alone.generation_config = whole.generation_config
+    return alone.eval()

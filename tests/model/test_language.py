@@ -1,5 +1,7 @@
 """Text of multimodal checkpoints: the language model alone is loaded, and is what the whole model has."""
 
+import json
+
 import pytest
 import torch
 import transformers as hf
@@ -9,6 +11,8 @@ import ptune
 from ptune import AutoPTuneModelForCausalLM, AutoPTuneModelForSequenceClassification, PromptBank
 from ptune.anatomy import find_body
 from ptune.language import MULTIMODAL
+from ptune.precision import audit
+from ptune.precision.command import load
 from ptune.runs import _task_on
 
 from .common import COUNT, close, settings_for
@@ -120,9 +124,77 @@ def test_a_classifier_of_a_multimodal_checkpoint(saved, reports):
     assert model.config.num_labels == 5
 
 
+@pytest.mark.parametrize("saved", ["llava"], indirect=True)
+def test_what_the_whole_config_says(saved):
+    """Labels and dtype: there, and not in that of the text."""
+    folder = saved[1]
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config["text_config"]["dtype"] = "float32"
+    path.write_text(json.dumps(config | {"dtype": "float16", "id2label": {"0": "no", "1": "yes", "2": "who knows"}}))
+    model = AutoPTuneModelForSequenceClassification.from_pretrained(folder, **settings_for("shallow"))
+    assert model.config.id2label == {0: "no", 1: "yes", 2: "who knows"}
+    assert model.get_input_embeddings().weight.dtype == torch.float16
+    given = hf.AutoConfig.from_pretrained(folder, num_labels=4)
+    model = AutoPTuneModelForSequenceClassification.from_pretrained(folder, config=given, **settings_for("shallow"))
+    assert model.score.weight.shape == (4, 32)
+
+
+@pytest.mark.parametrize("saved", ["gemma3", "llama4"], indirect=True)
+def test_a_model_in_memory_is_left_as_it_was(saved):
+    whole = saved[0].train().requires_grad_(False)
+    whole.get_output_embeddings().weight.requires_grad = True
+    layers = find_body(whole.get_decoder()).layers
+    layers[1].mlp = torch.nn.Identity()  # what was done to it is taken along
+    layers[0].register_forward_hook(lambda module, args, output: output * 0.5)
+    layers[1].gradient_checkpointing = True
+    trains = [its.requires_grad for its in whole.parameters()]
+    model = ptune.with_prompts(whole, ptune.PTuneConfig(**settings_for("shallow")))
+    bank = PromptBank(whole)
+    bank.add("own", model)
+    assert find_body(model).layers[1].gradient_checkpointing
+    assert [its.requires_grad for its in whole.parameters()] == trains
+    assert all(module.training for module in whole.modules())
+    ids = tokens()
+    with torch.no_grad(), model.disable_prompts():
+        expected = whole.eval().get_output_embeddings()(find_body(whole.get_decoder())(input_ids=ids).last_hidden_state)
+        close(model(input_ids=ids).logits, expected)
+    close(bank(ids, prompt_names=["own"] * 3).logits[0], model(input_ids=ids).logits[0])
+
+
+def test_a_model_in_memory_without_a_head():
+    whole = hf.AutoModel.from_config(whole_model("gemma3").config).eval()
+    model = ptune.with_prompts(whole, ptune.PTuneConfig(**settings_for("shallow")))
+    ids = tokens()
+    with torch.no_grad(), model.disable_prompts():
+        close(model(input_ids=ids).last_hidden_state, whole(input_ids=ids).last_hidden_state)
+
+
+@pytest.mark.parametrize("saved", ["gemma3"], indirect=True)
+def test_what_quantisation_leaves_out_has_its_name_alone(saved):
+    settings = {"load_in_4bit": True, "llm_int8_skip_modules": ["lm_head", "model.language_model.layers.1"]}
+    model = AutoPTuneModelForCausalLM.from_pretrained(
+        saved[1], quantization_config=hf.BitsAndBytesConfig(**settings), **settings_for("shallow")
+    )
+    found = [type(layer.mlp.up_proj).__name__ for layer in find_body(model).layers]
+    assert found == ["Linear4bit", "Linear", "Linear4bit"]
+    path = saved[1] / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": {"quant_method": "torchao"}}))
+    with pytest.raises(NotImplementedError, match="expected a multimodal checkpoint that is not quantised by torchao"):
+        AutoPTuneModelForCausalLM.from_pretrained(saved[1], **settings_for("shallow"))
+
+
 @pytest.mark.parametrize("saved", ["gemma3"], indirect=True)
 def test_the_command_line_takes_it_for_a_decoder(saved):
-    assert _task_on(str(saved[1]), "generation") == "generation"
+    whole, folder = saved
+    assert _task_on(str(folder), "generation") == "generation"
+    ids = tokens()
+    with torch.no_grad():
+        close(load(str(folder))(input_ids=ids).logits, whole(input_ids=ids).logits)
+        states = find_body(whole.get_decoder())(input_ids=ids).last_hidden_state
+        close(load(str(folder), bare=True)(input_ids=ids).last_hidden_state, states)
+    with pytest.raises(NotImplementedError, match="expected a model of text alone, got Gemma3ForConditionalGeneration"):
+        audit(whole, [{"input_ids": ids}])
 
 
 @pytest.mark.parametrize("saved", ["gemma3"], indirect=True)
@@ -132,6 +204,14 @@ def test_images_are_refused(saved):
         model(input_ids=tokens(), pixel_values=torch.randn(3, 3, 28, 28))
 
 
-def test_others_are_refused():
-    with pytest.raises(NotImplementedError, match=r"multimodal model \(paligemma\) .* of gemma3, .* is taken"):
-        ptune.with_prompts(whole_model("paligemma"), ptune.PTuneConfig(**settings_for("shallow")))
+def test_others_are_refused(tmp_path):
+    model = whole_model("paligemma")
+    why = r"multimodal model \(paligemma\) .*; the language model is taken of gemma3, "
+    with pytest.raises(NotImplementedError, match=why):
+        ptune.with_prompts(model, ptune.PTuneConfig(**settings_for("shallow")))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(NotImplementedError, match=why):
+        AutoPTuneModelForCausalLM.from_pretrained(tmp_path, **settings_for("shallow"))
+    model = hf.Gemma3ForSequenceClassification(whole_model("gemma3").config)
+    with pytest.raises(NotImplementedError, match=r"\(gemma3\) .*; AutoPTuneModelForCausalLM.from_pretrained and its"):
+        ptune.with_prompts(model, ptune.PTuneConfig(**settings_for("shallow")))

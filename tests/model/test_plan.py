@@ -14,7 +14,7 @@ import ptune
 from ptune.plan import KNOWN, rope_limit
 from ptune.prefix import PrefixPath
 
-from .common import COUNT, PADDINGS, SHARED, close, moved_by_a_bit, set_prompts, settings_for, take, texts_for
+from .common import COUNT, MODES, PADDINGS, SHARED, close, moved_by_a_bit, set_prompts, settings_for, take, texts_for
 from .families import FAMILIES, VOCABULARY
 from .oracle import pad
 
@@ -144,6 +144,23 @@ def test_known_decoders_answer_and_generate_in_a_bank(kind):
     how = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     expected = model.generate(input_ids=ids, attention_mask=mask, **how)
     assert torch.equal(bank.generate(ids, mask, prompt_names=["own", "own"], **how), expected)
+
+
+@pytest.mark.parametrize("sharing", ["auto", False])
+@pytest.mark.parametrize("mode", MODES)
+def test_generates_where_layers_read_the_keys_of_others(mode, sharing):
+    """These run on the last token alone in a stock prefill, as nothing else of them is read."""
+    config = config_of("gemma4_unified_text")
+    config.num_kv_shared_layers = 1
+    model = ptune.AutoPTuneModelForCausalLM.from_config(config, **settings_for(mode, prefix_sharing=sharing)).eval()
+    set_prompts(model, mode)
+    ids, mask = pad(texts_for("left", (7, 3)), "left", config.pad_token_id)
+    made = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    for column in range(7, made.shape[1]):
+        mask = torch.nn.functional.pad(mask, (0, column - mask.shape[1]), value=1)
+        scores = model(input_ids=made[:, :column], attention_mask=mask, use_cache=False).logits[:, -1]
+        going = ~(made[:, 7:column] == config.eos_token_id).any(1)
+        assert torch.equal(scores.argmax(-1)[going], made[going, column])
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -7,13 +7,14 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from ..anatomy import find_body, position_limit
 from ..checkpoint import read_json
 from ..data import Columns, DataError, read_passages, read_text, split_lines
 from ..half_attention import HALVES
 from ..hub import cached
+from ..language import keywords, text_config
 from ..loading import check_base_path
 from ..tasks import Generation
 from ..tokenizer import load_tokenizer
@@ -82,9 +83,14 @@ def _read_json(model: str, name: str) -> Any:
 def load(path: str, bare: bool = False) -> Any:
     """The float32 model that a checkpoint's ``architectures`` name, with its head unless it is to be ``bare``.
 
+    Of a multimodal one it is the language model.
     Raises `NotImplementedError` for an architecture whose head is of no kind known here.
     """
-    architecture = next(iter(AutoConfig.from_pretrained(path).architectures or ()), "")
+    config = AutoConfig.from_pretrained(path)
+    if (text := text_config(config)) is not None:
+        kind = AutoModel if bare else AutoModelForCausalLM
+        return kind.from_pretrained(path, **keywords(text, {"dtype": torch.float32}))
+    architecture = next(iter(config.architectures or ()), "")
     for head in () if bare else _HEADS:
         if architecture.endswith((f"For{head}", *(("LMHeadModel",) if head == "CausalLM" else ()))):
             return getattr(transformers, f"AutoModelFor{head}").from_pretrained(path, dtype=torch.float32)

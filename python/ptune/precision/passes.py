@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from ..anatomy import evaluating
 from ..attention import attention_of
+from ..language import is_multimodal
 from ..mixin import PTuneMixin
 from .candidates import SHORT, Candidate, layers, repairs, whole
 from .damage import DEFAULT_LIMITS, POOLING, Damage, Limits, Outputs, passes, severity
@@ -256,6 +257,10 @@ def _check(model: nn.Module, batches: list[Batch], dtype: torch.dtype) -> None:
     parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
     if not parts:
         raise ValueError(f"model: expected a transformers model, or a module around one, got {type(model).__name__}")
+    if is_multimodal(parts[0].config):
+        raise NotImplementedError(
+            f"model: expected a model of text alone, got {type(parts[0]).__name__}; audit the language model in it"
+        )
     if "decoder_input_ids" in inspect.signature(parts[0].forward).parameters:
         name = type(parts[0]).__name__
         raise NotImplementedError(
