@@ -47,6 +47,8 @@ def base_of(tmp_path_factory):
                     for parameter in model.parameters():
                         if parameter.dim() == 1:  # norms and biases begin as ones and zeros, which hide mistakes
                             parameter.add_(torch.randn_like(parameter) * 0.2)
+                    if (table := getattr(model.base_model, "embed_tokens_per_layer", None)) is not None:
+                        table.weight[table.padding_idx].normal_(std=0.3)  # it is zero, and prompt rows have it
             model.save_pretrained(folder)
             made[name] = Base(family, folder)
         return made[name]

@@ -170,6 +170,7 @@ def test_plans_of_the_families(base_of, name, mode):
     plan = base_of(name).tuned(**settings_for(mode)).prefix_plan
     shares = name not in ("bloom", "albert") and (family.causal or mode == "overwrite")
     assert plan.path == ("prefix" if shares else "concat"), plan.reason
+    assert plan.packs is None, plan.reason  # nothing stands against it
     assert plan.reason
     off = base_of(name).tuned(**settings_for(mode, prefix_sharing=False))
     assert off.prefix_plan.path == "concat"
