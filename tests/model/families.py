@@ -68,14 +68,14 @@ FAMILIES = {
             },
             "layers",
         ),
-        # its layers look tokens up again, the last reads the keys of another, and not all have heads of one width
+        # its layers look tokens up again, the last reads the keys of the first, and between them heads are narrower
         _family(
             "gemma4",
             hf.Gemma4TextConfig,
             _GROUPED
             | {
                 "sliding_window": 4,
-                "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+                "layer_types": ["full_attention", "sliding_attention", "full_attention"],
                 "num_kv_shared_layers": 1,
                 "global_head_dim": 12,
                 "hidden_size_per_layer_input": 16,
