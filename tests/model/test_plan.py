@@ -49,7 +49,7 @@ SPECIAL = {
         "vocab_size_per_layer_input": VOCABULARY,
         "num_kv_shared_layers": 1,
         "global_head_dim": 16,
-        "layer_types": _MIXED,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
     },
     "gemma4_unified_text": _WINDOW | {"layer_types": _MIXED},
     "glm4_moe": _GROUPED_EXPERTS,
