@@ -51,16 +51,15 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def per_layer_inputs(body: Any, ids: Tensor | None, embeds: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    """What the layers of ``body`` get beside states, at the tokens of a text [b, n, L, p] and at a prompt row [L, p].
+def per_layer_input(body: Any) -> Tensor | None:
+    """What the layers of ``body`` get beside the state of a prompt row [L, p]; ``None`` where they get nothing.
 
-    Soft tokens have what the padding token has, as those of an image do. ``None`` of a body whose layers get nothing
-    (all but some of Gemma 4's).
+    They do in some of Gemma 4, by the token. A soft token has there what the padding token has, as an image's do.
     """
     if not getattr(body.config, "hidden_size_per_layer_input", 0):
         return None
-    soft = torch.tensor([[body.config.pad_token_id or 0]], device=device_of(body.embed_tokens_per_layer))
-    return body.get_per_layer_inputs(ids, embeds), body.get_per_layer_inputs(soft, None)[0, 0]
+    padding = torch.tensor([[body.config.pad_token_id or 0]], device=device_of(body.embed_tokens_per_layer))
+    return body.get_per_layer_inputs(padding, None)[0, 0]
 
 
 def device_of(embedding: Any) -> torch.device:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ptune_kernels import Placement, embed_and_prepend, prepend, strip
 
-from .anatomy import per_layer_inputs
+from .anatomy import per_layer_input
 from .call import Call
 from .layout import Layout, positions_of
 
@@ -27,10 +27,10 @@ class ConcatPath:
     def enter(self, body: Any, arguments: dict[str, Any], layout: Layout, text: Tensor) -> tuple[Call, dict[str, Any]]:
         """The call, and the body's arguments for ``[prompt ; text]``."""
         placement = layout.placement()
-        per_layer = per_layer_inputs(body, arguments.get("input_ids"), arguments.get("inputs_embeds"))
         arguments = arguments | self._extended(layout, arguments, text)
-        if per_layer is not None:
-            arguments["per_layer_inputs"] = layout.extend_rows(*per_layer)
+        if (own := per_layer_input(body)) is not None:
+            texts = body.get_per_layer_inputs(arguments.get("input_ids"), arguments.get("inputs_embeds"))
+            arguments["per_layer_inputs"] = layout.extend_rows(texts, own)
         arguments |= {"input_ids": None, "inputs_embeds": self._embed(body, arguments, layout, placement)}
         return Call(layout, text.shape[1], placement), arguments
 

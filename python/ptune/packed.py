@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ptune_kernels import part_qkv, spread_kv
 
 from . import varlen
-from .anatomy import per_layer_inputs
+from .anatomy import per_layer_input
 from .attention import KEYWORD, Attention, agreeing, is_causal_in
 from .cache import PackedCache
 from .concat import embed_behind, fusible_scale
@@ -52,7 +52,8 @@ class Packed:
         """Those of a call of ``body`` for the text, with prompts [m, d] before it."""
         count, mask, positions = self.num_prompts, given["attention_mask"], given["position_ids"]
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
-        per_layer = per_layer_inputs(body, ids, embeds)
+        own = per_layer_input(body)
+        texts = None if own is None else body.get_per_layer_inputs(ids, embeds)
         if embeds is None and fusible_scale(body.get_input_embeddings()) is None:
             # what is done beyond a look-up may depend on a text's length, as NEFTune's noise does
             ids, embeds = None, body.get_input_embeddings()(ids)
@@ -65,8 +66,7 @@ class Packed:
             "position_ids": self._join(own_positions, positions),
             KEYWORD: self,
         }
-        if per_layer is not None:
-            texts, own = per_layer
+        if own is not None and texts is not None:
             packed["per_layer_inputs"] = torch.cat([own.expand(count, *own.shape), texts.flatten(0, 1)])[None]
         if token_type is not None:
             types = given["token_type_ids"].to(mask.device)

@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 from ptune_kernels import prepend
 
-from .anatomy import device_of, per_layer_inputs
+from .anatomy import device_of, per_layer_input
 from .attention import KEYWORD, Behind, Prefix, autocast_dtype, cache_dtype_of
 from .bridge import bridge, unshard_for_backward
 from .cache import PackedCache, PrefixedCache
@@ -106,8 +106,8 @@ class PrefixPath:
             embeds = arguments.get("inputs_embeds")
             if embeds is None:
                 embeds = body.get_input_embeddings()(arguments["input_ids"])
-            if (per_layer := per_layer_inputs(body, arguments.get("input_ids"), embeds)) is not None:
-                arguments["per_layer_inputs"] = per_layer[0]
+            if per_layer_input(body) is not None:
+                arguments["per_layer_inputs"] = body.get_per_layer_inputs(arguments.get("input_ids"), embeds)
             embeds, prefix = bridge(embeds, prefix)
             arguments |= {"input_ids": None, "inputs_embeds": embeds}
         call, mask = injected_call(layout, mask)
@@ -254,9 +254,8 @@ class PrefixPath:
             arguments["token_type_ids"] = torch.full((1, count), token_type, dtype=torch.long, device=device)
         if "use_cache" in self.parameters:
             arguments["use_cache"] = False
-        soft = torch.full((1, count), getattr(body.config, "pad_token_id", None) or 0, device=device)
-        if (per_layer := per_layer_inputs(body, soft, None)) is not None:
-            arguments["per_layer_inputs"] = per_layer[0]
+        if (own := per_layer_input(body)) is not None:
+            arguments["per_layer_inputs"] = own.expand(1, count, *own.shape)
         outer = running()
         set_call(Call(Layout(count, 1, None, device), 0, capture=capture, body=body, outer=outer))
         try:

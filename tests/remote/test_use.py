@@ -241,6 +241,9 @@ def test_what_cannot_run_is_not_served(cluster, tmp_path):
             servers.wait()
         assert len(str(raised.value)) < 400  # and not Ray's whole traceback
         assert servers.name not in remote.serve._started  # so that the name can be had again
+    transformers.LlavaConfig().save_pretrained(tmp_path / "multimodal")
+    with pytest.raises(NotImplementedError, match=r"got .*, which is multimodal \(llava\)"):
+        remote.serve_blocks(model=str(tmp_path / "multimodal"))
 
 
 def test_a_cluster_that_has_too_little(cluster, folder_of, caplog):

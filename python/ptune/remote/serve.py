@@ -16,6 +16,7 @@ import yaml  # type: ignore[import-untyped]
 from ray.exceptions import GetTimeoutError, RayError
 from transformers import AutoConfig
 
+from ..language import is_multimodal
 from .link import Link
 from .relay import Leg, Relay, RemoteError, Replicas, Retries
 from .server import BlockServer, ServerLimits
@@ -159,21 +160,22 @@ class Servers:
 def serve_blocks(config: ServeConfig | None = None, **settings: Any) -> Servers:
     """Start servers for the blocks of a model: those of ``config``, or of the fields of one.
 
-    Starts a local Ray where none is joined yet. Raises `ValueError` where such servers run already.
+    Starts a local Ray where none is joined yet. Raises `ValueError` where such servers run already, or cannot be so
+    many, and `NotImplementedError` for a multimodal model.
     """
     config = config or ServeConfig(**settings)
+    own = AutoConfig.from_pretrained(config.model, revision=config.revision or "main")
+    if is_multimodal(own):
+        raise NotImplementedError(
+            f"model: expected a language model alone, got {config.model}, which is multimodal ({own.model_type})"
+        )
+    spans = config.spans_of(own.num_hidden_layers)
     join()
     name = config.name or config.model
     if name in _running():
         raise ValueError(f"name: expected one that no servers have, got {name!r}, which some have")
-    own = AutoConfig.from_pretrained(config.model, revision=config.revision or "main")
-    if own.get_text_config() is not own:
-        raise NotImplementedError(
-            f"model: expected a language model alone, got {config.model}, which is multimodal ({own.model_type})"
-        )
     options: dict[str, Any] = {"concurrency_groups": {"beside": 1}}
     kind: Any = ray.remote(**options)(BlockServer)
-    spans = config.spans_of(own.num_hidden_layers)
     _warn_of_what_lacks(config, len(spans) * config.replicas)
     actors = [
         kind.options(
