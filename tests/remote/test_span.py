@@ -15,7 +15,7 @@ from ptune.remote.span import Span
 
 from .common import LAYERS
 
-SERVED = sorted(FAMILIES.keys() - {"albert", "bloom", "mixtral"})
+SERVED = sorted(FAMILIES.keys() - {"albert", "bloom", "gemma4", "mixtral"})
 
 
 def through(body, blocks, hidden, first, last, **arguments):
@@ -152,6 +152,15 @@ def test_blocks_that_cannot_be_apart_are_refused(name, folder_of):
     hidden = torch.randn(1, 3, 24)
     with pytest.raises(NotImplementedError):
         Span(folder_of(name), 0, 2)(hidden, 0, 2)
+
+
+@pytest.mark.parametrize("left", ["hidden_size_per_layer_input", "num_kv_shared_layers"])
+def test_blocks_that_read_more_than_states_are_refused(tmp_path, left):
+    config = FAMILIES["gemma4"].config()
+    setattr(config, left, 0)
+    transformers.AutoModel.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(NotImplementedError, match="as they read tokens or the keys of other blocks"):
+        Span(tmp_path, 0, 1)
 
 
 def test_encoder_decoders_are_refused(tmp_path):

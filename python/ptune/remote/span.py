@@ -274,6 +274,10 @@ def find_remote_blocks(body: nn.Module, config: Any) -> nn.ModuleList:
         raise NotImplementedError(
             f"{type(body).__name__}: expected blocks of one text, got those of an encoder-decoder"
         )
+    if getattr(config, "hidden_size_per_layer_input", 0) or getattr(config, "num_kv_shared_layers", 0):
+        raise NotImplementedError(
+            f"{type(body).__name__}: its blocks cannot run elsewhere, as they read tokens or the keys of other blocks"
+        )
     if hasattr(config, "num_hidden_groups"):
         raise NotImplementedError(f"{type(body).__name__}: its blocks cannot run elsewhere, as it calls one many times")
     return find_blocks(body, config)
