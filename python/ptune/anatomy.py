@@ -58,7 +58,8 @@ def per_layer_input(body: Any) -> Tensor | None:
     """
     if not getattr(body.config, "hidden_size_per_layer_input", 0):
         return None
-    padding = torch.tensor([[body.config.pad_token_id or 0]], device=device_of(body.embed_tokens_per_layer))
+    device = device_of(body.embed_tokens_per_layer)
+    padding = torch.full((1, 1), body.config.pad_token_id or 0, device=device)  # filled there: no copy to wait for
     return body.get_per_layer_inputs(padding, None)[0, 0]
 
 

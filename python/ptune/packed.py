@@ -52,8 +52,10 @@ class Packed:
         """Those of a call of ``body`` for the text, with prompts [m, d] before it."""
         count, mask, positions = self.num_prompts, given["attention_mask"], given["position_ids"]
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
-        own = per_layer_input(body)
-        texts = None if own is None else body.get_per_layer_inputs(ids, embeds)
+        per_layer = None
+        if (own := per_layer_input(body)) is not None:
+            texts = body.get_per_layer_inputs(ids, embeds).flatten(0, 1)
+            per_layer = torch.cat([own.expand(count, *own.shape), texts])[None]
         if embeds is None and fusible_scale(body.get_input_embeddings()) is None:
             # what is done beyond a look-up may depend on a text's length, as NEFTune's noise does
             ids, embeds = None, body.get_input_embeddings()(ids)
@@ -66,8 +68,8 @@ class Packed:
             "position_ids": self._join(own_positions, positions),
             KEYWORD: self,
         }
-        if own is not None and texts is not None:
-            packed["per_layer_inputs"] = torch.cat([own.expand(count, *own.shape), texts.flatten(0, 1)])[None]
+        if per_layer is not None:
+            packed["per_layer_inputs"] = per_layer
         if token_type is not None:
             types = given["token_type_ids"].to(mask.device)
             packed["token_type_ids"] = self._join(types.new_full((count,), token_type), types)

@@ -5,7 +5,7 @@ from typing import Any, NoReturn
 
 from .anatomy import find_body, lacks, position_limit
 from .inputs import CACHE
-from .language import MULTIMODAL
+from .language import MULTIMODAL, is_multimodal
 from .quantised import is_quantised
 from .quantised import refusal as quantised_refusal
 
@@ -46,7 +46,7 @@ def check_base(model: Any) -> None:
         _refuse(name, f"it is an encoder-decoder, and of these only {', '.join(ENCODER_DECODERS)} have been tried")
     if config.is_encoder_decoder and not model.can_generate() and (model.base_model is not model or "For" in name):
         _refuse(name, "of an encoder-decoder only the model that generates has been tried")
-    if model.main_input_name != "input_ids" or config.get_text_config() is not config:
+    if model.main_input_name != "input_ids" or is_multimodal(config):
         refuse_multimodal(name, config)
     if config.model_type in _UNSUITED:
         _refuse(name, _UNSUITED[config.model_type])
