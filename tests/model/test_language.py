@@ -141,6 +141,16 @@ def test_what_the_whole_config_says(saved):
     assert model.score.weight.shape == (4, 32)
 
 
+@pytest.mark.parametrize("saved", ["mistral3"], indirect=True)
+def test_what_is_said_of_the_parts_of_a_whole_model(saved):
+    whole, folder = saved
+    how = {"attn_implementation": {"text_config": "eager", "vision_config": "sdpa"}}
+    model = AutoPTuneModelForCausalLM.from_pretrained(folder, **how, **settings_for("shallow"))
+    assert model.config._attn_implementation == "ptune_eager"
+    model = AutoPTuneModelForCausalLM.from_config(whole.config, **settings_for("shallow"))
+    assert model.base_class is hf.MistralForCausalLM
+
+
 @pytest.mark.parametrize("saved", ["gemma3", "llama4"], indirect=True)
 def test_a_model_in_memory_is_left_as_it_was(saved):
     whole = saved[0].train().requires_grad_(False)
